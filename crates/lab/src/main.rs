@@ -1,0 +1,28 @@
+//! The laboratory: real processes, real kills, real guests. Never shipped.
+//!
+//! Each subcommand is one instrument; its module says what it checks and what it does not.
+
+mod vm;
+
+use clap::{Parser, Subcommand};
+
+/// Instruments that show what warmswap promises.
+#[derive(Debug, Parser)]
+#[command(name = "lab", version)]
+struct Args {
+    #[command(subcommand)]
+    instrument: Instrument,
+}
+
+/// The instruments.
+#[derive(Debug, Subcommand)]
+enum Instrument {
+    /// An unmodified QEMU with a Linux guest on a guarded disk, failovers injected under verified load.
+    Vm(vm::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Args::parse().instrument {
+        Instrument::Vm(args) => vm::run(&args),
+    }
+}

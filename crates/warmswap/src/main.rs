@@ -1,0 +1,2 @@
+//! The warmswap program.
+fn main() {}

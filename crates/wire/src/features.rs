@@ -1,0 +1,178 @@
+//! Virtio and vhost-user feature bits, and what of them may pass a broker, per device type.
+
+bitflags::bitflags! {
+    /// Virtio feature bits that have a meaning below the device type (virtio 1.3 §6), plus vhost's own.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct VirtioFeatures: u64 {
+        /// Legacy: notify when the ring runs empty.
+        const NOTIFY_ON_EMPTY = 1 << 24;
+        /// vhost: log all guest memory writes (`VHOST_F_LOG_ALL`).
+        const LOG_ALL = 1 << 26;
+        /// Legacy: any descriptor layout.
+        const ANY_LAYOUT = 1 << 27;
+        /// Indirect descriptors.
+        const INDIRECT_DESC = 1 << 28;
+        /// `used_event` and `avail_event`.
+        const EVENT_IDX = 1 << 29;
+        /// vhost-user: protocol features can be negotiated.
+        const PROTOCOL_FEATURES = 1 << 30;
+        /// Not a legacy device.
+        const VERSION_1 = 1 << 32;
+        /// Behind an IOMMU.
+        const ACCESS_PLATFORM = 1 << 33;
+        /// Packed rings.
+        const RING_PACKED = 1 << 34;
+        /// Buffers are used in order.
+        const IN_ORDER = 1 << 35;
+        /// Memory ordering as the platform defines it.
+        const ORDER_PLATFORM = 1 << 36;
+    }
+}
+
+bitflags::bitflags! {
+    /// vhost-user protocol features (`VHOST_USER_PROTOCOL_F_*`).
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    #[allow(missing_docs, reason = "the names are the specification's")]
+    pub struct ProtocolFeatures: u64 {
+        const MQ = 1 << 0;
+        const LOG_SHMFD = 1 << 1;
+        const RARP = 1 << 2;
+        const REPLY_ACK = 1 << 3;
+        const MTU = 1 << 4;
+        const BACKEND_REQ = 1 << 5;
+        const CROSS_ENDIAN = 1 << 6;
+        const CRYPTO_SESSION = 1 << 7;
+        const PAGEFAULT = 1 << 8;
+        const CONFIG = 1 << 9;
+        const BACKEND_SEND_FD = 1 << 10;
+        const HOST_NOTIFIER = 1 << 11;
+        const INFLIGHT_SHMFD = 1 << 12;
+        const RESET_DEVICE = 1 << 13;
+        const INBAND_NOTIFICATIONS = 1 << 14;
+        const CONFIGURE_MEM_SLOTS = 1 << 15;
+        const STATUS = 1 << 16;
+        const XEN_MMAP = 1 << 17;
+        const SHARED_OBJECT = 1 << 18;
+        const DEVICE_STATE = 1 << 19;
+        const GET_VRING_BASE_INFLIGHT = 1 << 20;
+        const GPA_ADDRESSES = 1 << 21;
+        const SHMEM = 1 << 22;
+        const GET_VRING_BASE_SKIP_DRAIN = 1 << 23;
+    }
+}
+
+/// The virtio device behind a socket. The protocol does not tell; the operator does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DeviceType {
+    /// Block device (virtio id 2).
+    Blk,
+    /// SCSI host (8).
+    Scsi,
+    /// Network card (1).
+    Net,
+    /// Shared file system (26).
+    Fs,
+    /// Entropy source (4).
+    Rng,
+    /// Console (3).
+    Console,
+    /// Input device (18).
+    Input,
+}
+
+impl DeviceType {
+    /// All of them.
+    pub const ALL: &[DeviceType] = &[
+        DeviceType::Blk,
+        DeviceType::Scsi,
+        DeviceType::Net,
+        DeviceType::Fs,
+        DeviceType::Rng,
+        DeviceType::Console,
+        DeviceType::Input,
+    ];
+
+    /// The name used on the command line and in every report.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            DeviceType::Blk => "blk",
+            DeviceType::Scsi => "scsi",
+            DeviceType::Net => "net",
+            DeviceType::Fs => "fs",
+            DeviceType::Rng => "rng",
+            DeviceType::Console => "console",
+            DeviceType::Input => "input",
+        }
+    }
+
+    /// The type of that name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|kind| kind.name() == name)
+    }
+
+    /// Whether a request whose completion was never seen may be executed again. True where every request is idempotent.
+    /// Stateful devices can be handed over only after a proved drain.
+    #[must_use]
+    pub fn may_replay(self) -> bool {
+        matches!(self, DeviceType::Blk | DeviceType::Net | DeviceType::Rng)
+    }
+
+    /// Virtio features that may pass. Everything else is masked: packed rings expose no index to observe, an IOMMU makes
+    /// addresses private to a backend, notification data and ring reset change how rings are driven, and zoned devices have
+    /// requests that must not be executed twice.
+    #[must_use]
+    pub fn virtio_features(self) -> u64 {
+        let transport = VirtioFeatures::NOTIFY_ON_EMPTY
+            | VirtioFeatures::LOG_ALL
+            | VirtioFeatures::ANY_LAYOUT
+            | VirtioFeatures::INDIRECT_DESC
+            | VirtioFeatures::EVENT_IDX
+            | VirtioFeatures::PROTOCOL_FEATURES
+            | VirtioFeatures::VERSION_1
+            | VirtioFeatures::IN_ORDER
+            | VirtioFeatures::ORDER_PLATFORM;
+        // Bits 0 to 23 and 50 to 63 belong to the device type.
+        let device: u64 = match self {
+            // virtio 1.3 §5.2.3: size_max, seg_max, geometry, ro, blk_size, flush, topology, config_wce, mq, discard,
+            // write_zeroes, lifetime. Not 16 (secure erase), not 17 (zoned).
+            DeviceType::Blk => {
+                [1, 2, 4, 5, 6, 9, 10, 11, 12, 13, 14, 15].iter().fold(0, |bits, bit| bits | 1_u64 << bit)
+            }
+            // §5.6.3: inout, hotplug, change, t10_pi.
+            DeviceType::Scsi => 0b1111,
+            // §5.1.3, without the control-queue state that a backend may keep to itself beyond bit 23.
+            DeviceType::Net => 0x00ff_ffff,
+            DeviceType::Fs => 0b1,
+            DeviceType::Rng => 0,
+            DeviceType::Console => 0b111,
+            DeviceType::Input => 0,
+        };
+        transport.bits() | device
+    }
+
+    /// Protocol features that may be offered to the VMM, if both backends have them.
+    #[must_use]
+    pub fn protocol_features(self) -> ProtocolFeatures {
+        use ProtocolFeatures as P;
+        let common = P::MQ | P::LOG_SHMFD | P::REPLY_ACK | P::RESET_DEVICE | P::CONFIGURE_MEM_SLOTS;
+        match self {
+            DeviceType::Blk => common | P::BACKEND_REQ | P::CONFIG,
+            DeviceType::Scsi => common | P::BACKEND_REQ,
+            DeviceType::Net => common - P::RESET_DEVICE | P::RARP | P::MTU | P::BACKEND_REQ,
+            DeviceType::Fs => common | P::DEVICE_STATE,
+            DeviceType::Rng | DeviceType::Console | DeviceType::Input => common | P::CONFIG,
+        }
+    }
+
+    /// Protocol features the broker may use on a link, whether or not the VMM does.
+    #[must_use]
+    pub fn link_features(self) -> ProtocolFeatures {
+        match self {
+            // libvhost-user panics on an in-flight region for a file system device.
+            DeviceType::Fs => self.protocol_features(),
+            _ => self.protocol_features() | ProtocolFeatures::INFLIGHT_SHMFD,
+        }
+    }
+}

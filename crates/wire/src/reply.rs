@@ -1,0 +1,118 @@
+//! Replies of the back-end to front-end requests, and of either side to a wish for acknowledgement.
+
+use crate::bytes::{Put, Reader};
+use crate::header::frame;
+use crate::payload::{ConfigSpace, FdSlot, InflightDescription, VringState, at_most_one_fd, no_fds};
+use crate::{Error, Header, HeaderFlags};
+
+/// The shape of a reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReplyKind {
+    /// REPLY_ACK: zero is success.
+    Ack,
+    /// One number.
+    U64,
+    /// SET_LOG_BASE: one number or nothing; implementations differ.
+    Log,
+    /// Ring and base.
+    VringState,
+    /// Part of the configuration space; empty on failure.
+    Config,
+    /// In-flight region and its descriptor.
+    Inflight,
+    /// A crypto session, opaque.
+    Crypto,
+    /// A descriptor, with or without a number.
+    Fd,
+    /// A number, and a descriptor unless bit 8 of the number says otherwise.
+    U64Fd,
+}
+
+/// A decoded reply.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// A number: an acknowledgement, features, a count.
+    U64(u64),
+    /// Nothing.
+    Empty,
+    /// Ring and base.
+    VringState(VringState),
+    /// Part of the configuration space. `None`: the back-end could not serve the request.
+    Config(Option<ConfigSpace>),
+    /// In-flight region. `fd` is absent where the back-end could not make one.
+    Inflight {
+        /// Where in the descriptor the region lies.
+        region: InflightDescription,
+        /// The memory.
+        fd: Option<FdSlot>,
+    },
+    /// A crypto session, opaque.
+    Crypto(Vec<u8>),
+    /// A number and possibly a descriptor.
+    Fd {
+        /// The number, zero where there was none.
+        value: u64,
+        /// The descriptor.
+        fd: Option<FdSlot>,
+    },
+}
+
+impl Reply {
+    /// Decodes the reply to the request called `name`, whose id is `request`.
+    ///
+    /// # Errors
+    /// A reply to another request, wrong lengths and wrong numbers of descriptors.
+    pub fn decode(
+        request: u32,
+        name: &'static str,
+        kind: ReplyKind,
+        header: &Header,
+        payload: &[u8],
+        fds: &[FdSlot],
+    ) -> Result<Self, Error> {
+        if !header.is_reply() {
+            return Err(Error::Direction { request: name, expected: true, found: false });
+        }
+        if header.request != request {
+            return Err(Error::Mismatch { expected: name, found: header.request });
+        }
+        if !matches!(kind, ReplyKind::Inflight | ReplyKind::Fd | ReplyKind::U64Fd) {
+            no_fds(name, fds)?;
+        }
+        let number = || Reader::exactly(name, payload, 8)?.u64();
+        match kind {
+            ReplyKind::Ack | ReplyKind::U64 => number().map(Reply::U64),
+            ReplyKind::Log if payload.is_empty() => Ok(Reply::Empty),
+            ReplyKind::Log => number().map(Reply::U64),
+            ReplyKind::VringState => VringState::decode(name, payload).map(Reply::VringState),
+            ReplyKind::Config if payload.is_empty() => Ok(Reply::Config(None)),
+            ReplyKind::Config => ConfigSpace::decode(name, payload).map(|config| Reply::Config(Some(config))),
+            ReplyKind::Inflight => Ok(Reply::Inflight {
+                region: InflightDescription::decode(name, payload)?,
+                fd: at_most_one_fd(name, fds)?,
+            }),
+            ReplyKind::Crypto => Ok(Reply::Crypto(payload.to_vec())),
+            ReplyKind::Fd | ReplyKind::U64Fd => {
+                let value = if payload.is_empty() { 0 } else { number()? };
+                Ok(Reply::Fd { value, fd: at_most_one_fd(name, fds)? })
+            }
+        }
+    }
+
+    /// Appends the reply to request `request`, and its descriptors.
+    pub fn encode(&self, request: u32, out: &mut Vec<u8>, fds: &mut Vec<FdSlot>) {
+        frame(out, request, HeaderFlags::REPLY, |out| match self {
+            Reply::U64(value) => out.put_u64(*value),
+            Reply::Empty | Reply::Config(None) => {}
+            Reply::VringState(state) => state.encode(out),
+            Reply::Config(Some(config)) => config.encode(out),
+            Reply::Inflight { region, .. } => region.encode(out),
+            Reply::Crypto(bytes) => out.extend_from_slice(bytes),
+            Reply::Fd { value, .. } => out.put_u64(*value),
+        });
+        match self {
+            Reply::Inflight { fd, .. } | Reply::Fd { fd, .. } => fds.extend(fd),
+            _ => {}
+        }
+    }
+}
