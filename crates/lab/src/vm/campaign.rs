@@ -1,0 +1,382 @@
+//! One run: a machine under load, its disk taken away again and again, everything checked at the end.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use rustix::process::{Signal, kill_process};
+
+use super::backend::Bare;
+use super::broker::{Broker, Failover, Status};
+use super::cache::{Kernel, Qemu};
+use super::checks::{self, Findings};
+use super::kernel_log::KernelLog;
+use super::layout::{BLOCK, FIO, STAMP};
+use super::machine::{CONSOLE, Machine};
+use super::orders::Orders;
+use super::plan::{Kind, Plan, Step};
+use super::process;
+use super::rng::Rng;
+use super::watch::{Account, Patience, Watch};
+use super::workspace::Workspace;
+
+/// From the machine's start to the guest's first word.
+const BOOT_MAX: Duration = Duration::from_secs(120);
+/// From an injection to its end in the status.
+const FAILOVER_MAX: Duration = Duration::from_secs(30);
+/// From the end of a failover to a new shadow.
+const REPROTECT_MAX: Duration = Duration::from_secs(30);
+/// From the word to stop to the guest's last word: the longest round of fio and the final reading.
+const FINISH_MAX: Duration = Duration::from_secs(150);
+/// How often the status is asked for while something is awaited.
+const POLL: Duration = Duration::from_millis(20);
+
+/// What to run.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    /// With a broker, or the daemon alone.
+    pub(crate) guard: bool,
+    /// The programs.
+    pub(crate) qemu: Qemu,
+    /// The failovers.
+    pub(crate) plan: Plan,
+    /// What the guest does.
+    pub(crate) orders: Orders,
+    /// The longest time for injecting.
+    pub(crate) cap: Duration,
+    /// When the guest counts as lost.
+    pub(crate) patience: Patience,
+    /// Print a line for each second of the guest.
+    pub(crate) live: bool,
+    /// Damage the image behind everybody's back: the checks must then find it.
+    pub(crate) sabotage: bool,
+    /// Where to keep the logs.
+    pub(crate) logs: Option<std::path::PathBuf>,
+}
+
+/// One injected failover and what came of it.
+#[derive(Debug)]
+pub(crate) struct Injected {
+    /// What was done.
+    pub(crate) kind: Kind,
+    /// The broker's account; none without a broker.
+    pub(crate) failover: Option<Failover>,
+    at: Instant,
+    /// The slowest probe of the guest in the seconds around it.
+    pub(crate) guest_worst_us: u64,
+}
+
+/// Everything a run has found.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// The failovers, in order.
+    pub(crate) injected: Vec<Injected>,
+    /// What the guest said.
+    pub(crate) account: Account,
+    /// What its kernel said.
+    pub(crate) kernel_log: KernelLog,
+    /// What the image showed.
+    pub(crate) findings: Findings,
+    /// Why the run could not go on, if so.
+    pub(crate) trouble: Option<String>,
+    /// Processes that outlived their owner.
+    pub(crate) leaks: Vec<String>,
+    /// The most memory the broker was seen to use.
+    pub(crate) broker_rss_bytes_max: u64,
+    /// Time of the whole run.
+    pub(crate) took: Duration,
+    /// The guest's kernel.
+    pub(crate) kernel: String,
+}
+
+/// Who serves the disk.
+#[derive(Debug)]
+enum Disk {
+    Guarded(Broker),
+    Bare(Bare),
+}
+
+/// A run in progress.
+#[derive(Debug)]
+struct Campaign<'a> {
+    settings: &'a Settings,
+    workspace: &'a Workspace,
+    machine: Machine,
+    watch: Watch,
+    disk: Disk,
+    injected: Vec<Injected>,
+    broker_rss_bytes_max: u64,
+    began: Instant,
+}
+
+/// Runs one campaign from start to verdict. An error means that the run could not be made; what the run found is in the
+/// outcome.
+pub(crate) fn run(settings: &Settings) -> anyhow::Result<Outcome> {
+    let began = Instant::now();
+    let kernel = Kernel::find()?;
+    let workspace = Workspace::make()?;
+    process::guard_exits(workspace.root());
+    workspace.make_image()?;
+    let outcome = run_in(settings, &workspace, &kernel, began);
+    if let Some(target) = &settings.logs {
+        workspace.save_logs(target)?;
+    }
+    outcome
+}
+
+fn run_in(settings: &Settings, workspace: &Workspace, kernel: &Kernel, began: Instant) -> anyhow::Result<Outcome> {
+    let socket = workspace.path("disk.sock");
+    let disk = if settings.guard {
+        Disk::Guarded(Broker::start(&settings.qemu, workspace, &socket)?)
+    } else {
+        Disk::Bare(Bare::start(&settings.qemu, workspace, socket.clone())?)
+    };
+    let (machine, port) = Machine::start(&settings.qemu, kernel, settings.orders, &socket, workspace)?;
+    let watch = Watch::new(port)?;
+    let mut campaign =
+        Campaign { settings, workspace, machine, watch, disk, injected: Vec::new(), broker_rss_bytes_max: 0, began };
+    let trouble = campaign.play().err().map(|why| format!("{why:#}"));
+    anyhow::ensure!(!process::interrupted(), "interrupted");
+    campaign.conclude(trouble, kernel)
+}
+
+impl Campaign<'_> {
+    /// The run itself; an error says why it ended before its time.
+    fn play(&mut self) -> anyhow::Result<()> {
+        self.await_boot()?;
+        // The kernel's boot is not what is tested here: first the loads, then the failovers.
+        self.listen_for(Duration::from_secs(2))?;
+        let deadline = Instant::now() + self.settings.cap;
+        for (number, step) in (1..).zip(&self.settings.plan.steps) {
+            if Instant::now() > deadline {
+                self.say(&format!("time is up after {} failovers", number - 1));
+                break;
+            }
+            self.inject(number, *step)?;
+            if self.settings.sabotage {
+                self.damage_image(number)?;
+            }
+        }
+        self.listen_for(self.settings.plan.tail)?;
+        self.finish()
+    }
+
+    fn await_boot(&mut self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + BOOT_MAX;
+        while self.watch.account.ticks.is_empty() {
+            anyhow::ensure!(Instant::now() < deadline, "the guest does not start: {}", self.console_tail());
+            self.listen_for(POLL)?;
+        }
+        let boot_ms = self.watch.account.boot_ms.unwrap_or(0);
+        self.say(&format!("the guest is up ({boot_ms} ms after its kernel began)"));
+        Ok(())
+    }
+
+    /// Listens to the guest; an error says why there is no point in going on.
+    fn listen_for(&mut self, span: Duration) -> anyhow::Result<()> {
+        let deadline = Instant::now() + span;
+        loop {
+            if self.watch.listen(deadline.saturating_duration_since(Instant::now()).min(POLL * 10)) {
+                self.show_tick();
+            }
+            self.assert_alive()?;
+            if Instant::now() >= deadline {
+                return Ok(());
+            }
+        }
+    }
+
+    fn assert_alive(&mut self) -> anyhow::Result<()> {
+        anyhow::ensure!(!process::interrupted(), "interrupted");
+        if self.machine.ended().is_some() && !self.watch.account.ended {
+            anyhow::bail!("{}: {}", self.machine.obituary(), self.console_tail());
+        }
+        if let Disk::Guarded(broker) = &mut self.disk
+            && let Some(why) = broker.gone()
+        {
+            anyhow::bail!("{why}");
+        }
+        match self.watch.account.standstill(&self.settings.patience) {
+            Some(why) => anyhow::bail!("{why}"),
+            None => Ok(()),
+        }
+    }
+
+    /// One failover: wait until it is possible, wait the step's gap, take the primary away, wait for the end.
+    fn inject(&mut self, number: usize, step: Step) -> anyhow::Result<()> {
+        self.await_status("a new shadow", REPROTECT_MAX, |status| status.ready)?;
+        self.listen_for(step.gap)?;
+        let at = Instant::now();
+        let failover = match &mut self.disk {
+            Disk::Bare(bare) => {
+                bare.replace(bare_signal(step.kind))?;
+                None
+            }
+            Disk::Guarded(broker) => {
+                let status = broker.status()?;
+                let before = status.last.as_ref().map(|last| last.id.clone());
+                match step.kind {
+                    Kind::Planned => Some(broker.fail_over()?),
+                    Kind::Crash => self.take_away(&status, &before, Signal::KILL)?,
+                    Kind::Hang => self.take_away(&status, &before, Signal::STOP)?,
+                }
+            }
+        };
+        let line = match &failover {
+            Some(failover) => describe(failover),
+            None => "daemon replaced".to_owned(),
+        };
+        self.say(&format!("{number}/{} {}: {line}", self.settings.plan.steps.len(), step.kind.word()));
+        self.injected.push(Injected { kind: step.kind, failover, at, guest_worst_us: 0 });
+        Ok(())
+    }
+
+    /// Sends the primary a signal and waits for the failover that follows.
+    fn take_away(
+        &mut self,
+        status: &Status,
+        before: &Option<String>,
+        signal: Signal,
+    ) -> anyhow::Result<Option<Failover>> {
+        let Disk::Guarded(broker) = &self.disk else { anyhow::bail!("nobody guards the disk") };
+        kill_process(broker.primary_of(status)?, signal).context("sending the primary a signal")?;
+        let is_new =
+            |status: &Status| status.last.is_some() && status.last.as_ref().map(|last| &last.id) != before.as_ref();
+        let status = self.await_status("the end of the failover", FAILOVER_MAX, is_new)?;
+        Ok(status.and_then(|status| status.last))
+    }
+
+    /// Asks for the status until it is as wanted; none without a broker.
+    fn await_status(
+        &mut self,
+        what: &str,
+        patience: Duration,
+        wanted: impl Fn(&Status) -> bool,
+    ) -> anyhow::Result<Option<Status>> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let Disk::Guarded(broker) = &self.disk else { return Ok(None) };
+            let status = broker.status()?;
+            self.broker_rss_bytes_max = self.broker_rss_bytes_max.max(status.broker_rss_bytes);
+            if wanted(&status) {
+                return Ok(Some(status));
+            }
+            anyhow::ensure!(Instant::now() < deadline, "{what} did not come within {patience:?}: {}", status.state);
+            self.listen_for(POLL)?;
+        }
+    }
+
+    /// Writes noise into the parts of the image that fio and the stamps own.
+    fn damage_image(&self, number: usize) -> anyhow::Result<()> {
+        let mut rng = Rng::new(self.settings.orders.seed, 200 + number as u64);
+        let image = File::options().write(true).open(self.workspace.image())?;
+        for region in [FIO, STAMP] {
+            let mut noise = vec![0; 64 * usize::try_from(BLOCK)?];
+            rng.fill(&mut noise);
+            let first = rng.range(0, region.bytes / BLOCK - 64);
+            image.write_all_at(&noise, region.offset + first * BLOCK)?;
+        }
+        Ok(())
+    }
+
+    /// Lets the guest end its loads and switch itself off.
+    fn finish(&mut self) -> anyhow::Result<()> {
+        self.say("the guest ends its loads and checks");
+        self.watch.say_stop()?;
+        let deadline = Instant::now() + FINISH_MAX;
+        while !self.watch.account.ended {
+            anyhow::ensure!(Instant::now() < deadline, "the guest did not finish within {FINISH_MAX:?}");
+            self.listen_for(POLL)?;
+        }
+        anyhow::ensure!(self.machine.wait(Duration::from_secs(20)).is_some(), "the guest does not switch itself off");
+        Ok(())
+    }
+
+    /// Ends everything and looks at what is left.
+    fn conclude(mut self, trouble: Option<String>, kernel: &Kernel) -> anyhow::Result<Outcome> {
+        if let Some(why) = &trouble {
+            self.say(&format!("given up: {why}"));
+        }
+        self.machine.end();
+        let mut leaks = Vec::new();
+        match &mut self.disk {
+            Disk::Bare(bare) => bare.end(),
+            Disk::Guarded(broker) => {
+                if !broker.end() {
+                    leaks.push("the broker itself, which had to be killed".to_owned());
+                }
+            }
+        }
+        leaks.extend(process::end_strays(self.workspace.root()));
+        let console = std::fs::read(self.workspace.path(CONSOLE)).unwrap_or_default();
+        let seed = self.settings.orders.seed;
+        let findings = checks::check(&self.workspace.image(), seed, &self.watch.account)?;
+        self.attribute_waits();
+        Ok(Outcome {
+            injected: self.injected,
+            account: self.watch.account,
+            kernel_log: KernelLog::read(&String::from_utf8_lossy(&console)),
+            findings,
+            trouble,
+            leaks,
+            broker_rss_bytes_max: self.broker_rss_bytes_max,
+            took: self.began.elapsed(),
+            kernel: kernel.release.clone(),
+        })
+    }
+
+    /// Gives each failover the slowest probe of the ticks that followed, up to the next failover.
+    fn attribute_waits(&mut self) {
+        const REACH: Duration = Duration::from_secs(3);
+        let starts: Vec<Instant> = self.injected.iter().map(|injected| injected.at).collect();
+        for (index, injected) in self.injected.iter_mut().enumerate() {
+            let next = starts.get(index + 1).copied();
+            let until = match next {
+                // Nothing followed: what is still waiting at the end belongs to the last one.
+                None => Instant::now(),
+                Some(next) => next.min(injected.at + REACH),
+            };
+            injected.guest_worst_us = self.watch.account.worst_us_between(injected.at, until);
+        }
+    }
+
+    fn show_tick(&self) {
+        let Some(tick) = self.watch.account.ticks.last().filter(|_| self.settings.live) else { return };
+        let bar = "#".repeat(usize::try_from(tick.iops / 200).unwrap_or(0).min(40));
+        self.say(&format!("{:>6} IOPS  worst {:>9.1} ms  {bar}", tick.iops, to_ms(tick.worst_us)));
+    }
+
+    fn say(&self, what: &str) {
+        eprintln!("[{:6.1} s] {what}", self.began.elapsed().as_secs_f64());
+    }
+
+    fn console_tail(&self) -> String {
+        let text = std::fs::read(self.workspace.path(CONSOLE)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        lines[lines.len().saturating_sub(3)..].join(" | ")
+    }
+}
+
+/// What happens to a daemon nobody guards: a planned restart asks it to end, anything else kills it.
+fn bare_signal(kind: Kind) -> Signal {
+    match kind {
+        Kind::Planned => Signal::TERM,
+        Kind::Crash | Kind::Hang => Signal::KILL,
+    }
+}
+
+/// One line on a failover.
+fn describe(failover: &Failover) -> String {
+    let blackout = failover.blackout_us.map_or_else(String::new, |us| format!(" after {:.2} ms", to_ms(us)));
+    let Failover { result, recovery, fence, inflight, survivors, message, .. } = failover;
+    let why = if message.is_empty() || result == "settled" { String::new() } else { format!(": {message}") };
+    format!("{result}{blackout}, {inflight} in flight, {survivors} survivors ({recovery}, {fence}){why}")
+}
+
+/// Microseconds as milliseconds.
+#[expect(clippy::cast_precision_loss, reason = "a time for people to read")]
+pub(crate) fn to_ms(us: u64) -> f64 {
+    us as f64 / 1000.0
+}

@@ -1,0 +1,119 @@
+//! The virtual machine: an unmodified QEMU with emulated processors, its disk behind a vhost-user socket.
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+
+use super::cache::{Kernel, Qemu, QemuVersion};
+use super::initramfs;
+use super::orders::Orders;
+use super::process::Process;
+use super::workspace::Workspace;
+
+const MEMORY: &str = "768M";
+/// Processors, queues of the disk: one queue for each processor.
+const PROCESSORS: u32 = 2;
+
+/// A running machine.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    process: Process,
+}
+
+impl Machine {
+    /// Starts the machine; `disk` is the socket of its disk. Returns it with the host's end of the guest's port.
+    pub(crate) fn start(
+        qemu: &Qemu,
+        kernel: &Kernel,
+        orders: Orders,
+        disk: &Path,
+        workspace: &Workspace,
+    ) -> anyhow::Result<(Self, UnixStream)> {
+        let initramfs = workspace.path("initramfs");
+        initramfs::build(kernel, workspace.root(), &initramfs)?;
+        let port = workspace.path("port.sock");
+        let log = File::create(workspace.path("qemu.log"))?;
+        let mut command = qemu.command("qemu-system-x86_64");
+        for directory in qemu.firmware() {
+            command.arg("-L").arg(directory);
+        }
+        command
+            .args(["-machine", "pc", "-accel", "tcg,thread=multi", "-cpu", "Nehalem"])
+            .args(["-smp", &PROCESSORS.to_string(), "-m", MEMORY])
+            .args(["-object", &format!("memory-backend-memfd,id=ram,size={MEMORY},share=on")])
+            .args(["-numa", "node,memdev=ram"])
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-no-reboot"])
+            .arg("-chardev")
+            .arg(format!("file,id=console,path={}", workspace.path(CONSOLE).display()))
+            .arg("-chardev")
+            .arg(format!("socket,id=port,path={},server=on,wait=on", port.display()))
+            .args(["-serial", "chardev:console", "-serial", "chardev:port"])
+            .arg("-chardev")
+            .arg(format!("socket,id=disk,path={},{}", disk.display(), reconnect(qemu.version)))
+            .args(["-device", &format!("vhost-user-blk-pci,chardev=disk,num-queues={PROCESSORS}")])
+            .arg("-kernel")
+            .arg(&kernel.image)
+            .arg("-initrd")
+            .arg(&initramfs)
+            .arg("-append")
+            .arg(format!("console=ttyS0 loglevel=5 mitigations=off panic=-1 {}", orders.to_command_line()))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        let mut process = Process::start("QEMU", &mut command)?;
+        let port = connect(&port, &mut process)?;
+        Ok((Self { process }, port))
+    }
+
+    /// How the machine ended, if it has.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.process.ended()
+    }
+
+    /// Waits until the guest has switched itself off.
+    pub(crate) fn wait(&mut self, patience: Duration) -> Option<ExitStatus> {
+        self.process.wait(patience)
+    }
+
+    /// Ends the machine, whatever the guest does.
+    pub(crate) fn end(&mut self) {
+        self.process.kill();
+    }
+
+    /// One sentence on how it ended.
+    pub(crate) fn obituary(&mut self) -> String {
+        self.process.obituary()
+    }
+}
+
+/// Name of the file with the guest's kernel log.
+pub(crate) const CONSOLE: &str = "console.log";
+
+/// The option that makes QEMU connect again when its disk's socket closes: as quick as each version can.
+fn reconnect(version: QemuVersion) -> &'static str {
+    match version {
+        QemuVersion::V10 => "reconnect-ms=100",
+        QemuVersion::V7 => "reconnect=1",
+    }
+}
+
+/// Connects to the guest's port; QEMU starts the machine only then, so no line is missed.
+fn connect(port: &Path, process: &mut Process) -> anyhow::Result<UnixStream> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        if let Ok(stream) = UnixStream::connect(port) {
+            return Ok(stream);
+        }
+        if process.ended().is_some() || Instant::now() > deadline {
+            let log = port.with_file_name("qemu.log");
+            let log = std::fs::read_to_string(log).unwrap_or_default();
+            return Err(anyhow::anyhow!("{}: {}", process.obituary(), log.trim())).context("starting the machine");
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}

@@ -1,0 +1,75 @@
+//! What is done to the disk, and when: made from the seed before the run, so that a run can be repeated.
+
+use std::time::Duration;
+
+use super::rng::Rng;
+
+/// The ways a primary is taken away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Kind {
+    /// Asked for: the primary is drained, then swapped.
+    Planned,
+    /// SIGKILL.
+    Crash,
+    /// SIGSTOP.
+    Hang,
+}
+
+impl Kind {
+    /// The word used everywhere.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Planned => "planned",
+            Self::Crash => "crash",
+            Self::Hang => "hang",
+        }
+    }
+}
+
+/// One failover to inject.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Step {
+    /// How long after the device is ready for it.
+    pub(crate) gap: Duration,
+    /// Which one.
+    pub(crate) kind: Kind,
+}
+
+/// A whole run's failovers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// In order.
+    pub(crate) steps: Vec<Step>,
+    /// Load after the last one.
+    pub(crate) tail: Duration,
+}
+
+impl Plan {
+    /// `count` failovers of random kinds at random distances.
+    pub(crate) fn random(seed: u64, count: u32, kinds: &[Kind]) -> Self {
+        const GAP_MS: (u64, u64) = (150, 1500);
+        let mut rng = Rng::new(seed, 100);
+        let step = |_| Step { gap: Duration::from_millis(rng.range(GAP_MS.0, GAP_MS.1)), kind: *rng.pick(kinds) };
+        Self { steps: (0..count).map(step).collect(), tail: Duration::from_secs(2) }
+    }
+
+    /// The given kinds, one every `gap`.
+    pub(crate) fn steady(kinds: &[Kind], gap: Duration, tail: Duration) -> Self {
+        Self { steps: kinds.iter().map(|&kind| Step { gap, kind }).collect(), tail }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_repeats_and_keeps_to_the_kinds() {
+        let kinds = [Kind::Planned, Kind::Hang];
+        let plan = Plan::random(5, 50, &kinds);
+        assert_eq!(plan, Plan::random(5, 50, &kinds));
+        assert_ne!(plan, Plan::random(6, 50, &kinds));
+        assert!(plan.steps.iter().all(|step| kinds.contains(&step.kind)));
+    }
+}
