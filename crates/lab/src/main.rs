@@ -2,6 +2,8 @@
 //!
 //! Each subcommand is one instrument; its module says what it checks and what it does not.
 
+mod guest;
+mod rig;
 mod vm;
 
 use clap::{Parser, Subcommand};
