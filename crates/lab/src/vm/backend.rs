@@ -14,25 +14,58 @@ use super::cache::Qemu;
 use super::process::Process;
 use super::workspace::Workspace;
 
+/// What the storage daemon puts between the guest and the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Limits {
+    /// Limits on reads and on writes, as a cloud gives its disks: requests wait inside the daemon, and reads and writes
+    /// overtake each other. An emulated guest on an image in memory leaves next to nothing in flight otherwise, and a
+    /// kill would have nothing to lose.
+    Cloud,
+    /// No limits: as fast as the image.
+    None,
+}
+
+impl Limits {
+    fn words(self) -> Vec<OsString> {
+        const READS_PER_SECOND: u32 = 1200;
+        const WRITES_PER_SECOND: u32 = 2000;
+        let (group, node) = match self {
+            Self::None => return vec!["--blockdev".into(), "driver=raw,node-name=disk,file=image".into()],
+            Self::Cloud => (
+                format!(
+                    "throttle-group,id=limits,limits.iops-read={READS_PER_SECOND},limits.iops-write={WRITES_PER_SECOND}"
+                ),
+                "driver=throttle,node-name=disk,throttle-group=limits,file=image",
+            ),
+        };
+        vec!["--object".into(), group.into(), "--blockdev".into(), node.into()]
+    }
+}
+
 /// The command line of a storage daemon that serves `image` on `socket`.
-pub(crate) fn command_line(qemu: &Qemu, image: &Path, socket: &str) -> Vec<OsString> {
+pub(crate) fn command_line(qemu: &Qemu, limits: Limits, image: &Path, socket: &str) -> Vec<OsString> {
     let image = image.display();
-    vec![
+    let mut words = vec![
         qemu.program("qemu-storage-daemon").into_os_string(),
         "--blockdev".into(),
-        format!("driver=file,node-name=disk,filename={image},locking=on").into(),
-        "--export".into(),
+        format!("driver=file,node-name=image,filename={image},locking=on").into(),
+    ];
+    words.extend(limits.words());
+    words.push("--export".into());
+    words.push(
         format!(
             "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},writable=on,num-queues=2"
         )
         .into(),
-    ]
+    );
+    words
 }
 
 /// A storage daemon nobody guards.
 #[derive(Debug)]
 pub(crate) struct Bare {
     qemu: Qemu,
+    limits: Limits,
     image: PathBuf,
     socket: PathBuf,
     log: PathBuf,
@@ -41,17 +74,17 @@ pub(crate) struct Bare {
 
 impl Bare {
     /// Starts the daemon on `socket`.
-    pub(crate) fn start(qemu: &Qemu, workspace: &Workspace, socket: PathBuf) -> anyhow::Result<Self> {
+    pub(crate) fn start(qemu: &Qemu, limits: Limits, workspace: &Workspace, socket: PathBuf) -> anyhow::Result<Self> {
         let (image, log) = (workspace.image(), workspace.path("backend.log"));
-        let process = spawn(qemu, &image, &socket, &log)?;
-        Ok(Self { qemu: qemu.clone(), image, socket, log, process })
+        let process = spawn(qemu, limits, &image, &socket, &log)?;
+        Ok(Self { qemu: qemu.clone(), limits, image, socket, log, process })
     }
 
     /// Ends the daemon with `signal` and starts another one at once.
     pub(crate) fn replace(&mut self, signal: Signal) -> anyhow::Result<()> {
         self.process.signal(signal);
         anyhow::ensure!(self.process.wait(Duration::from_secs(10)).is_some(), "the daemon does not end");
-        self.process = spawn(&self.qemu, &self.image, &self.socket, &self.log)?;
+        self.process = spawn(&self.qemu, self.limits, &self.image, &self.socket, &self.log)?;
         Ok(())
     }
 
@@ -62,9 +95,9 @@ impl Bare {
 }
 
 /// Starts a daemon and returns once it listens.
-fn spawn(qemu: &Qemu, image: &Path, socket: &Path, log: &Path) -> anyhow::Result<Process> {
+fn spawn(qemu: &Qemu, limits: Limits, image: &Path, socket: &Path, log: &Path) -> anyhow::Result<Process> {
     let _ = std::fs::remove_file(socket);
-    let words = command_line(qemu, image, &socket.to_string_lossy());
+    let words = command_line(qemu, limits, image, &socket.to_string_lossy());
     let mut command = Command::new(&words[0]);
     command.args(&words[1..]).envs(qemu.environment()).stdin(Stdio::null()).stdout(Stdio::null());
     command.stderr(File::options().create(true).append(true).open(log)?);

@@ -14,7 +14,7 @@ use anyhow::Context as _;
 use rustix::process::Pid;
 use serde_json::Value;
 
-use super::backend;
+use super::backend::{self, Limits};
 use super::cache::Qemu;
 use super::process::{Process, command_line};
 use super::workspace::Workspace;
@@ -114,7 +114,7 @@ impl Status {
 
 impl Broker {
     /// Starts a broker that guards the image with a pair of storage daemons and listens on `socket`.
-    pub(crate) fn start(qemu: &Qemu, workspace: &Workspace, socket: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn start(qemu: &Qemu, limits: Limits, workspace: &Workspace, socket: &Path) -> anyhow::Result<Self> {
         let control = workspace.path("control");
         std::fs::create_dir(&control)?;
         let log = workspace.path("broker.log");
@@ -122,7 +122,7 @@ impl Broker {
         command.args(["--name", NAME, "--socket"]).arg(socket);
         command.arg("--control").arg(&control).arg("--run-dir").arg(&control);
         command.arg("--journal").arg(workspace.path("journal.log")).arg("--");
-        command.args(backend::command_line(qemu, &workspace.image(), "{socket}"));
+        command.args(backend::command_line(qemu, limits, &workspace.image(), "{socket}"));
         command.envs(qemu.environment());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&log)?);
         let process = Process::start("the broker", &mut command)?;

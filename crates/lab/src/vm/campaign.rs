@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use rustix::process::{Signal, kill_process};
 
-use super::backend::Bare;
+use super::backend::{Bare, Limits};
 use super::broker::{Broker, Failover, Status};
 use super::cache::{Kernel, Qemu};
 use super::checks::{self, Findings};
@@ -39,6 +39,8 @@ pub(crate) struct Settings {
     pub(crate) guard: bool,
     /// The programs.
     pub(crate) qemu: Qemu,
+    /// What the daemon puts before the image.
+    pub(crate) limits: Limits,
     /// The failovers.
     pub(crate) plan: Plan,
     /// What the guest does.
@@ -128,9 +130,9 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<Outcome> {
 fn run_in(settings: &Settings, workspace: &Workspace, kernel: &Kernel, began: Instant) -> anyhow::Result<Outcome> {
     let socket = workspace.path("disk.sock");
     let disk = if settings.guard {
-        Disk::Guarded(Broker::start(&settings.qemu, workspace, &socket)?)
+        Disk::Guarded(Broker::start(&settings.qemu, settings.limits, workspace, &socket)?)
     } else {
-        Disk::Bare(Bare::start(&settings.qemu, workspace, socket.clone())?)
+        Disk::Bare(Bare::start(&settings.qemu, settings.limits, workspace, socket.clone())?)
     };
     let (machine, port) = Machine::start(&settings.qemu, kernel, settings.orders, &socket, workspace)?;
     let watch = Watch::new(port)?;

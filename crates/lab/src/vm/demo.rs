@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::backend::Limits;
 use super::cache::{Qemu, QemuVersion};
 use super::campaign::{self, Injected, Outcome, Settings, to_ms};
 use super::orders::{Load, Orders};
@@ -35,6 +36,7 @@ fn settings(version: QemuVersion, seed: u64, guard: bool) -> anyhow::Result<Sett
     Ok(Settings {
         guard,
         qemu: Qemu::find(version)?,
+        limits: Limits::Cloud,
         plan,
         orders: Orders { seed, load: Load::Steady },
         cap: Duration::from_secs(90),

@@ -31,6 +31,7 @@ mod workspace;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use backend::Limits;
 use cache::{Qemu, QemuVersion};
 use campaign::Settings;
 use orders::{Load, Orders};
@@ -56,6 +57,9 @@ pub(crate) struct Args {
     /// Which failovers to inject.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Kind::Planned, Kind::Crash, Kind::Hang])]
     kinds: Vec<Kind>,
+    /// Limits of the guest's disk.
+    #[arg(long, value_enum, default_value = "cloud")]
+    limits: Limits,
     /// Stop injecting after so many minutes.
     #[arg(long)]
     minutes: Option<u64>,
@@ -113,6 +117,7 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
     Ok(Settings {
         guard: !args.no_guard,
         qemu: Qemu::find(args.qemu)?,
+        limits: args.limits,
         plan: Plan::random(args.seed, args.failovers, &kinds),
         orders: Orders { seed: args.seed, load: Load::Rounds },
         cap: Duration::from_secs(60 * minutes),
