@@ -1,1 +1,33 @@
-//! warmswap core.
+//! The truth about a device, its primary and its shadow, without I/O.
+//!
+//! [`Pair::handle`] takes what happened, the time, and guest memory, and says what is to be done. It reads no clock, no file, no
+//! environment and no random number, so a script of events replays to the same actions, and a simulator can drive it.
+//!
+//! Calling order: [`Pair::new`], [`Pair::start`], then [`Pair::handle`] for every event and [`Event::Tick`] not later than
+//! [`Pair::next_timeout`]. Requests of the VMM are delivered one at a time, while [`Pair::wants_request`] says so.
+
+#![forbid(unsafe_code)]
+
+mod drain;
+mod event;
+mod failover;
+mod journal;
+mod link;
+mod memory;
+mod observer;
+mod pair;
+mod policy;
+mod session;
+mod time;
+
+pub use drain::DrainMethod;
+pub use event::{Action, Actions, BackendId, CommandId, Event, FenceLevel, PrivateEvents};
+pub use failover::{Kind, Outcome, Phase, Recovery, Report};
+pub use journal::{Entry, Severity, Value};
+pub use link::{LinkState, Offer};
+pub use memory::{GuestMemory, MemoryError, PrivateRing, RingPlace};
+pub use observer::{Gap, Knowledge, Observation, Observer, SILENCE_MAX, Violation};
+pub use pair::{BackendStatus, Counters, Pair, PairState, RingStatus, Status};
+pub use policy::{Limits, PairConfig, Survivors};
+pub use session::{NamedFd, Ring, Session, SessionError};
+pub use time::Nanos;

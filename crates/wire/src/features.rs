@@ -172,7 +172,7 @@ impl DeviceType {
         match self {
             // libvhost-user panics on an in-flight region for a file system device.
             DeviceType::Fs => self.protocol_features(),
-            _ => self.protocol_features() | ProtocolFeatures::INFLIGHT_SHMFD,
+            _ => self.protocol_features(),
         }
     }
 }

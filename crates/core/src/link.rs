@@ -1,0 +1,361 @@
+//! The link to one backend: what it offers, what it has been told, what it still has to answer.
+//!
+//! ```text
+//! Starting ─LinkUp─▶ Negotiating ─all answers─▶ Offered ─session known─▶ Warming ─ack─▶ Ready ─rings handed─▶ Active
+//!     any state ─LinkDown, Exited, failover─▶ Ended
+//! ```
+//! Replies come in the order of the requests, so what is unanswered is a queue. Acknowledgements belong to one link: where the
+//! backend lacks REPLY_ACK, a GET_FEATURES behind the message serves as one.
+
+use std::collections::VecDeque;
+
+use warmswap_wire::{
+    ConfigSpace, DeviceType, Error, FdSlot, Header, HeaderFlags, ProtocolFeatures, Reply, ReplyKind, Request,
+    RequestCode, VirtioFeatures,
+};
+
+use crate::event::{Action, Actions, BackendId, PrivateEvents};
+use crate::time::Nanos;
+
+/// Most replies one backend may owe.
+const PENDING_MAX: usize = 4096;
+
+/// Sizes of the configuration space to ask for, largest first: backends refuse what is longer than their own structure.
+const CONFIG_SIZES: [u16; 9] = [256, 128, 96, 72, 60, 36, 24, 12, 8];
+
+/// Where a backend stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkState {
+    /// The process is being started or connected to.
+    Starting,
+    /// Features and limits are being asked for.
+    Negotiating,
+    /// Everything is known of it; it knows nothing of the session yet.
+    Offered,
+    /// The session is being replayed to it.
+    Warming,
+    /// It mirrors the session and could take over at once.
+    Ready,
+    /// It serves rings.
+    Active,
+    /// Its link or process is gone, or it is being fenced.
+    Ended,
+}
+
+impl LinkState {
+    /// The word used in every report.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            LinkState::Starting => "starting",
+            LinkState::Negotiating => "negotiating",
+            LinkState::Offered => "offered",
+            LinkState::Warming => "warming",
+            LinkState::Ready => "ready",
+            LinkState::Active => "active",
+            LinkState::Ended => "ended",
+        }
+    }
+}
+
+/// What a backend can do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Offer {
+    /// Virtio features.
+    pub features: u64,
+    /// Protocol features, as it offers them.
+    pub protocol: u64,
+    /// Most rings.
+    pub queues: u64,
+    /// Most memory regions.
+    pub mem_slots: u64,
+    /// Configuration space.
+    pub config: Vec<u8>,
+}
+
+/// What a reply is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    Features,
+    Protocol,
+    Queues,
+    MemSlots,
+    Config,
+    ConfigAgain,
+    Offered,
+    Warm,
+    /// A change mirrored for the VMM's request of that number.
+    Mirror(u64),
+    Divert,
+    Stop {
+        ring: u32,
+    },
+    Handed,
+    Isolated,
+    Ping,
+    Inflight,
+    /// An answer nobody waits for.
+    Nobody,
+}
+
+#[derive(Debug)]
+struct Pending {
+    code: RequestCode,
+    kind: ReplyKind,
+    purpose: Purpose,
+}
+
+/// The link to one backend.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) id: BackendId,
+    pub(crate) state: LinkState,
+    pub(crate) offer: Offer,
+    /// Protocol features in force on this link.
+    pub(crate) protocol: ProtocolFeatures,
+    pub(crate) private: Option<PrivateEvents>,
+    /// Why it cannot serve as a shadow, if so.
+    pub(crate) refused: Option<String>,
+    pub(crate) started_at: Nanos,
+    pub(crate) heard_at: Nanos,
+    pub(crate) pinged_at: Option<Nanos>,
+    /// It has been given a ring once: it may have touched guest memory.
+    pub(crate) touched: bool,
+    backend_req: Option<FdSlot>,
+    pending: VecDeque<Pending>,
+    config_size: usize,
+}
+
+/// What a message from a backend meant.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Answered {
+    /// Negotiation goes on.
+    Nothing,
+    /// Negotiation is complete.
+    Offered,
+    /// The reply to a message sent for this purpose.
+    For(Purpose, Reply),
+}
+
+impl Link {
+    pub(crate) fn new(id: BackendId, now: Nanos) -> Self {
+        Link {
+            id,
+            state: LinkState::Starting,
+            offer: Offer::default(),
+            protocol: ProtocolFeatures::empty(),
+            private: None,
+            refused: None,
+            started_at: now,
+            heard_at: now,
+            pinged_at: None,
+            touched: false,
+            backend_req: None,
+            pending: VecDeque::new(),
+            config_size: 0,
+        }
+    }
+
+    /// Whether it is connected and not given up.
+    pub(crate) fn is_alive(&self) -> bool {
+        !matches!(self.state, LinkState::Starting | LinkState::Ended)
+    }
+
+    /// Whether it has been told of the session and must hear of every change.
+    pub(crate) fn mirrors(&self) -> bool {
+        matches!(self.state, LinkState::Warming | LinkState::Ready | LinkState::Active)
+    }
+
+    pub(crate) fn connected(
+        &mut self,
+        backend_req: Option<FdSlot>,
+        private: PrivateEvents,
+        now: Nanos,
+        out: &mut Actions,
+    ) {
+        self.state = LinkState::Negotiating;
+        self.backend_req = backend_req;
+        self.private = Some(private);
+        self.heard_at = now;
+        self.ask(Request::GetFeatures, Purpose::Features, out);
+    }
+
+    /// Closes the descriptors that belong to the link.
+    pub(crate) fn end(&mut self, out: &mut Actions) {
+        self.state = LinkState::Ended;
+        self.pending.clear();
+        let private = self.private.take().into_iter().flat_map(|events| [events.kick, events.call]);
+        for fd in self.backend_req.take().into_iter().chain(private) {
+            out.push(Action::Close(fd));
+        }
+    }
+
+    /// Sends a message that nobody waits for.
+    pub(crate) fn tell(&mut self, request: &Request, out: &mut Actions) {
+        let kind = self.unasked_reply(request.code());
+        self.transmit(request, HeaderFlags::empty(), out);
+        if let Some(kind) = kind {
+            self.expect(request.code(), kind, Purpose::Nobody);
+        }
+    }
+
+    /// Sends a message whose reply, or acknowledgement, is waited for.
+    pub(crate) fn ask(&mut self, request: Request, purpose: Purpose, out: &mut Actions) {
+        let code = request.code();
+        if let Some(kind) = self.unasked_reply(code) {
+            self.transmit(&request, HeaderFlags::empty(), out);
+            self.expect(code, kind, purpose);
+        } else if self.protocol.contains(ProtocolFeatures::REPLY_ACK) {
+            self.transmit(&request, HeaderFlags::NEED_REPLY, out);
+            self.expect(code, ReplyKind::Ack, purpose);
+        } else {
+            self.transmit(&request, HeaderFlags::empty(), out);
+            self.transmit(&Request::GetFeatures, HeaderFlags::empty(), out);
+            self.expect(RequestCode::GetFeatures, ReplyKind::Ack, purpose);
+        }
+    }
+
+    /// The reply a message has on this link without being asked for one.
+    fn unasked_reply(&self, code: RequestCode) -> Option<ReplyKind> {
+        let log = code == RequestCode::SetLogBase && self.protocol.contains(ProtocolFeatures::LOG_SHMFD);
+        (code.always_replies() || log).then(|| code.reply_kind())
+    }
+
+    fn transmit(&mut self, request: &Request, flags: HeaderFlags, out: &mut Actions) {
+        let (mut bytes, mut fds) = (Vec::with_capacity(64), Vec::new());
+        request.encode(flags, &mut bytes, &mut fds);
+        out.push(Action::SendLink { backend: self.id, bytes, fds });
+    }
+
+    fn expect(&mut self, code: RequestCode, kind: ReplyKind, purpose: Purpose) {
+        self.pending.push_back(Pending { code, kind, purpose });
+    }
+
+    /// Whether it owes so many answers that it must be taken for silent.
+    pub(crate) fn is_overrun(&self) -> bool {
+        self.pending.len() > PENDING_MAX
+    }
+
+    /// Handles a message from the backend.
+    pub(crate) fn message(
+        &mut self,
+        device: DeviceType,
+        header: &Header,
+        payload: &[u8],
+        fds: &[FdSlot],
+        now: Nanos,
+        out: &mut Actions,
+    ) -> Result<Answered, Error> {
+        let name = RequestCode::from_id(header.request).map_or("an unknown message", RequestCode::name);
+        let Some(pending) = self.pending.pop_front() else {
+            return Err(Error::Direction { request: name, expected: false, found: header.is_reply() });
+        };
+        let code = pending.code;
+        let reply = Reply::decode(code as u32, code.name(), pending.kind, header, payload, fds)?;
+        self.heard_at = now;
+        // An acknowledgement that is really the answer to a GET_FEATURES barrier carries features, not success.
+        let barrier = code == RequestCode::GetFeatures && pending.kind == ReplyKind::Ack;
+        let reply = if barrier { Reply::U64(0) } else { reply };
+        match pending.purpose {
+            Purpose::Ping => {
+                self.pinged_at = None;
+                Ok(Answered::Nothing)
+            }
+            Purpose::Nobody => Ok(Answered::Nothing),
+            Purpose::Features
+            | Purpose::Protocol
+            | Purpose::Queues
+            | Purpose::MemSlots
+            | Purpose::Config
+            | Purpose::Offered => self.negotiate(device, pending.purpose, reply, out),
+            purpose => Ok(Answered::For(purpose, reply)),
+        }
+    }
+
+    fn negotiate(
+        &mut self,
+        device: DeviceType,
+        purpose: Purpose,
+        reply: Reply,
+        out: &mut Actions,
+    ) -> Result<Answered, Error> {
+        match (purpose, reply) {
+            (Purpose::Features, Reply::U64(features)) => {
+                self.offer.features = features;
+                self.offer.queues = 1;
+                self.offer.mem_slots = warmswap_wire::REGIONS_MAX as u64;
+                if features & VirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+                    self.ask(Request::SetOwner, Purpose::Offered, out);
+                } else {
+                    self.ask(Request::GetProtocolFeatures, Purpose::Protocol, out);
+                }
+            }
+            (Purpose::Protocol, Reply::U64(bits)) => self.settle_protocol(device, bits, out),
+            (Purpose::Queues, Reply::U64(queues)) => self.offer.queues = queues,
+            (Purpose::MemSlots, Reply::U64(slots)) => self.offer.mem_slots = slots,
+            (Purpose::Config, Reply::Config(None)) => {
+                self.config_size += 1;
+                self.ask_config(out);
+            }
+            (Purpose::Config, Reply::Config(Some(config))) => {
+                self.offer.config = config.bytes;
+                self.ask(Request::GetFeatures, Purpose::Offered, out);
+            }
+            (Purpose::Offered, _) => {
+                self.state = LinkState::Offered;
+                return Ok(Answered::Offered);
+            }
+            _ => {}
+        }
+        Ok(Answered::Nothing)
+    }
+
+    fn settle_protocol(&mut self, device: DeviceType, bits: u64, out: &mut Actions) {
+        self.offer.protocol = bits;
+        self.protocol = ProtocolFeatures::from_bits_truncate(bits) & device.link_features();
+        if self.backend_req.is_none() {
+            self.protocol.remove(ProtocolFeatures::BACKEND_REQ);
+        }
+        self.tell(&Request::SetProtocolFeatures(self.protocol.bits()), out);
+        self.tell(&Request::SetOwner, out);
+        if self.protocol.contains(ProtocolFeatures::BACKEND_REQ)
+            && let Some(channel) = self.backend_req.take()
+        {
+            self.tell(&Request::SetBackendReqFd(channel), out);
+            out.push(Action::Close(channel));
+        }
+        if self.protocol.contains(ProtocolFeatures::MQ) {
+            self.ask(Request::GetQueueNum, Purpose::Queues, out);
+        }
+        if self.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            self.ask(Request::GetMaxMemSlots, Purpose::MemSlots, out);
+        }
+        self.ask_config(out);
+    }
+
+    fn ask_config(&mut self, out: &mut Actions) {
+        match CONFIG_SIZES.get(self.config_size) {
+            Some(size) if self.protocol.contains(ProtocolFeatures::CONFIG) => {
+                let config = ConfigSpace { offset: 0, flags: 0, bytes: vec![0; usize::from(*size)] };
+                self.ask(Request::GetConfig(config), Purpose::Config, out);
+            }
+            _ => self.ask(Request::GetFeatures, Purpose::Offered, out),
+        }
+    }
+
+    /// Reads the whole configuration space once more, after a change.
+    pub(crate) fn read_config_again(&mut self, out: &mut Actions) {
+        let bytes = vec![0; self.offer.config.len()];
+        if !bytes.is_empty() {
+            self.ask(Request::GetConfig(ConfigSpace { offset: 0, flags: 0, bytes }), Purpose::ConfigAgain, out);
+        }
+    }
+
+    /// Asks for a sign of life, unless one is owed already.
+    pub(crate) fn ping(&mut self, now: Nanos, out: &mut Actions) {
+        if self.pinged_at.is_none() {
+            self.pinged_at = Some(now);
+            self.ask(Request::GetFeatures, Purpose::Ping, out);
+        }
+    }
+}

@@ -1,0 +1,469 @@
+//! The observer: which requests of a split ring are in flight, told from the ring alone.
+//!
+//! Every submission is an entry of the available ring and every completion one of the used ring, so
+//! `in_flight(head) = submissions(head) - completions(head)`. Following both rings entry by entry keeps that count exact, for
+//! any backend, without its help. One look at two frozen rings is never enough: nothing orders the two rings against each
+//! other, and equal counts prove nothing.
+//!
+//! ```text
+//!            gap, silence, torn read
+//!   Exact ───────────────────────────▶ Inexact { unknown: not yet counted }
+//!     ▲                                     │ a cut: unknown = avail.idx - used.idx
+//!     │ unknown reaches 0                   ▼
+//!     └──────────────────────────── Inexact { unknown: n }   (each completion of a head that was not
+//!                                                              submitted since the cut takes one off)
+//!   any state ── impossible entry ──▶ Violated (until the ring is started again)
+//! ```
+//!
+//! An observation reads `used.idx`, then `avail.idx`, applies the new entries of both, and re-reads both: if either moved so
+//! far that a slot just read may have been overwritten, the observation is torn. If `used.idx` has not moved when it is read
+//! again after `avail.idx`, the observation is a *cut*: every head then has a balance of 0 or 1.
+
+use warmswap_wire::ring::Layout;
+
+use crate::memory::GuestMemory;
+use crate::time::Nanos;
+
+/// Longest silence between two observations after which the sixteen-bit indices may have gone all the way round unnoticed:
+/// 65 536 entries in this time are 1.3 million requests per second.
+pub const SILENCE_MAX: Nanos = Nanos::from_millis(50);
+
+/// How far the observer's knowledge goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Knowledge {
+    /// The in-flight set is known.
+    Exact,
+    /// Something was missed; the set is unknown until the next resynchronisation.
+    Inexact(Gap),
+    /// The ring holds something that cannot be; nothing is known any more.
+    Violated(Violation),
+}
+
+impl Knowledge {
+    /// The word used in every report.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Knowledge::Exact => "exact",
+            Knowledge::Inexact(_) => "inexact",
+            Knowledge::Violated(_) => "violated",
+        }
+    }
+}
+
+/// Why knowledge was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gap {
+    /// More entries passed between two observations than the rings still hold.
+    Overrun {
+        /// Entries of the available ring that passed.
+        avail: u16,
+        /// Entries of the used ring that passed.
+        used: u16,
+    },
+    /// So much time passed that the indices may have wrapped unnoticed.
+    Silence,
+}
+
+/// What cannot be in a ring that driver and device use as they must.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Violation {
+    /// A head beyond the ring's size.
+    HeadOutOfRange {
+        /// The head found.
+        head: u32,
+    },
+    /// `avail.idx - used.idx` exceeds the ring's size.
+    TooManyOutstanding {
+        /// `avail.idx`.
+        avail_idx: u16,
+        /// `used.idx`.
+        used_idx: u16,
+    },
+    /// A head was completed that was not in flight.
+    CompletedTwice {
+        /// The head.
+        head: u16,
+    },
+    /// A head is in flight twice.
+    SubmittedTwice {
+        /// The head.
+        head: u16,
+    },
+    /// The guest's memory behind the ring is gone (the VMM truncated it).
+    MemoryGone,
+}
+
+impl std::fmt::Display for Violation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Violation::HeadOutOfRange { head } => write!(f, "the ring names head {head}, which is beyond its size"),
+            Violation::TooManyOutstanding { avail_idx, used_idx } => {
+                write!(f, "avail.idx {avail_idx} is further ahead of used.idx {used_idx} than the ring is long")
+            }
+            Violation::CompletedTwice { head } => write!(f, "head {head} was completed without being in flight"),
+            Violation::SubmittedTwice { head } => write!(f, "head {head} is in flight twice"),
+            Violation::MemoryGone => f.write_str("the guest memory that holds the ring is gone"),
+        }
+    }
+}
+
+impl std::fmt::Display for Gap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Gap::Overrun { avail, used } => {
+                write!(f, "{avail} submissions and {used} completions passed between two observations")
+            }
+            Gap::Silence => f.write_str("the ring was not observed for so long that its indices may have wrapped"),
+        }
+    }
+}
+
+/// What one observation saw.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Observation {
+    /// New entries of the available ring.
+    pub submitted: u16,
+    /// New entries of the used ring.
+    pub completed: u16,
+    /// `avail.idx - used.idx` as read.
+    pub outstanding: u16,
+    /// Knowledge was lost in this observation.
+    pub lost: Option<Gap>,
+    /// Knowledge came back in this observation.
+    pub regained: bool,
+}
+
+/// Follows one split ring.
+#[derive(Clone, Debug)]
+pub struct Observer {
+    layout: Layout,
+    avail_seen: u16,
+    used_seen: u16,
+    /// Submissions minus completions since the anchor, per head.
+    balance: Vec<i8>,
+    /// Number of the last submission, per head: the order in which survivors are replayed.
+    submission: Vec<u64>,
+    submissions: u64,
+    completions: u64,
+    /// Heads whose balance is neither 0 nor 1; none at a cut.
+    odd: u16,
+    /// Sum of all balances.
+    sum: u32,
+    /// Requests in flight whose heads are not known; `None` until a cut has counted them.
+    unknown: Option<u16>,
+    gap: Option<Gap>,
+    violation: Option<Violation>,
+    observed_at: Nanos,
+}
+
+impl Observer {
+    /// An observer of a ring that is about to be started at index `start`: what lies in `[start, avail.idx)` is in flight from
+    /// the backend's first look on, and everything before has been completed.
+    #[must_use]
+    pub fn new(layout: Layout, start: u16, now: Nanos) -> Self {
+        Observer {
+            layout,
+            avail_seen: start,
+            used_seen: start,
+            balance: vec![0; usize::from(layout.size())],
+            submission: vec![0; usize::from(layout.size())],
+            submissions: 0,
+            completions: 0,
+            odd: 0,
+            sum: 0,
+            unknown: Some(0),
+            gap: None,
+            violation: None,
+            observed_at: now,
+        }
+    }
+
+    /// How far knowledge goes.
+    #[must_use]
+    pub fn knowledge(&self) -> Knowledge {
+        match (self.violation, self.gap) {
+            (Some(violation), _) => Knowledge::Violated(violation),
+            (None, Some(gap)) => Knowledge::Inexact(gap),
+            (None, None) => Knowledge::Exact,
+        }
+    }
+
+    /// Size and offsets of the ring.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// `avail.idx` at the last observation.
+    #[must_use]
+    pub fn avail_idx(&self) -> u16 {
+        self.avail_seen
+    }
+
+    /// `used.idx` at the last observation.
+    #[must_use]
+    pub fn used_idx(&self) -> u16 {
+        self.used_seen
+    }
+
+    /// Requests in flight at the last observation.
+    #[must_use]
+    pub fn outstanding(&self) -> u16 {
+        self.avail_seen.wrapping_sub(self.used_seen)
+    }
+
+    /// Requests seen submitted since the start.
+    #[must_use]
+    pub fn submissions(&self) -> u64 {
+        self.submissions
+    }
+
+    /// Requests seen completed since the start.
+    #[must_use]
+    pub fn completions(&self) -> u64 {
+        self.completions
+    }
+
+    /// Entries that may pass between two observations. A driver or device that publishes in batches writes slots ahead of its
+    /// index, so a quarter of the ring is kept as distance.
+    fn reach(&self) -> u16 {
+        self.layout.size() - self.layout.size() / 4
+    }
+
+    /// Reads the ring once.
+    pub fn observe(&mut self, now: Nanos, ring: u32, memory: &mut dyn GuestMemory) -> Observation {
+        let mut seen = Observation::default();
+        if self.violation.is_some() {
+            return seen;
+        }
+        let used = memory.used_idx(ring);
+        let avail = memory.avail_idx(ring);
+        seen.submitted = avail.wrapping_sub(self.avail_seen);
+        seen.completed = used.wrapping_sub(self.used_seen);
+        seen.outstanding = avail.wrapping_sub(used);
+        let silent = now.since(self.observed_at) > SILENCE_MAX;
+        self.observed_at = now;
+        // Without a gap the indices alone show an impossible count; after one, the count is all there is to go by.
+        if seen.outstanding > self.layout.size() {
+            return self.violate(seen, Violation::TooManyOutstanding { avail_idx: avail, used_idx: used });
+        }
+        // While nothing at all moved a wrap is told from rest by the ring being idle on both sides of the silence.
+        let rested = seen.submitted == 0 && seen.completed == 0 && self.sum == 0;
+        if seen.submitted > self.reach() || seen.completed > self.reach() {
+            return self.lose(
+                seen,
+                Gap::Overrun { avail: seen.submitted, used: seen.completed },
+                avail,
+                used,
+                ring,
+                memory,
+            );
+        }
+        if silent && !rested {
+            return self.lose(seen, Gap::Silence, avail, used, ring, memory);
+        }
+        self.follow(seen, avail, used, ring, memory)
+    }
+
+    fn follow(
+        &mut self,
+        mut seen: Observation,
+        avail: u16,
+        used: u16,
+        ring: u32,
+        memory: &mut dyn GuestMemory,
+    ) -> Observation {
+        let (avail_from, used_from) = (self.avail_seen, self.used_seen);
+        for step in 0..seen.submitted {
+            let slot = self.layout.slot(avail_from.wrapping_add(step));
+            let head = memory.avail_slot(ring, slot);
+            if let Err(violation) = self.submit(head) {
+                return self.torn_or_violated(seen, violation, (avail_from, used_from), ring, memory);
+            }
+        }
+        for step in 0..seen.completed {
+            let slot = self.layout.slot(used_from.wrapping_add(step));
+            let head = memory.used_slot(ring, slot).id;
+            if let Err(violation) = self.complete(head) {
+                return self.torn_or_violated(seen, violation, (avail_from, used_from), ring, memory);
+            }
+        }
+        self.avail_seen = avail;
+        self.used_seen = used;
+        let (used_again, avail_again) = (memory.used_idx(ring), memory.avail_idx(ring));
+        let overrun =
+            Gap::Overrun { avail: avail_again.wrapping_sub(avail_from), used: used_again.wrapping_sub(used_from) };
+        if self.overtaken(avail_from, used_from, avail_again, used_again) {
+            return self.lose(seen, overrun, avail_again, used_again, ring, memory);
+        }
+        if memory.faulted() {
+            return self.violate(seen, Violation::MemoryGone);
+        }
+        if used_again == used {
+            self.at_cut(&mut seen, avail, used);
+        }
+        seen
+    }
+
+    fn overtaken(&self, avail_from: u16, used_from: u16, avail: u16, used: u16) -> bool {
+        avail.wrapping_sub(avail_from) > self.reach() || used.wrapping_sub(used_from) > self.reach()
+    }
+
+    /// An impossible entry is either a slot that was overwritten while it was read, or a ring that is driven wrongly.
+    fn torn_or_violated(
+        &mut self,
+        seen: Observation,
+        violation: Violation,
+        (avail_from, used_from): (u16, u16),
+        ring: u32,
+        memory: &mut dyn GuestMemory,
+    ) -> Observation {
+        let (used, avail) = (memory.used_idx(ring), memory.avail_idx(ring));
+        if memory.faulted() {
+            return self.violate(seen, Violation::MemoryGone);
+        }
+        if self.overtaken(avail_from, used_from, avail, used) {
+            let gap = Gap::Overrun { avail: avail.wrapping_sub(avail_from), used: used.wrapping_sub(used_from) };
+            return self.lose(seen, gap, avail, used, ring, memory);
+        }
+        self.violate(seen, violation)
+    }
+
+    fn submit(&mut self, head: u16) -> Result<(), Violation> {
+        if head >= self.layout.size() {
+            return Err(Violation::HeadOutOfRange { head: u32::from(head) });
+        }
+        let at = usize::from(head);
+        // A head is submitted again only after the driver saw it used, so 2 means "completed in between, not yet applied".
+        if self.balance[at] >= 2 {
+            return Err(Violation::SubmittedTwice { head });
+        }
+        self.shift(at, 1);
+        self.submissions += 1;
+        self.submission[at] = self.submissions;
+        Ok(())
+    }
+
+    fn complete(&mut self, id: u32) -> Result<(), Violation> {
+        let head = u16::try_from(id).map_err(|_| Violation::HeadOutOfRange { head: id })?;
+        if head >= self.layout.size() {
+            return Err(Violation::HeadOutOfRange { head: id });
+        }
+        let at = usize::from(head);
+        self.completions += 1;
+        if self.balance[at] > 0 {
+            self.shift(at, -1);
+            return Ok(());
+        }
+        match self.unknown {
+            // Not submitted since the cut: it was one of those the cut counted.
+            Some(unknown) if unknown > 0 => self.unknown = Some(unknown - 1),
+            // Before the first cut nothing has been counted: this one is not part of the count to come.
+            None => {}
+            Some(_) => return Err(Violation::CompletedTwice { head }),
+        }
+        Ok(())
+    }
+
+    fn shift(&mut self, at: usize, by: i8) {
+        let odd = |balance: i8| u16::from(!(0..=1).contains(&balance));
+        self.odd -= odd(self.balance[at]);
+        self.balance[at] += by;
+        self.odd += odd(self.balance[at]);
+        self.sum = self.sum.saturating_add_signed(i32::from(by));
+    }
+
+    /// `used.idx` did not move while `avail.idx` was read: balances are now 0 or 1 and their sum is what is outstanding.
+    fn at_cut(&mut self, seen: &mut Observation, avail: u16, used: u16) {
+        let outstanding = u32::from(avail.wrapping_sub(used));
+        let Some(unknown) = self.unknown else {
+            // The first cut after a gap: whatever is outstanding now is unknown, and counting starts here.
+            self.clear();
+            self.unknown = Some(avail.wrapping_sub(used));
+            self.regain(seen);
+            return;
+        };
+        if self.odd > 0 {
+            let at = self.balance.iter().position(|balance| *balance > 1).unwrap_or(0);
+            let head = u16::try_from(at).expect("a ring has at most 32768 entries");
+            *seen = self.violate(*seen, Violation::SubmittedTwice { head });
+            return;
+        }
+        if self.sum + u32::from(unknown) != outstanding {
+            *seen = self.violate(*seen, Violation::TooManyOutstanding { avail_idx: avail, used_idx: used });
+            return;
+        }
+        self.regain(seen);
+    }
+
+    fn regain(&mut self, seen: &mut Observation) {
+        if self.unknown == Some(0) && self.gap.take().is_some() {
+            seen.regained = true;
+        }
+    }
+
+    fn clear(&mut self) {
+        self.balance.fill(0);
+        self.odd = 0;
+        self.sum = 0;
+    }
+
+    fn lose(
+        &mut self,
+        mut seen: Observation,
+        gap: Gap,
+        avail: u16,
+        used: u16,
+        ring: u32,
+        memory: &mut dyn GuestMemory,
+    ) -> Observation {
+        self.clear();
+        self.unknown = None;
+        self.gap = Some(gap);
+        self.avail_seen = avail;
+        self.used_seen = used;
+        seen.lost = Some(gap);
+        // An idle instant, or a count to work off, may be had at once.
+        if memory.used_idx(ring) == used {
+            self.at_cut(&mut seen, avail, used);
+        }
+        seen
+    }
+
+    fn violate(&mut self, seen: Observation, violation: Violation) -> Observation {
+        self.violation = Some(violation);
+        seen
+    }
+
+    /// The requests in flight at the last observation, in the order of their submission. Only a ring that no backend serves
+    /// gives an answer that stays true.
+    ///
+    /// # Errors
+    /// The state of knowledge, where it is not exact.
+    pub fn survivors(&self) -> Result<Vec<u16>, Knowledge> {
+        if self.knowledge() != Knowledge::Exact {
+            return Err(self.knowledge());
+        }
+        let mut heads: Vec<u16> =
+            (0..self.layout.size()).filter(|head| self.balance[usize::from(*head)] == 1).collect();
+        heads.sort_unstable_by_key(|head| self.submission[usize::from(*head)]);
+        Ok(heads)
+    }
+
+    /// Number of the submission that put `head` into flight: tells one request from the next that uses the same head.
+    #[must_use]
+    pub fn submission_of(&self, head: u16) -> u64 {
+        self.submission.get(usize::from(head)).copied().unwrap_or(0)
+    }
+
+    /// Tells the observer that the broker itself completed `head` (a request that was isolated), with `used.idx` now `used`.
+    pub fn completed_by_broker(&mut self, head: u16, used: u16) {
+        let at = usize::from(head);
+        if self.balance.get(at) == Some(&1) {
+            self.shift(at, -1);
+        }
+        self.completions += 1;
+        self.used_seen = used;
+    }
+}

@@ -1,0 +1,472 @@
+//! The phases of a failover.
+
+use warmswap_wire::ring::Layout;
+
+use super::vmm::Ticket;
+use super::{Pair, Step};
+use crate::event::{Action, BackendId, CommandId, FenceLevel};
+use crate::failover::{Failover, Kind, Outcome, Phase, Recovery, Report};
+use crate::journal::{Entry, Value};
+use crate::link::{LinkState, Purpose};
+use crate::observer::Knowledge;
+use crate::policy::Survivors;
+use crate::time::Nanos;
+
+impl Pair {
+    pub(crate) fn refuse_failover(&mut self, command: CommandId, cause: String, why: String, step: &mut Step<'_>) {
+        self.counters.refused += 1;
+        step.out.journal(Entry::warning("FailoverRefused").with("cause", cause.as_str()).with("reason", why.as_str()));
+        let victim = self.primary.unwrap_or(BackendId(0));
+        let mut report = Failover::new(0, Kind::Planned, cause, victim, None, step.now).report;
+        report.outcome = Outcome::Refused;
+        report.recovery = Recovery::Refused;
+        report.message = why;
+        step.out.push(Action::Answer { command, report: Box::new(report) });
+    }
+
+    /// Begins a failover away from `victim`.
+    pub(crate) fn begin_failover(
+        &mut self,
+        kind: Kind,
+        cause: String,
+        victim: BackendId,
+        command: Option<CommandId>,
+        drain: bool,
+        step: &mut Step<'_>,
+    ) {
+        assert!(self.failover.is_none(), "one failover at a time");
+        self.failovers += 1;
+        let mut failover = Failover::new(self.failovers, kind, cause, victim, command, step.now);
+        failover.report.inflight =
+            self.rings.iter().filter_map(|ring| ring.observer.as_ref()).map(|it| u32::from(it.outstanding())).sum();
+        step.out.journal(
+            Entry::info("FailoverStarted")
+                .with("id", failover.report.id)
+                .with("kind", kind.name())
+                .with("cause", failover.report.cause.as_str())
+                .with("backend", victim.0),
+        );
+        self.failover = Some(failover);
+        if drain && self.link(victim).is_some_and(|link| matches!(link.state, LinkState::Ready | LinkState::Active)) {
+            self.enter(Phase::Draining, step);
+            let rings = self.served_rings();
+            if rings.is_empty() {
+                self.drained(step);
+            } else {
+                self.divert(victim, &rings, step);
+            }
+        } else {
+            self.enter_fencing("", step);
+        }
+    }
+
+    fn enter(&mut self, phase: Phase, step: &Step<'_>) {
+        let failover = self.failover.as_mut().expect("phases belong to a failover");
+        failover.enter(phase, step.now);
+    }
+
+    /// Every ring of the primary is stopped and quiet.
+    pub(crate) fn drained(&mut self, step: &mut Step<'_>) {
+        let level = self.required_fence();
+        let failover = self.failover.as_mut().expect("only a failover drains");
+        failover.report.recovery = Recovery::Drained;
+        failover.report.fence = FenceLevel::Stopped;
+        failover.report.evidence = "stop acknowledged and used.idx == base on every ring".to_owned();
+        if level > FenceLevel::Stopped {
+            self.enter_fencing("", step);
+        } else {
+            self.collect(step);
+        }
+    }
+
+    /// Kills the victim and waits for the proof that it is harmless.
+    pub(crate) fn enter_fencing(&mut self, note: &str, step: &mut Step<'_>) {
+        let failover = self.failover.as_mut().expect("only a failover fences");
+        let victim = failover.victim;
+        if !note.is_empty() {
+            failover.report.message = format!("not drained: {note}");
+            failover.report.recovery = Recovery::Exact;
+        }
+        failover.report.fence = FenceLevel::Reaped;
+        failover.enter(Phase::Fencing, step.now);
+        step.out.push(Action::Fence { backend: victim });
+        if let Some(link) = self.link_mut(victim) {
+            link.end(step.out);
+        }
+        self.stop_waiting_for(victim, step);
+        self.rings.iter_mut().for_each(|ring| ring.drain = None);
+    }
+
+    /// The victim's link or process ended while the failover was still talking to it.
+    pub(crate) fn victim_lost(&mut self, step: &mut Step<'_>) {
+        if self.failover.as_ref().is_some_and(|failover| failover.phase == Phase::Draining) {
+            self.enter_fencing("the primary died while it was drained", step);
+        }
+    }
+
+    pub(crate) fn fenced(&mut self, backend: BackendId, level: FenceLevel, evidence: &str, step: &mut Step<'_>) {
+        let Some(failover) = &mut self.failover else { return };
+        if failover.phase == Phase::Isolating {
+            return self.trial_fenced(backend, step);
+        }
+        if failover.victim != backend || failover.phase != Phase::Fencing {
+            return;
+        }
+        failover.report.fence = level;
+        failover.report.evidence = evidence.to_owned();
+        if level < self.config.fence {
+            let reason = format!("proved {}, configured is {}", level.name(), self.config.fence.name());
+            self.halt(&reason, step);
+        } else {
+            self.collect(step);
+        }
+    }
+
+    /// Counts what the victim owed, and makes the rings say so.
+    fn collect(&mut self, step: &mut Step<'_>) {
+        self.enter(Phase::Collecting, step);
+        self.rings.iter_mut().for_each(|ring| ring.served = false);
+        let mut survivors = 0;
+        let rings = self.waiting_rings();
+        for index in &rings {
+            match self.collect_ring(*index, step) {
+                Ok(count) => survivors += u32::from(count),
+                Err(reason) => return self.halt(&format!("ring {index}: {reason}"), step),
+            }
+        }
+        let failover = self.failover.as_mut().expect("only a failover collects");
+        failover.report.survivors += survivors;
+        let drained = failover.report.recovery == Recovery::Drained;
+        if !drained && survivors > 0 && !self.config.device.may_replay() {
+            let reason = format!(
+                "the {} device owed {survivors} requests, and its requests must not be executed twice",
+                self.config.device.name()
+            );
+            return self.halt(&reason, step);
+        }
+        self.collected(&rings, step);
+    }
+
+    /// The last look at a ring nobody serves, and its survivors placed from `used.idx` on. Returns their number.
+    fn collect_ring(&mut self, index: u32, step: &mut Step<'_>) -> Result<u16, String> {
+        self.observe(index, step);
+        let observer = self.rings[index as usize].observer.as_ref().expect("waiting rings are observed");
+        let heads = observer.survivors().map_err(|knowledge| match knowledge {
+            Knowledge::Inexact(gap) => format!("what is in flight is not known exactly: {gap}"),
+            Knowledge::Violated(violation) => violation.to_string(),
+            Knowledge::Exact => unreachable!("survivors() answers where knowledge is exact"),
+        })?;
+        let (used, avail) = (observer.used_idx(), observer.avail_idx());
+        let owed = avail.wrapping_sub(used);
+        if heads.len() != usize::from(owed) {
+            return Err(format!("{} requests were followed, avail.idx - used.idx is {owed}", heads.len()));
+        }
+        if step.memory.used_idx(index) != used {
+            return Err("used.idx moved although nothing serves the ring".to_owned());
+        }
+        let layout = observer.layout();
+        let drained = self.failover.as_ref().is_some_and(|it| it.report.recovery == Recovery::Drained);
+        if drained && !slots_hold(index, layout, used, &heads, step) {
+            return Err(
+                "the drained primary left completions out of order, which a drained ring cannot have".to_owned()
+            );
+        }
+        if !slots_hold(index, layout, used, &heads, step) {
+            if self.config.survivors == Survivors::Refuse {
+                return Err(
+                    "survivors would have to be written to the available ring, which is switched off".to_owned()
+                );
+            }
+            place(index, layout, used, &heads, step);
+        }
+        Ok(owed)
+    }
+
+    /// Everything owed is known and lies in the rings.
+    fn collected(&mut self, rings: &[u32], step: &mut Step<'_>) {
+        if self.closing {
+            self.abandon_failover("the VMM disconnected", step);
+            self.finish_close(step);
+            return;
+        }
+        if let Some(Ticket::Stop { ring, .. }) = self.ticket {
+            self.finish_vmm_stop(ring, step);
+        }
+        self.suspect(rings);
+        if self.begin_isolation(step) {
+            return;
+        }
+        self.hand_over(step);
+    }
+
+    /// Hands all waiting rings to the shadow, as soon as there is one that is ready.
+    pub(crate) fn hand_over(&mut self, step: &mut Step<'_>) {
+        if self.failover.as_ref().is_some_and(|failover| failover.phase != Phase::Handing) {
+            self.enter(Phase::Handing, step);
+        }
+        let ready = self.shadow.filter(|id| self.link(*id).is_some_and(|link| link.state == LinkState::Ready));
+        let Some(target) = ready else { return self.ensure_target(step) };
+        let rings = self.waiting_rings();
+        let owing = rings.iter().map(|index| (*index, step.memory.used_idx(*index)));
+        let owing: Vec<(u32, u16)> = owing.filter(|(index, used)| step.memory.avail_idx(*index) != *used).collect();
+        let failover = self.failover.as_mut().expect("only a failover hands over");
+        failover.target = Some(target);
+        failover.handed = true;
+        failover.owing = owing;
+        step.out.push(Action::Assign { backend: target, primary: true });
+        if rings.is_empty() {
+            if let Some(link) = self.link_mut(target) {
+                link.state = LinkState::Ready;
+            }
+            self.enter(Phase::Confirming, step);
+        } else {
+            self.hand_rings(target, &rings, Purpose::Handed, step);
+            self.enter(Phase::Resuming, step);
+        }
+    }
+
+    /// No shadow is ready: a cold one is started unless one is on its way. The guest's requests wait in the rings.
+    pub(crate) fn ensure_target(&mut self, step: &mut Step<'_>) {
+        let due = self.restart_at.is_none_or(|at| at <= step.now);
+        if self.shadow.is_none() && due {
+            self.restart_at = None;
+            self.shadow_note = "starting".to_owned();
+            self.shadow = Some(self.start_backend(step.now, false, step.out));
+        }
+    }
+
+    pub(crate) fn shadow_became_ready(&mut self, backend: BackendId, step: &mut Step<'_>) {
+        let Some(failover) = &self.failover else { return };
+        if failover.phase == Phase::Handing && failover.target.is_none() {
+            self.hand_over(step);
+        } else if failover.phase == Phase::Isolating {
+            self.isolation_target_ready(backend, step);
+        }
+    }
+
+    /// The target has acknowledged the rings.
+    pub(crate) fn handed(&mut self, backend: BackendId, value: u64, step: &mut Step<'_>) {
+        let Some(failover) = &self.failover else { return };
+        if failover.target != Some(backend) || failover.phase != Phase::Resuming {
+            return;
+        }
+        if value == 0 {
+            self.enter(Phase::Confirming, step);
+        } else {
+            self.backend_lost(backend, "it refused the rings", step);
+        }
+    }
+
+    /// The backend that was to take over is gone. It may have served the rings: it is fenced like a primary.
+    pub(crate) fn target_lost(&mut self, reason: &str, step: &mut Step<'_>) {
+        let failover = self.failover.as_mut().expect("targets belong to a failover");
+        if failover.phase == Phase::Isolating {
+            return self.end_trial(step);
+        }
+        let target = failover.target.take().expect("the caller has seen the target");
+        let old = std::mem::replace(&mut failover.victim, target);
+        failover.handed = false;
+        failover.report.attempts += 1;
+        failover.report.recovery = Recovery::Exact;
+        step.out.journal(
+            Entry::warning("ShadowFailed")
+                .with("backend", target.0)
+                .with("reason", reason)
+                .with("next", "it is fenced and another one takes over"),
+        );
+        if self.primary == Some(old) {
+            step.out.push(Action::Retire { backend: old });
+            self.forget_backend(old, step.out);
+            self.primary = Some(target);
+        }
+        if self.shadow == Some(target) {
+            self.shadow = None;
+        }
+        self.enter_fencing("", step);
+    }
+
+    pub(crate) fn poll_failover(&mut self, step: &mut Step<'_>) {
+        let limits = self.config.limits;
+        let Some(failover) = &mut self.failover else { return };
+        failover.poll_at = step.now + limits.poll_interval(failover.spent(step.now));
+        match failover.phase {
+            Phase::Draining if failover.spent(step.now) > limits.drain_max => {
+                self.counters.drains_overdue += 1;
+                let note = format!("the primary did not come to rest within {}", limits.drain_max);
+                self.enter_fencing(&note, step);
+            }
+            Phase::Handing if failover.target.is_none() => self.hand_over(step),
+            Phase::Isolating => self.poll_isolation(step),
+            Phase::Resuming | Phase::Confirming => self.confirm(step),
+            _ => {}
+        }
+    }
+
+    /// Watches the new primary complete something on every ring that owed work.
+    fn confirm(&mut self, step: &mut Step<'_>) {
+        let limits = self.config.limits;
+        let failover = self.failover.as_mut().expect("the caller has seen it");
+        let before = failover.owing.len();
+        failover.owing.retain(|(index, used)| step.memory.used_idx(*index) == *used);
+        if failover.owing.len() < before && failover.first_completion.is_none() {
+            failover.first_completion = Some(step.now);
+        }
+        if failover.phase != Phase::Confirming {
+            return;
+        }
+        if failover.owing.is_empty() {
+            self.settle(true, step);
+            return;
+        }
+        // A slow disk may take its time; a backend that does not answer has failed.
+        let asked = failover.entered + limits.confirm_max.min(Nanos(limits.hang.0 / 2));
+        let target = failover.target;
+        if step.now < asked {
+            return;
+        }
+        let Some(link) = target.and_then(|id| self.link_mut(id)) else { return };
+        if link.heard_at >= asked {
+            self.settle(false, step);
+        } else {
+            link.ping(step.now, step.out);
+        }
+    }
+
+    fn settle(&mut self, confirmed: bool, step: &mut Step<'_>) {
+        let mut failover = self.failover.take().expect("only a failover settles");
+        failover.enter(Phase::Settled, step.now);
+        let target = failover.target.expect("a settled failover has a target");
+        let ended = failover.first_completion.unwrap_or(step.now);
+        failover.report.blackout = ended.since(failover.began);
+        if !confirmed {
+            failover.report.message = "the new primary answers, but has not completed anything yet".to_owned();
+        }
+        step.out.push(Action::Retire { backend: failover.victim });
+        self.forget_backend(failover.victim, step.out);
+        self.primary = Some(target);
+        self.shadow = None;
+        self.restart_at = None;
+        self.shadow_note = "starting".to_owned();
+        match failover.report.kind {
+            Kind::Planned => self.counters.planned += 1,
+            Kind::Crash => self.counters.crash += 1,
+            Kind::Hang => self.counters.hang += 1,
+        }
+        self.counters.settled += 1;
+        self.finish_report(failover, step);
+        if self.closing {
+            self.close_after_failover(step);
+        } else {
+            self.resume_vmm_stop(step);
+        }
+    }
+
+    fn close_after_failover(&mut self, step: &mut Step<'_>) {
+        let rings = self.served_rings();
+        match self.serving() {
+            Some(serving) if !rings.is_empty() => self.divert(serving, &rings, step),
+            _ => self.finish_close(step),
+        }
+    }
+
+    /// The sources disagree, or knowledge is missing. Nothing is guessed: the rings stay unserved until the VMM resets them.
+    pub(crate) fn halt(&mut self, reason: &str, step: &mut Step<'_>) {
+        let mut failover = self.failover.take().expect("only a failover halts");
+        failover.enter(Phase::Halted, step.now);
+        failover.report.outcome = Outcome::Halted;
+        failover.report.recovery = Recovery::Refused;
+        failover.report.message = reason.to_owned();
+        self.counters.halted += 1;
+        for index in self.waiting_rings() {
+            self.rings[index as usize].halted = true;
+        }
+        self.halted = Some(reason.to_owned());
+        step.out.push(Action::Retire { backend: failover.victim });
+        self.forget_backend(failover.victim, step.out);
+        if self.primary == Some(failover.victim) {
+            self.primary = None;
+        }
+        self.finish_report(failover, step);
+        if let Some(Ticket::Stop { ring, .. }) = self.ticket {
+            self.finish_vmm_stop(ring, step);
+        }
+        if self.closing {
+            self.finish_close(step);
+        }
+    }
+
+    /// Ends a failover whose rings nobody wants any more.
+    fn abandon_failover(&mut self, why: &str, step: &mut Step<'_>) {
+        let mut failover = self.failover.take().expect("only a failover is abandoned");
+        failover.enter(Phase::Settled, step.now);
+        failover.report.message = format!("not handed over: {why}");
+        step.out.push(Action::Retire { backend: failover.victim });
+        self.forget_backend(failover.victim, step.out);
+        if self.primary == Some(failover.victim) {
+            self.primary = None;
+        }
+        self.finish_report(failover, step);
+    }
+
+    fn finish_report(&mut self, failover: Failover, step: &mut Step<'_>) {
+        let Failover { report, command, .. } = failover;
+        step.out.journal(journal_entry(&report));
+        if let Some(command) = command {
+            step.out.push(Action::Answer { command, report: Box::new(report.clone()) });
+        }
+        self.last_report = Some(report);
+    }
+
+    pub(crate) fn next_failover_poll(&self) -> Option<Nanos> {
+        let failover = self.failover.as_ref()?;
+        match failover.phase {
+            Phase::Draining | Phase::Resuming | Phase::Confirming | Phase::Isolating => Some(failover.poll_at),
+            Phase::Handing => self.restart_at,
+            _ => None,
+        }
+    }
+}
+
+fn journal_entry(report: &Report) -> Entry {
+    let (event, entry): (_, fn(&'static str) -> Entry) = match report.outcome {
+        Outcome::Settled => ("FailoverSettled", Entry::info),
+        Outcome::Refused => ("FailoverRefused", Entry::warning),
+        Outcome::Halted => ("FailoverHalted", Entry::error),
+    };
+    let mut entry = entry(event)
+        .with("id", report.id)
+        .with("kind", report.kind.name())
+        .with("cause", report.cause.as_str())
+        .with("recovery", report.recovery.name())
+        .with("fence", report.fence.name())
+        .with("evidence", report.evidence.as_str())
+        .with("inflight", report.inflight)
+        .with("survivors", report.survivors)
+        .with("attempts", report.attempts)
+        .with("isolated", report.isolated)
+        .with("blackout_us", Value::Micros(report.blackout.as_micros()));
+    for (phase, spent) in Phase::TIMED.iter().zip(report.phases) {
+        entry = entry.with(phase.name(), Value::Micros(spent.as_micros()));
+    }
+    if report.message.is_empty() { entry } else { entry.with("message", report.message.as_str()) }
+}
+
+/// Whether the available slots from `used` on hold these heads already.
+fn slots_hold(index: u32, layout: Layout, used: u16, heads: &[u16], step: &Step<'_>) -> bool {
+    let mut at = used;
+    heads.iter().all(|head| {
+        let held = step.memory.avail_slot(index, layout.slot(at));
+        at = at.wrapping_add(1);
+        held == *head
+    })
+}
+
+/// Writes the heads, in the order of their submission, over the consumed slots. The driver never reads them back and writes only
+/// from `avail.idx` on.
+fn place(index: u32, layout: Layout, used: u16, heads: &[u16], step: &mut Step<'_>) {
+    let mut at = used;
+    for head in heads {
+        step.memory.set_avail_slot(index, layout.slot(at), *head);
+        at = at.wrapping_add(1);
+    }
+}

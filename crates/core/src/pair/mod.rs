@@ -1,0 +1,288 @@
+//! A pair: one device, its session with the VMM, its primary and its shadow.
+//!
+//! One struct owns everything. Each event is applied, then [`Pair::settle_step`] leaves the state clean: roles filled, rings
+//! served, deadlines kept. Multi-step procedures (drain, failover, VMM stop) are state machines, never waits.
+//!
+//! - `vmm`: requests of the VMM, and when they are answered
+//! - `links`: backends coming, negotiating, warming, going
+//! - `rings`: starting, observing and stopping rings
+//! - `failover`: the phases
+//! - `isolate`: a request that kills every backend
+//! - `status`: what is shown to people and programs
+
+mod failover;
+mod isolate;
+mod links;
+mod rings;
+mod status;
+#[cfg(test)]
+mod tests;
+mod vmm;
+
+pub use status::{BackendStatus, Counters, PairState, RingStatus, Status};
+
+use crate::event::{Action, Actions, BackendId, CommandId, Event, FenceLevel, earliest};
+use crate::failover::{Failover, Kind, Phase, Report};
+use crate::journal::Entry;
+use crate::link::{Link, LinkState, Offer};
+use crate::memory::GuestMemory;
+use crate::policy::PairConfig;
+use crate::session::Session;
+use crate::time::Nanos;
+
+use isolate::Suspects;
+use rings::RingState;
+use vmm::Ticket;
+
+/// One step's surroundings: time, guest memory, and where actions go.
+pub(crate) struct Step<'a> {
+    pub(crate) now: Nanos,
+    pub(crate) memory: &'a mut dyn GuestMemory,
+    pub(crate) out: &'a mut Actions,
+}
+
+/// A device with its primary and its shadow.
+pub struct Pair {
+    config: PairConfig,
+    session: Session,
+    /// What is offered to the VMM: fixed once both backends, or the only one that started, are known.
+    offer: Option<Offer>,
+    links: Vec<Link>,
+    primary: Option<BackendId>,
+    shadow: Option<BackendId>,
+    rings: Vec<RingState>,
+    failover: Option<Failover>,
+    vmm_connected: bool,
+    /// The VMM is gone and its rings are being brought to rest.
+    closing: bool,
+    ticket: Option<Ticket>,
+    tickets: u64,
+    halted: Option<String>,
+    failed: Option<String>,
+    backends: u64,
+    failovers: u64,
+    restart_at: Option<Nanos>,
+    restart_wait: Nanos,
+    stall_max: Nanos,
+    shadow_note: String,
+    suspects: Suspects,
+    counters: Counters,
+    last_report: Option<Report>,
+}
+
+impl Pair {
+    /// A pair that has no backend yet.
+    #[must_use]
+    pub fn new(config: PairConfig) -> Self {
+        Pair {
+            restart_wait: config.limits.restart_min,
+            stall_max: config.limits.stall,
+            config,
+            session: Session::default(),
+            offer: None,
+            links: Vec::new(),
+            primary: None,
+            shadow: None,
+            rings: Vec::new(),
+            failover: None,
+            vmm_connected: false,
+            closing: false,
+            ticket: None,
+            tickets: 0,
+            halted: None,
+            failed: None,
+            backends: 0,
+            failovers: 0,
+            restart_at: None,
+            shadow_note: "not started yet".to_owned(),
+            suspects: Suspects::default(),
+            counters: Counters::default(),
+            last_report: None,
+        }
+    }
+
+    /// Starts both backends.
+    pub fn start(&mut self, now: Nanos, out: &mut Actions) {
+        assert!(self.links.is_empty(), "a pair is started once");
+        self.primary = Some(self.start_backend(now, true, out));
+        if self.config.shadow {
+            self.shadow = Some(self.start_backend(now, false, out));
+        }
+    }
+
+    /// Whether the VMM may connect: it is known what can be offered to it.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.offer.is_some()
+    }
+
+    /// Why the pair could not start at all, if so.
+    #[must_use]
+    pub fn failed(&self) -> Option<&str> {
+        self.failed.as_deref()
+    }
+
+    /// Whether the next request of the VMM may be delivered.
+    #[must_use]
+    pub fn wants_request(&self) -> bool {
+        self.ticket.is_none() && !self.closing && self.offer.is_some()
+    }
+
+    /// The session, to be encoded.
+    #[must_use]
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// Handles one event.
+    pub fn handle(&mut self, now: Nanos, event: Event, memory: &mut dyn GuestMemory, out: &mut Actions) {
+        let mut step = Step { now, memory, out };
+        match event {
+            Event::VmmConnected => self.vmm_arrived(&mut step),
+            Event::VmmRequest { request, need_reply } => self.vmm_request(request, need_reply, &mut step),
+            Event::VmmRefused { request, reason, need_reply } => {
+                self.refuse_message(request, &reason, need_reply, &mut step);
+            }
+            Event::VmmGone { reason } => self.vmm_gone(&reason, &mut step),
+            Event::LinkUp { backend, backend_req, private } => {
+                self.link_up(backend, backend_req, private, &mut step);
+            }
+            Event::LinkMessage { backend, header, payload, fds } => {
+                self.link_message(backend, &header, &payload, &fds, &mut step);
+            }
+            Event::BackendRequest { backend, request, need_reply } => {
+                self.backend_request(backend, &request, need_reply, &mut step);
+            }
+            Event::LinkDown { backend, reason } | Event::Exited { backend, reason } => {
+                self.backend_lost(backend, &reason, &mut step);
+            }
+            Event::Fenced { backend, level, evidence } => self.fenced(backend, level, &evidence, &mut step),
+            Event::FenceWaiting { backend, reason } => {
+                step.out.journal(
+                    Entry::warning("FenceWaiting")
+                        .with("backend", backend.0)
+                        .with("reason", reason)
+                        .with("next", "the guest's requests stay pending until the proof is there"),
+                );
+            }
+            Event::Kicked { ring } => self.ring_kicked(ring, &mut step),
+            Event::FailoverRequested { command, now: at_once, reason } => {
+                self.failover_requested(command, at_once, &reason, &mut step);
+            }
+            Event::Tick => {}
+        }
+        self.settle_step(&mut step);
+    }
+
+    /// Everything that depends on state and time alone; cheap, and run after every event.
+    fn settle_step(&mut self, step: &mut Step<'_>) {
+        self.observe_due(step);
+        self.poll_drains(step);
+        self.poll_failover(step);
+        self.poll_links(step);
+        self.poll_ticket(step);
+        self.fill_roles(step);
+    }
+
+    /// When the next [`Event::Tick`] is due.
+    #[must_use]
+    pub fn next_timeout(&self) -> Option<Nanos> {
+        let mut next = self.restart_at;
+        next = earliest(next, self.next_observation());
+        next = earliest(next, self.next_failover_poll());
+        next = earliest(next, self.next_link_check());
+        earliest(next, self.ticket.as_ref().map(Ticket::deadline))
+    }
+
+    pub(crate) fn link(&self, id: BackendId) -> Option<&Link> {
+        self.links.iter().find(|link| link.id == id)
+    }
+
+    pub(crate) fn link_mut(&mut self, id: BackendId) -> Option<&mut Link> {
+        self.links.iter_mut().find(|link| link.id == id)
+    }
+
+    /// The backend that serves rings now: the primary, or after Handing the target of a running failover.
+    pub(crate) fn serving(&self) -> Option<BackendId> {
+        let id = match &self.failover {
+            Some(failover) if failover.handed => failover.target,
+            Some(failover) if failover.phase == Phase::Draining => Some(failover.victim),
+            Some(_) => None,
+            None => self.primary,
+        };
+        id.filter(|id| self.link(*id).is_some_and(|link| matches!(link.state, LinkState::Ready | LinkState::Active)))
+    }
+
+    fn start_backend(&mut self, now: Nanos, primary: bool, out: &mut Actions) -> BackendId {
+        self.backends += 1;
+        let id = BackendId(self.backends);
+        self.links.push(Link::new(id, now));
+        out.push(Action::Start { backend: id });
+        out.push(Action::Assign { backend: id, primary });
+        id
+    }
+
+    fn forget_backend(&mut self, id: BackendId, out: &mut Actions) {
+        if let Some(at) = self.links.iter().position(|link| link.id == id) {
+            self.links.remove(at).end(out);
+        }
+    }
+
+    fn failover_requested(&mut self, command: CommandId, at_once: bool, reason: &str, step: &mut Step<'_>) {
+        let cause = format!("operator: {reason}");
+        match self.refusal() {
+            Some(why) => self.refuse_failover(command, cause, why, step),
+            None => {
+                let victim = self.primary.expect("refusal() has seen a primary");
+                self.begin_failover(Kind::Planned, cause, victim, Some(command), !at_once, step);
+            }
+        }
+    }
+
+    /// Why a failover that nobody needs would not be made now, as a sentence for an operator.
+    fn refusal(&self) -> Option<String> {
+        if let Some(failover) = &self.failover {
+            return Some(format!("failover {} is in phase {} already", failover.report.id, failover.phase.name()));
+        }
+        if let Some(halted) = &self.halted {
+            return Some(format!("the device is halted: {halted}"));
+        }
+        if self.closing {
+            return Some("the VMM has just disconnected and its rings are being brought to rest".to_owned());
+        }
+        if matches!(self.ticket, Some(Ticket::Stop { .. })) {
+            return Some("the VMM is stopping a ring; try again when it has been answered".to_owned());
+        }
+        let Some(primary) = self.primary.and_then(|id| self.link(id)) else {
+            return Some("there is no primary".to_owned());
+        };
+        if !matches!(primary.state, LinkState::Ready | LinkState::Active) {
+            return Some(format!("the primary is {}", primary.state.name()));
+        }
+        match self.shadow.and_then(|id| self.link(id)) {
+            None => Some(format!("there is no shadow: {}", self.shadow_note)),
+            Some(shadow) if shadow.state != LinkState::Ready => {
+                Some(format!("the shadow is {}, not ready", shadow.state.name()))
+            }
+            Some(_) => self.exactness_refusal(),
+        }
+    }
+
+    /// A planned failover may have to fall back to fencing, so it needs exact knowledge, too.
+    fn exactness_refusal(&self) -> Option<String> {
+        self.rings.iter().enumerate().find_map(|(index, ring)| {
+            let knowledge = ring.observer.as_ref()?.knowledge();
+            match knowledge {
+                crate::observer::Knowledge::Exact => None,
+                crate::observer::Knowledge::Inexact(gap) => {
+                    Some(format!("what ring {index} has in flight is not known exactly: {gap}"))
+                }
+                crate::observer::Knowledge::Violated(violation) => Some(format!("ring {index}: {violation}")),
+            }
+        })
+    }
+
+    fn required_fence(&self) -> FenceLevel {
+        self.config.fence
+    }
+}

@@ -1,0 +1,407 @@
+//! Requests of the VMM.
+//!
+//! The broker answers from its own record wherever it can, so that a backend that hangs cannot hang the VMM. A change that must
+//! reach the backends is mirrored to all of them and acknowledged when they have acknowledged it, or after
+//! [`crate::Limits::answer_max`]; a stop is answered when the ring is proved quiet.
+
+use warmswap_wire::{
+    ConfigSpace, InflightDescription, ProtocolFeatures, Reply, Request, RequestCode, VirtioFeatures, VringState,
+};
+
+use super::{Pair, Step};
+use crate::event::{Action, BackendId};
+use crate::failover::Kind;
+use crate::journal::Entry;
+use crate::link::Purpose;
+use crate::time::Nanos;
+
+/// The VMM's request that is waiting for its answer.
+#[derive(Debug)]
+pub(crate) enum Ticket {
+    /// A change that backends must acknowledge.
+    Mirror { number: u64, code: RequestCode, waiting: Vec<BackendId>, result: u64, deadline: Nanos },
+    /// A ring that is being stopped. `silent` once the backend has missed its first bound.
+    Stop { ring: u32, deadline: Nanos },
+}
+
+impl Ticket {
+    pub(crate) fn deadline(&self) -> Nanos {
+        match self {
+            Ticket::Mirror { deadline, .. } | Ticket::Stop { deadline, .. } => *deadline,
+        }
+    }
+}
+
+impl Pair {
+    pub(crate) fn vmm_arrived(&mut self, step: &mut Step<'_>) {
+        self.vmm_connected = true;
+        self.counters.vmm_connections += 1;
+        step.out.journal(Entry::info("VmmConnected"));
+    }
+
+    pub(crate) fn vmm_request(&mut self, request: Request, need_reply: bool, step: &mut Step<'_>) {
+        assert!(self.wants_request(), "requests are delivered one at a time");
+        self.counters.vmm_requests += 1;
+        let code = request.code();
+        match request {
+            Request::GetFeatures
+            | Request::GetProtocolFeatures
+            | Request::GetQueueNum
+            | Request::GetMaxMemSlots
+            | Request::GetConfig(_) => self.answer_from_record(&request, step),
+            Request::GetVringBase(state) => self.vmm_stops_ring(state.index, step),
+            Request::SetOwner | Request::ResetOwner => self.acknowledge(code, need_reply, 0, step),
+            Request::SetFeatures(features) => self.set_features(features, need_reply, step),
+            Request::SetProtocolFeatures(features) => {
+                self.session.record(&Request::SetProtocolFeatures(features), step.out);
+                self.acknowledge(code, need_reply, 0, step);
+            }
+            Request::SetMemTable(_) | Request::AddMemReg { .. } | Request::RemMemReg(_) => {
+                self.change_memory(&request, need_reply, step);
+            }
+            Request::SetLogBase { region, fd } => self.set_log(&Request::SetLogBase { region, fd }, need_reply, step),
+            Request::SetLogFd(_) | Request::NetSetMtu(_) | Request::SetVringNum(_) => {
+                self.session.record(&request, step.out);
+                self.mirror(&request, need_reply, step);
+            }
+            Request::SetConfig(config) => self.set_config(config, need_reply, step),
+            Request::SendRarp(_) => {
+                self.tell_serving(&request, step);
+                self.acknowledge(code, need_reply, 0, step);
+            }
+            Request::SetBackendReqFd(_) => {
+                self.session.record(&request, step.out);
+                self.acknowledge(code, need_reply, 0, step);
+            }
+            Request::SetVringKick(_)
+            | Request::SetVringCall(_)
+            | Request::SetVringErr(_)
+            | Request::SetVringAddr(_)
+            | Request::SetVringBase(_)
+            | Request::SetVringEnable(_) => self.ring_request(&request, need_reply, step),
+            _ => {
+                let reason = format!("{} belongs to a feature that is masked", code.name());
+                self.close_request_fds(&request, step);
+                self.refuse_request(code, &reason, need_reply, step);
+            }
+        }
+    }
+
+    fn answer_from_record(&mut self, request: &Request, step: &mut Step<'_>) {
+        let Some(offer) = &self.offer else { return };
+        let reply = match request {
+            Request::GetFeatures => Reply::U64(offer.features),
+            // REPLY_ACK ends here, so it can be offered whatever the backends do.
+            Request::GetProtocolFeatures => Reply::U64(offer.protocol | ProtocolFeatures::REPLY_ACK.bits()),
+            Request::GetQueueNum => Reply::U64(offer.queues),
+            Request::GetMaxMemSlots => Reply::U64(offer.mem_slots),
+            Request::GetConfig(wanted) => Reply::Config(config_slice(&offer.config, wanted)),
+            _ => return,
+        };
+        self.reply(request.code(), &reply, step);
+    }
+
+    fn set_features(&mut self, features: u64, need_reply: bool, step: &mut Step<'_>) {
+        let offered = self.offer.as_ref().map_or(0, |offer| offer.features);
+        let surplus = features & !offered;
+        if surplus != 0 {
+            let reason = format!("features {surplus:#x} were not offered (offered: {offered:#x})");
+            self.refuse_request(RequestCode::SetFeatures, &reason, need_reply, step);
+            return;
+        }
+        let could_warm = self.session.can_warm();
+        self.session.record(&Request::SetFeatures(features), step.out);
+        if could_warm {
+            // The protocol features belong to the links, whatever the VMM does with its own.
+            let request = Request::SetFeatures(self.link_features());
+            self.mirror(&request, need_reply, step);
+        } else {
+            self.acknowledge(RequestCode::SetFeatures, need_reply, 0, step);
+            self.warm_all(step);
+        }
+    }
+
+    /// The features a link is told: what the VMM accepted, and the bit that makes protocol features and per-ring enabling work.
+    pub(crate) fn link_features(&self) -> u64 {
+        let bit = VirtioFeatures::PROTOCOL_FEATURES.bits();
+        self.session.features.unwrap_or(0) | self.offer.as_ref().map_or(0, |offer| offer.features & bit)
+    }
+
+    fn change_memory(&mut self, request: &Request, need_reply: bool, step: &mut Step<'_>) {
+        let code = request.code();
+        if let Err(error) = self.map_change(request, step) {
+            self.close_request_fds(request, step);
+            self.refuse_request(code, &error, need_reply, step);
+            return;
+        }
+        let could_warm = self.session.can_warm();
+        self.session.record(request, step.out);
+        self.reattach_rings(step);
+        if could_warm {
+            self.mirror(request, need_reply, step);
+        } else {
+            self.acknowledge(code, need_reply, 0, step);
+            self.warm_all(step);
+        }
+    }
+
+    fn map_change(&mut self, request: &Request, step: &mut Step<'_>) -> Result<(), String> {
+        match request {
+            Request::SetMemTable(regions) => {
+                for (old, _) in &self.session.memory {
+                    step.memory.unmap(old.guest_addr);
+                }
+                for (region, fd) in regions {
+                    step.memory.map(region, *fd).map_err(|error| error.to_string())?;
+                }
+            }
+            Request::AddMemReg { region, fd } => {
+                let fd = fd.ok_or("ADD_MEM_REG came without a descriptor: guest memory is not shared")?;
+                if self.session.memory.len() as u64 >= self.offer.as_ref().map_or(0, |offer| offer.mem_slots) {
+                    return Err(format!("more than {} memory regions", self.session.memory.len()));
+                }
+                step.memory.map(region, fd).map_err(|error| error.to_string())?;
+            }
+            Request::RemMemReg(region) => {
+                if self.session.find_region(region).is_none() {
+                    return Err(format!("there is no memory region at {:#x}", region.guest_addr));
+                }
+                step.memory.unmap(region.guest_addr);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn set_log(&mut self, request: &Request, need_reply: bool, step: &mut Step<'_>) {
+        self.session.record(request, step.out);
+        if let Err(error) = step.memory.set_log(self.session.log) {
+            self.refuse_request(RequestCode::SetLogBase, &error.to_string(), true, step);
+            return;
+        }
+        // With LOG_SHMFD the message has a reply of its own.
+        let shmfd = ProtocolFeatures::LOG_SHMFD.bits();
+        let replies = self.session.protocol_features.is_some_and(|bits| bits & shmfd != 0);
+        self.mirror(request, need_reply || replies, step);
+    }
+
+    fn set_config(&mut self, config: ConfigSpace, need_reply: bool, step: &mut Step<'_>) {
+        if let Some(offer) = &mut self.offer {
+            let at = config.offset as usize;
+            if let Some(bytes) = offer.config.get_mut(at..at + config.bytes.len()) {
+                bytes.copy_from_slice(&config.bytes);
+            }
+        }
+        for link in &mut self.links {
+            let at = config.offset as usize;
+            if let Some(bytes) = link.offer.config.get_mut(at..at + config.bytes.len()) {
+                bytes.copy_from_slice(&config.bytes);
+            }
+        }
+        let request = Request::SetConfig(config);
+        self.session.record(&request, step.out);
+        self.mirror(&request, need_reply, step);
+    }
+
+    /// Tells every backend that mirrors the session, and answers the VMM when they have it.
+    fn mirror(&mut self, request: &Request, need_reply: bool, step: &mut Step<'_>) {
+        let code = request.code();
+        self.tickets += 1;
+        let number = self.tickets;
+        let mut waiting = Vec::new();
+        for link in self.links.iter_mut().filter(|link| link.mirrors()) {
+            if need_reply {
+                link.ask(request.clone(), Purpose::Mirror(number), step.out);
+                waiting.push(link.id);
+            } else {
+                link.tell(request, step.out);
+            }
+        }
+        if !need_reply {
+            return;
+        }
+        if waiting.is_empty() {
+            self.answer_ack(code, 0, step);
+        } else {
+            let deadline = step.now + self.config.limits.answer_max;
+            self.ticket = Some(Ticket::Mirror { number, code, waiting, result: 0, deadline });
+        }
+    }
+
+    /// A backend has acknowledged a mirrored change. Only the primary's refusal is the VMM's business.
+    pub(crate) fn mirrored(&mut self, backend: BackendId, number: u64, value: u64, step: &mut Step<'_>) {
+        if value != 0 && self.primary != Some(backend) {
+            self.lose_shadow(backend, "it refused a change that the VMM made", step);
+        }
+        let primary = self.primary == Some(backend);
+        let Some(Ticket::Mirror { number: current, waiting, result, .. }) = &mut self.ticket else { return };
+        if *current != number {
+            return;
+        }
+        waiting.retain(|id| *id != backend);
+        if primary {
+            *result = value;
+        }
+        self.finish_mirror(step);
+    }
+
+    /// A backend that is gone acknowledges nothing.
+    pub(crate) fn stop_waiting_for(&mut self, backend: BackendId, step: &mut Step<'_>) {
+        if let Some(Ticket::Mirror { waiting, .. }) = &mut self.ticket {
+            waiting.retain(|id| *id != backend);
+            self.finish_mirror(step);
+        }
+    }
+
+    fn finish_mirror(&mut self, step: &mut Step<'_>) {
+        if let Some(Ticket::Mirror { code, waiting, result, .. }) = &self.ticket
+            && waiting.is_empty()
+        {
+            let (code, result) = (*code, *result);
+            self.ticket = None;
+            self.answer_ack(code, result, step);
+        }
+    }
+
+    pub(crate) fn poll_ticket(&mut self, step: &mut Step<'_>) {
+        match &self.ticket {
+            Some(ticket) if ticket.deadline() <= step.now => {}
+            _ => return,
+        }
+        match self.ticket.take() {
+            Some(Ticket::Mirror { code, waiting, .. }) => {
+                self.counters.answered_from_record += 1;
+                step.out.journal(
+                    Entry::warning("AnsweredFromRecord")
+                        .with("request", code.name())
+                        .with("silent", waiting.first().map_or(0, |id| id.0)),
+                );
+                self.answer_ack(code, 0, step);
+            }
+            Some(Ticket::Stop { ring, deadline }) => {
+                self.ticket = Some(Ticket::Stop { ring, deadline });
+                self.stop_overdue(ring, step);
+            }
+            None => {}
+        }
+    }
+
+    /// Refuses what could not even be decoded.
+    pub(crate) fn refuse_message(&mut self, request: u32, reason: &str, need_reply: bool, step: &mut Step<'_>) {
+        self.counters.refused_messages += 1;
+        step.out.journal(
+            Entry::warning("MessageRefused").with("peer", "vmm").with("request", request).with("reason", reason),
+        );
+        if need_reply {
+            let (mut bytes, mut fds) = (Vec::new(), Vec::new());
+            Reply::U64(1).encode(request, &mut bytes, &mut fds);
+            step.out.push(Action::SendVmm { bytes, fds });
+        }
+    }
+
+    pub(crate) fn refuse_request(&mut self, code: RequestCode, reason: &str, need_reply: bool, step: &mut Step<'_>) {
+        self.counters.refused_messages += 1;
+        step.out.journal(
+            Entry::warning("MessageRefused").with("peer", "vmm").with("request", code.name()).with("reason", reason),
+        );
+        match code {
+            RequestCode::GetInflightFd => {
+                let region = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: 0, queue_size: 0 };
+                self.reply(code, &Reply::Inflight { region, fd: None }, step);
+            }
+            // Replies that must carry a descriptor cannot be refused in the protocol: the connection is.
+            RequestCode::PostcopyAdvise | RequestCode::GetSharedObject | RequestCode::CreateCryptoSession => {
+                step.out.push(Action::DropVmm);
+            }
+            _ if code.always_replies() || need_reply => self.reply(code, &Reply::U64(1), step),
+            _ => {}
+        }
+    }
+
+    fn close_request_fds(&mut self, request: &Request, step: &mut Step<'_>) {
+        let (mut bytes, mut fds) = (Vec::new(), Vec::new());
+        request.encode(warmswap_wire::HeaderFlags::empty(), &mut bytes, &mut fds);
+        fds.into_iter().for_each(|fd| step.out.push(Action::Close(fd)));
+    }
+
+    pub(crate) fn acknowledge(&mut self, code: RequestCode, need_reply: bool, value: u64, step: &mut Step<'_>) {
+        if need_reply {
+            self.answer_ack(code, value, step);
+        }
+    }
+
+    fn answer_ack(&mut self, code: RequestCode, value: u64, step: &mut Step<'_>) {
+        self.reply(code, &Reply::U64(value), step);
+    }
+
+    pub(crate) fn reply_base(&mut self, ring: u32, base: u16, step: &mut Step<'_>) {
+        let state = VringState { index: ring, value: u32::from(base) };
+        self.reply(RequestCode::GetVringBase, &Reply::VringState(state), step);
+    }
+
+    fn reply(&mut self, code: RequestCode, reply: &Reply, step: &mut Step<'_>) {
+        if !self.vmm_connected {
+            return;
+        }
+        let (mut bytes, mut fds) = (Vec::with_capacity(32), Vec::new());
+        reply.encode(code as u32, &mut bytes, &mut fds);
+        step.out.push(Action::SendVmm { bytes, fds });
+    }
+
+    pub(crate) fn tell_serving(&mut self, request: &Request, step: &mut Step<'_>) {
+        if let Some(link) = self.serving().and_then(|id| self.link_mut(id)) {
+            link.tell(request, step.out);
+        }
+    }
+
+    /// The VMM's connection ended: its rings are brought to rest, so that whoever comes next finds in memory exactly what is owed.
+    pub(crate) fn vmm_gone(&mut self, reason: &str, step: &mut Step<'_>) {
+        if !self.vmm_connected {
+            return;
+        }
+        self.vmm_connected = false;
+        self.ticket = None;
+        self.closing = true;
+        step.out.journal(Entry::info("VmmGone").with("reason", reason));
+        if self.failover.is_none() {
+            self.drain_for_close(step);
+        }
+    }
+
+    fn drain_for_close(&mut self, step: &mut Step<'_>) {
+        let rings: Vec<u32> = self.served_rings();
+        match self.serving() {
+            Some(serving) if !rings.is_empty() => self.divert(serving, &rings, step),
+            _ if rings.is_empty() => self.finish_close(step),
+            _ => {
+                let victim = self.primary.expect("served rings have a server");
+                self.begin_failover(Kind::Crash, "the VMM disconnected".to_owned(), victim, None, false, step);
+            }
+        }
+    }
+
+    /// Nothing serves the old session any more: forget it and start fresh backends, which hold none of its memory.
+    pub(crate) fn finish_close(&mut self, step: &mut Step<'_>) {
+        self.closing = false;
+        self.halted = None;
+        self.suspects.clear();
+        for index in 0..self.rings.len() {
+            let index = u32::try_from(index).expect("bounded by RINGS_MAX");
+            self.release_ring(index, step);
+        }
+        for (region, _) in &self.session.memory {
+            step.memory.unmap(region.guest_addr);
+        }
+        // Clearing a log never fails.
+        let _cleared = step.memory.set_log(None);
+        self.session.clear(step.out);
+        self.recycle_backends(step);
+    }
+}
+
+/// The asked-for part of the configuration space; none if it is not all there.
+fn config_slice(config: &[u8], wanted: &ConfigSpace) -> Option<ConfigSpace> {
+    let at = wanted.offset as usize;
+    let bytes = config.get(at..at.checked_add(wanted.bytes.len())?)?;
+    Some(ConfigSpace { offset: wanted.offset, flags: wanted.flags, bytes: bytes.to_vec() })
+}

@@ -1,0 +1,101 @@
+//! What the pair is told to do and how long it may take: every bound in one place.
+
+use warmswap_wire::DeviceType;
+
+use crate::drain::DrainMethod;
+use crate::event::FenceLevel;
+use crate::time::Nanos;
+
+/// What may be done with the requests a dead backend still owed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Survivors {
+    /// Write their heads over the consumed slots of the available ring.
+    Place,
+    /// Never write guest memory: halt unless the slots already hold them.
+    Refuse,
+}
+
+/// The configuration of a pair.
+#[derive(Clone, Debug)]
+pub struct PairConfig {
+    /// Type of the device.
+    pub device: DeviceType,
+    /// How the backend is drained.
+    pub drain: DrainMethod,
+    /// What may be done with survivors.
+    pub survivors: Survivors,
+    /// Least proof before another backend may write.
+    pub fence: FenceLevel,
+    /// A shadow is kept.
+    pub shadow: bool,
+    /// Backends may be started again at will (false: somebody else starts them).
+    pub restartable: bool,
+    /// The bounds.
+    pub limits: Limits,
+}
+
+/// Bounds. Reaching one is an event in the journal.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Within this the VMM gets its answer, whatever a backend does.
+    pub answer_max: Nanos,
+    /// A planned failover, or a stop by the VMM, may wait this long for the primary to complete what it holds.
+    pub drain_max: Nanos,
+    /// A primary that is silent this long while it is asked, or while requests wait, is taken for hung.
+    pub hang: Nanos,
+    /// A primary that answers but completes nothing for this long, while requests wait, is failed over once.
+    pub stall: Nanos,
+    /// A new primary has this long to show its first completion before it must answer a ping.
+    pub confirm_max: Nanos,
+    /// A backend has this long from start to offer.
+    pub start_max: Nanos,
+    /// Signs of life are asked for this often.
+    pub ping_every: Nanos,
+    /// Shortest and longest time between two observations of a busy ring.
+    pub observe_min: Nanos,
+    /// See `observe_min`.
+    pub observe_max: Nanos,
+    /// Time between two observations of an idle ring.
+    pub observe_idle: Nanos,
+    /// A ring that was idle this long is watched by its kick instead.
+    pub idle_after: Nanos,
+    /// Time between two looks at a ring while a failover waits for it.
+    pub poll: Nanos,
+    /// First and longest wait before a shadow that failed to start is started again.
+    pub restart_min: Nanos,
+    /// See `restart_min`.
+    pub restart_max: Nanos,
+    /// Deaths a request must have been in flight at before it is isolated.
+    pub isolate_after: u32,
+}
+
+impl Limits {
+    /// Time to the next look at something that has been waited for since `waited`: often at first, then less, so that a slow disk
+    /// does not cost a processor.
+    #[must_use]
+    pub fn poll_interval(&self, waited: Nanos) -> Nanos {
+        Nanos(waited.0 / 16).clamp(self.poll, self.observe_max)
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            answer_max: Nanos::from_millis(5),
+            drain_max: Nanos::from_millis(1_000),
+            hang: Nanos::from_millis(500),
+            stall: Nanos::from_millis(30_000),
+            confirm_max: Nanos::from_millis(1_000),
+            start_max: Nanos::from_millis(10_000),
+            ping_every: Nanos::from_millis(1_000),
+            observe_min: Nanos::from_micros(100),
+            observe_max: Nanos::from_micros(2_000),
+            observe_idle: Nanos::from_millis(25),
+            idle_after: Nanos::from_millis(20),
+            poll: Nanos::from_micros(20),
+            restart_min: Nanos::from_millis(10),
+            restart_max: Nanos::from_millis(5_000),
+            isolate_after: 3,
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! The session: what the VMM has negotiated, as a value.
+//!
+//! It records the last effective value of every message, so it can be applied to any backend at any time, encoded, and
+//! rebuilt by another process from its bytes and a table of named descriptors ([`Session::encode`], [`Session::decode`]).
+
+mod codec;
+
+pub use codec::{NamedFd, SessionError};
+
+use warmswap_wire::{
+    ConfigSpace, FdSlot, LogRegion, MemoryRegion, MemoryTable, Request, VirtioFeatures, VringAddr, VringState,
+};
+use warmswap_wire::{RINGS_MAX, VringFd};
+
+use crate::event::{Action, Actions};
+
+/// One ring as the VMM described it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ring {
+    /// Number of entries.
+    pub size: Option<u32>,
+    /// Where its parts lie.
+    pub addr: Option<VringAddr>,
+    /// The base the VMM asked for.
+    pub base: Option<u32>,
+    /// Kick descriptor.
+    pub kick: Option<FdSlot>,
+    /// Call descriptor.
+    pub call: Option<FdSlot>,
+    /// Error descriptor.
+    pub err: Option<FdSlot>,
+    /// The last SET_VRING_ENABLE, if there was one.
+    pub enabled: Option<bool>,
+    /// The VMM wants the ring served: it sent a kick descriptor and no stop since.
+    pub started: bool,
+}
+
+/// What the VMM has negotiated and described.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Session {
+    /// Virtio features the VMM accepted.
+    pub features: Option<u64>,
+    /// Protocol features the VMM accepted.
+    pub protocol_features: Option<u64>,
+    /// Regions of guest memory and their descriptors, in the order in which they came.
+    pub memory: Vec<(MemoryRegion, FdSlot)>,
+    /// The memory table has been set at least once.
+    pub memory_set: bool,
+    /// Dirty log.
+    pub log: Option<(LogRegion, FdSlot)>,
+    /// Descriptor that tells when the log is to be read.
+    pub log_fd: Option<FdSlot>,
+    /// The VMM's end of the back-end request channel.
+    pub backend_req: Option<FdSlot>,
+    /// Writes to the configuration space, in order; a later one replaces an earlier one at the same place.
+    pub config_writes: Vec<ConfigSpace>,
+    /// Maximum transmission unit (net).
+    pub mtu: Option<u64>,
+    /// The rings that were ever named, by index.
+    pub rings: Vec<Ring>,
+}
+
+impl Session {
+    /// The ring of that index, made where it was not known yet.
+    pub fn ring_mut(&mut self, index: u32) -> &mut Ring {
+        assert!(index < RINGS_MAX, "the codec admits no ring index beyond RINGS_MAX");
+        let at = index as usize;
+        if self.rings.len() <= at {
+            self.rings.resize_with(at + 1, Ring::default);
+        }
+        &mut self.rings[at]
+    }
+
+    /// The ring of that index.
+    #[must_use]
+    pub fn ring(&self, index: u32) -> Option<&Ring> {
+        self.rings.get(index as usize)
+    }
+
+    /// Indices of the rings the VMM wants served.
+    pub fn started(&self) -> impl Iterator<Item = u32> + '_ {
+        (0_u32..).zip(&self.rings).filter(|(_, ring)| ring.started).map(|(index, _)| index)
+    }
+
+    /// Whether enough is known to warm a backend.
+    #[must_use]
+    pub fn can_warm(&self) -> bool {
+        self.features.is_some() && self.memory_set
+    }
+
+    /// Whether writes to guest memory must be logged.
+    #[must_use]
+    pub fn logs(&self) -> bool {
+        self.features.is_some_and(|features| features & VirtioFeatures::LOG_ALL.bits() != 0)
+    }
+
+    /// Whether rings are to be enabled one by one. By the specification a ring starts out enabled unless protocol features were
+    /// negotiated.
+    #[must_use]
+    pub fn ring_enabled(&self, index: u32) -> bool {
+        let default = self.features.is_some_and(|bits| bits & VirtioFeatures::PROTOCOL_FEATURES.bits() == 0);
+        self.ring(index).and_then(|ring| ring.enabled).unwrap_or(default)
+    }
+
+    /// Whether EVENT_IDX was negotiated.
+    #[must_use]
+    pub fn has_event_idx(&self) -> bool {
+        self.features.is_some_and(|features| features & VirtioFeatures::EVENT_IDX.bits() != 0)
+    }
+
+    /// The memory table without its descriptors.
+    #[must_use]
+    pub fn memory_table(&self) -> MemoryTable {
+        MemoryTable { regions: self.memory.iter().map(|(region, _)| *region).collect() }
+    }
+
+    /// Records a request that only changes the record. Descriptors that it replaces are closed.
+    ///
+    /// Requests that ask, start, stop or end something are not recorded here; the pair handles them.
+    pub fn record(&mut self, request: &Request, out: &mut Actions) {
+        match request {
+            Request::SetFeatures(features) => self.features = Some(*features),
+            Request::SetProtocolFeatures(features) => self.protocol_features = Some(*features),
+            Request::SetMemTable(regions) => {
+                let old = std::mem::replace(&mut self.memory, regions.clone());
+                old.into_iter().for_each(|(_, fd)| out.push(Action::Close(fd)));
+                self.memory_set = true;
+            }
+            Request::AddMemReg { region, fd: Some(fd) } => {
+                self.memory.push((*region, *fd));
+                self.memory_set = true;
+            }
+            Request::RemMemReg(region) => self.remove_region(region, out),
+            Request::SetLogBase { region, fd } => {
+                let new = fd.map(|fd| (*region, fd));
+                replace(&mut self.log, new, |(_, fd)| out.push(Action::Close(fd)));
+            }
+            Request::SetLogFd(fd) => replace(&mut self.log_fd, Some(*fd), |fd| out.push(Action::Close(fd))),
+            Request::SetBackendReqFd(fd) => {
+                replace(&mut self.backend_req, Some(*fd), |fd| out.push(Action::Close(fd)));
+            }
+            Request::SetVringNum(VringState { index, value }) => self.ring_mut(*index).size = Some(*value),
+            Request::SetVringAddr(addr) => self.ring_mut(addr.index).addr = Some(*addr),
+            Request::SetVringBase(VringState { index, value }) => self.ring_mut(*index).base = Some(*value),
+            Request::SetVringKick(VringFd { index, fd }) => {
+                replace(&mut self.ring_mut(*index).kick, *fd, |fd| out.push(Action::Close(fd)));
+            }
+            Request::SetVringCall(VringFd { index, fd }) => {
+                replace(&mut self.ring_mut(*index).call, *fd, |fd| out.push(Action::Close(fd)));
+            }
+            Request::SetVringErr(VringFd { index, fd }) => {
+                replace(&mut self.ring_mut(*index).err, *fd, |fd| out.push(Action::Close(fd)));
+            }
+            Request::SetVringEnable(VringState { index, value }) => {
+                self.ring_mut(*index).enabled = Some(*value != 0);
+            }
+            Request::SetConfig(config) => {
+                self.config_writes.retain(|old| old.offset != config.offset || old.bytes.len() != config.bytes.len());
+                self.config_writes.push(config.clone());
+            }
+            Request::NetSetMtu(mtu) => self.mtu = Some(*mtu),
+            _ => {}
+        }
+    }
+
+    /// The region REM_MEM_REG means: rust-vmm and QEMU name it by all its addresses, some leave the offset out.
+    #[must_use]
+    pub fn find_region(&self, region: &MemoryRegion) -> Option<usize> {
+        self.memory.iter().position(|(known, _)| {
+            known.guest_addr == region.guest_addr && known.size == region.size && known.user_addr == region.user_addr
+        })
+    }
+
+    fn remove_region(&mut self, region: &MemoryRegion, out: &mut Actions) {
+        if let Some(at) = self.find_region(region) {
+            out.push(Action::Close(self.memory.remove(at).1));
+        }
+    }
+
+    /// Forgets everything and closes every descriptor: the VMM is gone.
+    pub fn clear(&mut self, out: &mut Actions) {
+        self.fds().into_iter().for_each(|(fd, _)| out.push(Action::Close(fd)));
+        *self = Session::default();
+    }
+}
+
+fn replace<T>(place: &mut Option<T>, new: Option<T>, close: impl FnOnce(T)) {
+    if let Some(old) = std::mem::replace(place, new) {
+        close(old);
+    }
+}
