@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use warmswap_wire::{MemoryRegion, ProtocolFeatures, VirtioFeatures};
+use warmswap_wire::{MemoryRegion, VirtioFeatures};
 
 use super::blk::{BlkQueue, QueueShape};
 use super::channel::Acks;
@@ -114,21 +114,10 @@ impl Guest {
     /// Starts the rings as they are, from `bases`: after a pause with what the stop returned, after a reconnect with the
     /// VMM's own rule.
     pub(crate) fn start_from(&mut self, bases: &[u16]) -> anyhow::Result<()> {
+        ensure!(bases.len() == self.queues.len(), "one base per ring");
         let front = self.front.as_mut().context("not connected")?;
         front.set_features()?;
         front.share_memory(&self.memory)?;
-        self.run_rings(bases)
-    }
-
-    /// As [`Guest::start_from`] where memory and features are known to the device already (the VM was only paused).
-    pub(crate) fn resume_from(&mut self, bases: &[u16]) -> anyhow::Result<()> {
-        self.front.as_mut().context("not connected")?.set_features()?;
-        self.run_rings(bases)
-    }
-
-    fn run_rings(&mut self, bases: &[u16]) -> anyhow::Result<()> {
-        ensure!(bases.len() == self.queues.len(), "one base per ring");
-        let front = self.front.as_mut().context("not connected")?;
         for (queue, base) in self.queues.iter().zip(bases) {
             front.start_ring(queue, *base)?;
         }
@@ -211,25 +200,14 @@ impl Guest {
     /// Without CONFIGURE_MEM_SLOTS the whole table is sent again; some backends must be idle then.
     pub(crate) fn plug_memory(&mut self, size: u64) -> anyhow::Result<usize> {
         let region = self.memory.plug(size)?;
-        let front = self.front.as_mut().context("not connected")?;
-        if front.protocol().contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-            let (description, fd) = self.memory.table().nth(region).context("the region was just added")?;
-            front.add_region(description, fd)?;
-        } else {
-            front.share_memory(&self.memory)?;
-        }
+        self.front.as_mut().context("not connected")?.share_memory(&self.memory)?;
         Ok(region)
     }
 
     /// Removes the region that was plugged last. No request may use it any more.
     pub(crate) fn unplug_memory(&mut self) -> anyhow::Result<MemoryRegion> {
         let region = self.memory.unplug().context("nothing was plugged")?;
-        let front = self.front.as_mut().context("not connected")?;
-        if front.protocol().contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-            front.remove_region(region)?;
-        } else {
-            front.share_memory(&self.memory)?;
-        }
+        self.front.as_mut().context("not connected")?.share_memory(&self.memory)?;
         Ok(region)
     }
 

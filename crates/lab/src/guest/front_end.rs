@@ -85,6 +85,8 @@ pub(crate) struct FrontEnd {
     protocol: ProtocolFeatures,
     queues_max: u64,
     memory_slots_max: u64,
+    /// Regions the device knows, where they are given one by one.
+    shared: Vec<MemoryRegion>,
 }
 
 impl FrontEnd {
@@ -99,6 +101,7 @@ impl FrontEnd {
             protocol: ProtocolFeatures::empty(),
             queues_max: 1,
             memory_slots_max: 8,
+            shared: Vec::new(),
         };
         front.negotiate()?;
         Ok(front)
@@ -193,24 +196,22 @@ impl FrontEnd {
         self.tell(&Request::SetFeatures(self.features), &[])
     }
 
-    /// Shares the guest's memory: region by region, or as a table.
+    /// Shares the guest's memory: region by region as far as the device does not know it yet, or as a whole table.
     pub(crate) fn share_memory(&mut self, memory: &GuestMemory) -> anyhow::Result<()> {
-        if self.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-            return memory.table().try_for_each(|(region, fd)| self.add_region(region, fd));
+        if !self.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            let fds: Vec<BorrowedFd<'_>> = memory.table().map(|(_, fd)| fd).collect();
+            let table = memory.table().enumerate().map(|(index, (region, _))| (region, FdSlot(index as u32))).collect();
+            return self.acknowledged(&Request::SetMemTable(table), &fds);
         }
-        let fds: Vec<BorrowedFd<'_>> = memory.table().map(|(_, fd)| fd).collect();
-        let table = memory.table().enumerate().map(|(index, (region, _))| (region, FdSlot(index as u32))).collect();
-        self.acknowledged(&Request::SetMemTable(table), &fds)
-    }
-
-    /// ADD_MEM_REG.
-    pub(crate) fn add_region(&mut self, region: MemoryRegion, fd: BorrowedFd<'_>) -> anyhow::Result<()> {
-        self.acknowledged(&Request::AddMemReg { region, fd: Some(FdSlot(0)) }, &[fd])
-    }
-
-    /// REM_MEM_REG.
-    pub(crate) fn remove_region(&mut self, region: MemoryRegion) -> anyhow::Result<()> {
-        self.acknowledged(&Request::RemMemReg(region), &[])
+        let wanted: Vec<MemoryRegion> = memory.table().map(|(region, _)| region).collect();
+        for region in self.shared.iter().filter(|region| !wanted.contains(region)).copied().collect::<Vec<_>>() {
+            self.acknowledged(&Request::RemMemReg(region), &[])?;
+        }
+        for (region, fd) in memory.table().filter(|(region, _)| !self.shared.contains(region)).collect::<Vec<_>>() {
+            self.acknowledged(&Request::AddMemReg { region, fd: Some(FdSlot(0)) }, &[fd])?;
+        }
+        self.shared = wanted;
+        Ok(())
     }
 
     /// Sets up one ring and starts it: NUM, BASE, ADDR, KICK, CALL.

@@ -130,7 +130,7 @@ fn a_guest_lives_through_what_its_vmm_does() {
         bench.write_and_read(8);
         let bases = bench.guest.stop().expect("stop");
         assert_eq!(bases, [bench.guest.queues[0].vring().used_idx(), bench.guest.queues[1].vring().used_idx()]);
-        bench.guest.resume_from(&bases).expect("resume");
+        bench.guest.start_from(&bases).expect("resume");
         bench.write_and_read(8);
         bench.guest.stop().expect("stop");
         bench.guest.disconnect();
