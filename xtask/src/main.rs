@@ -1,2 +1,34 @@
-//! Project chores.
-fn main() {}
+//! Project chores: `cargo xtask setup`, `cargo xtask test`, `cargo xtask demo`.
+
+mod apt;
+mod demo;
+mod parts;
+mod setup;
+mod shell;
+mod test;
+
+use clap::Parser;
+
+/// Project chores.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask")]
+enum Chore {
+    /// Install the Debian packages that tests and demonstration need; only what is missing.
+    Setup {
+        /// Only say what is missing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Check everything: format, lints, tests, and short runs of the instruments with real processes.
+    Test,
+    /// Show the main job: a guest under load, its disk swapped, killed and hung. About two minutes.
+    Demo,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Chore::parse() {
+        Chore::Setup { dry_run } => setup::run(dry_run),
+        Chore::Test => test::run(),
+        Chore::Demo => demo::run(),
+    }
+}

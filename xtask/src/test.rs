@@ -1,0 +1,156 @@
+//! `cargo xtask test`: everything a change must pass.
+
+use std::io::{BufRead as _, BufReader, Read};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::Context as _;
+
+use super::{setup, shell};
+
+/// Short runs of the instruments, with real processes: the words after `lab`.
+const INSTRUMENTS: [&[&str]; 2] =
+    [&["rig", "--failovers", "300", "--seed", "1"], &["vm", "--failovers", "6", "--seed", "1"]];
+
+/// What has passed and failed so far: a step counts as one, a test runner as many as it says.
+#[derive(Debug, Default)]
+struct Tally {
+    passed: u64,
+    failed: u64,
+    /// The closing lines of the test runners, said again at the end.
+    closing: Vec<String>,
+    failures: Vec<String>,
+}
+
+/// Runs every check; goes on after a failure, and fails at the end.
+pub(crate) fn run() -> anyhow::Result<()> {
+    setup::run(false)?;
+    let mut tally = Tally::default();
+    tally.step(&mut shell::cargo(&["fmt", "--all", "--check"]))?;
+    tally.step(&mut shell::cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
+    if shell::output(&mut shell::cargo(&["nextest", "--version"])).is_some() {
+        tally.tests(&mut shell::cargo(&[
+            "nextest",
+            "run",
+            "--workspace",
+            "--no-fail-fast",
+            "--status-level",
+            "fail",
+        ]))?;
+    } else {
+        tally.tests(&mut shell::cargo(&["test", "--workspace", "--bins", "--lib", "--tests", "--no-fail-fast"]))?;
+    }
+    tally.tests(&mut shell::cargo(&["test", "--workspace", "--doc", "--quiet"]))?;
+    for words in INSTRUMENTS {
+        let mut command = shell::cargo(&["run", "--release", "--quiet", "--package", "lab", "--"]);
+        tally.step(command.args(words))?;
+    }
+    tally.conclude()
+}
+
+impl Tally {
+    /// Runs a command that passes or fails as a whole.
+    fn step(&mut self, command: &mut Command) -> anyhow::Result<()> {
+        let (passed, _) = watched(command)?;
+        self.count(command, passed);
+        Ok(())
+    }
+
+    /// Runs a test runner and takes over its counts.
+    fn tests(&mut self, command: &mut Command) -> anyhow::Result<()> {
+        let (passed, lines) = watched(command)?;
+        let closing: Vec<&String> = lines.iter().filter(|line| counts(line).is_some()).collect();
+        let (mut good, mut bad) = (0, 0);
+        for line in &closing {
+            let (line_good, line_bad) = counts(line).unwrap_or((0, 0));
+            good += line_good;
+            bad += line_bad;
+        }
+        self.passed += good;
+        self.failed += bad;
+        self.closing.extend(closing.into_iter().filter(|line| line.contains("Summary")).cloned());
+        // A runner that fails without a failed test did not build, or ran nothing.
+        if !passed && bad == 0 {
+            self.count(command, false);
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, command: &Command, passed: bool) {
+        if passed {
+            self.passed += 1;
+        } else {
+            self.failed += 1;
+            self.failures.push(shell::spelled(command));
+        }
+    }
+
+    fn conclude(self) -> anyhow::Result<()> {
+        println!();
+        self.failures.iter().for_each(|failure| println!("failed: {failure}"));
+        self.closing.iter().for_each(|line| println!("{}", line.trim()));
+        println!("{} passed, {} failed", self.passed, self.failed);
+        anyhow::ensure!(self.failed == 0, "{} failed", self.failed);
+        Ok(())
+    }
+}
+
+/// Runs a command, showing what it prints; returns whether it succeeded, and its lines.
+fn watched(command: &mut Command) -> anyhow::Result<(bool, Vec<String>)> {
+    let name = shell::spelled(command);
+    println!("== {name}");
+    let begin = Instant::now();
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("starting `{name}`"))?;
+    let echo = |stream: Option<Box<dyn Read + Send>>| thread::spawn(move || stream.map(echoed).unwrap_or_default());
+    let output = echo(child.stdout.take().map(|stream| Box::new(stream) as _));
+    let errors = echo(child.stderr.take().map(|stream| Box::new(stream) as _));
+    let status = child.wait()?;
+    let mut lines = output.join().unwrap_or_default();
+    lines.extend(errors.join().unwrap_or_default());
+    let verdict = if status.success() { "passed" } else { "FAILED" };
+    println!("== {verdict} in {:.1} s", begin.elapsed().as_secs_f64());
+    Ok((status.success(), lines))
+}
+
+/// Copies a stream to our output, line by line, and keeps the lines.
+fn echoed(stream: Box<dyn Read + Send>) -> Vec<String> {
+    let mut lines = Vec::new();
+    for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line).into_owned();
+        println!("{line}");
+        lines.push(line);
+    }
+    lines
+}
+
+/// Passed and failed of a runner's closing line: nextest's `Summary`, or `test result` of the standard one.
+fn counts(line: &str) -> Option<(u64, u64)> {
+    let line = line.trim();
+    if !(line.starts_with("Summary") || line.starts_with("test result:")) {
+        return None;
+    }
+    let before = |word: &str| {
+        let words: Vec<&str> =
+            line.split(|c: char| c.is_whitespace() || c == ',' || c == ';').filter(|w| !w.is_empty()).collect();
+        let at = words.iter().position(|found| *found == word)?;
+        words.get(at.checked_sub(1)?)?.parse().ok()
+    };
+    Some((before("passed").unwrap_or(0), before("failed").unwrap_or(0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn closing_lines_of_both_runners_are_read() {
+        assert_eq!(
+            counts("     Summary [   0.5s] 12 tests run: 11 passed (1 slow), 1 failed, 3 skipped"),
+            Some((11, 1))
+        );
+        assert_eq!(counts("test result: ok. 4 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out"), Some((4, 0)));
+        assert_eq!(counts("running 4 tests"), None);
+    }
+}
