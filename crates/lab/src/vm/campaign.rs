@@ -1,7 +1,5 @@
 //! One run: a machine under load, its disk taken away again and again, everything checked at the end.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -12,12 +10,12 @@ use super::broker::{Broker, Failover, Status};
 use super::cache::{Kernel, Qemu};
 use super::checks::{self, Findings};
 use super::kernel_log::KernelLog;
-use super::layout::{BLOCK, FIO, STAMP};
 use super::machine::{CONSOLE, Machine};
 use super::orders::Orders;
 use super::plan::{Kind, Plan, Step};
 use super::process;
 use super::rng::Rng;
+use super::sabotage::{Damage, Sabotage};
 use super::watch::{Account, Patience, Watch};
 use super::workspace::Workspace;
 
@@ -52,7 +50,7 @@ pub(crate) struct Settings {
     /// Print a line for each second of the guest.
     pub(crate) live: bool,
     /// Damage the image behind everybody's back: the checks must then find it.
-    pub(crate) sabotage: bool,
+    pub(crate) sabotage: Option<Sabotage>,
     /// Where to keep the logs.
     pub(crate) logs: Option<std::path::PathBuf>,
 }
@@ -156,9 +154,9 @@ impl Campaign<'_> {
                 break;
             }
             self.inject(number, *step)?;
-            if self.settings.sabotage {
-                self.damage_image(number)?;
-            }
+        }
+        if let Some(kind) = self.settings.sabotage {
+            self.damage_image(kind)?;
         }
         self.listen_for(self.settings.plan.tail)?;
         self.finish()
@@ -269,15 +267,14 @@ impl Campaign<'_> {
         }
     }
 
-    /// Writes noise into the parts of the image that fio and the stamps own.
-    fn damage_image(&self, number: usize) -> anyhow::Result<()> {
-        let mut rng = Rng::new(self.settings.orders.seed, 200 + number as u64);
-        let image = File::options().write(true).open(self.workspace.image())?;
-        for region in [FIO, STAMP] {
-            let mut noise = vec![0; 64 * usize::try_from(BLOCK)?];
-            rng.fill(&mut noise);
-            let first = rng.range(0, region.bytes / BLOCK - 64);
-            image.write_all_at(&noise, region.offset + first * BLOCK)?;
+    /// Damages the image a few times under load.
+    fn damage_image(&mut self, kind: Sabotage) -> anyhow::Result<()> {
+        let mut rng = Rng::new(self.settings.orders.seed, 200);
+        for _ in 0..5 {
+            let damage = Damage::prepare(kind, &self.workspace.image(), &mut rng)?;
+            self.listen_for(Duration::from_millis(1500))?;
+            damage.strike()?;
+            self.say("image damaged");
         }
         Ok(())
     }

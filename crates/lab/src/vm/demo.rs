@@ -47,7 +47,7 @@ fn settings(version: QemuVersion, seed: u64, guard: bool) -> anyhow::Result<Sett
             fio: Duration::from_secs(if guard { 90 } else { 40 }),
         },
         live: true,
-        sabotage: false,
+        sabotage: None,
         logs: None,
     })
 }

@@ -24,6 +24,7 @@ mod plan;
 mod process;
 mod report;
 mod rng;
+mod sabotage;
 mod stamp;
 mod watch;
 mod workspace;
@@ -37,6 +38,7 @@ use campaign::Settings;
 use orders::{Load, Orders};
 use plan::{Kind, Plan};
 use report::Report;
+use sabotage::Sabotage;
 use watch::Patience;
 
 /// Options of `lab vm`.
@@ -70,9 +72,12 @@ pub(crate) struct Args {
     /// would have happened; a failed run is expected.
     #[arg(long)]
     no_guard: bool,
-    /// Write noise into the image during the run: the run must then fail. Shows that the checks can.
-    #[arg(long)]
-    sabotage: bool,
+    /// Damage the image during the run: the run must then fail. Shows that the checks can.
+    #[arg(long, value_enum)]
+    sabotage: Option<Sabotage>,
+    /// What the guest does.
+    #[arg(long, value_enum, default_value = "rounds")]
+    load: Load,
     /// Keep the logs of the run in this directory.
     #[arg(long)]
     logs: Option<PathBuf>,
@@ -119,7 +124,7 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
         qemu: Qemu::find(args.qemu)?,
         limits: args.limits,
         plan: Plan::random(args.seed, args.failovers, &kinds),
-        orders: Orders { seed: args.seed, load: Load::Rounds },
+        orders: Orders { seed: args.seed, load: args.load },
         cap: Duration::from_secs(60 * minutes),
         patience: PATIENCE,
         live: args.live,

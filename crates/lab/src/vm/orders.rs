@@ -10,7 +10,7 @@ const MARK: &str = "LAB";
 pub(crate) const KERNEL_LOG_MARK: &str = "lab: the kernel log is being read";
 
 /// How the guest loads its disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Load {
     /// Rounds of fio over all depths and queue counts, one after the other.
     Rounds,

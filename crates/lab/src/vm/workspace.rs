@@ -8,6 +8,9 @@ use std::process::Command;
 use anyhow::Context as _;
 
 use super::layout::{BLOCK, DISK_BYTES, EXT4, MIB, master_boot_record};
+use super::process;
+
+const PREFIX: &str = "warmswap-vm-";
 
 /// A private temporary directory.
 #[derive(Debug)]
@@ -22,7 +25,8 @@ impl Workspace {
             None if memory.is_dir() => memory.to_owned(),
             None => std::env::temp_dir(),
         };
-        let path = base.join(format!("warmswap-vm-{}", std::process::id()));
+        remove_abandoned(&base);
+        let path = base.join(format!("{PREFIX}{}", std::process::id()));
         std::fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
         // A socket's path must fit in 108 bytes.
         anyhow::ensure!(path.as_os_str().len() < 80, "{} is too long for sockets: set TMPDIR", path.display());
@@ -77,6 +81,20 @@ impl Workspace {
 impl Drop for Workspace {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Removes what runs that were killed could not remove: directories named after a process that is gone.
+fn remove_abandoned(base: &Path) {
+    for entry in std::fs::read_dir(base).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some(owner) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.parse::<u32>().ok()) else {
+            continue;
+        };
+        if !Path::new(&format!("/proc/{owner}")).exists() {
+            let _ = process::end_strays(&entry.path());
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
     }
 }
 
