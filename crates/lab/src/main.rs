@@ -21,10 +21,13 @@ struct Args {
 enum Instrument {
     /// An unmodified QEMU with a Linux guest on a guarded disk, failovers injected under verified load.
     Vm(vm::Args),
+    /// Our own guest on a guarded device: real kills at random instants, judged by an independent oracle.
+    Rig(rig::Args),
 }
 
 fn main() -> anyhow::Result<()> {
     match Args::parse().instrument {
         Instrument::Vm(args) => vm::run(&args),
+        Instrument::Rig(args) => rig::run(&args),
     }
 }
