@@ -1,4 +1,228 @@
 //! `lab rig`: real broker, real backends, real kills, an independent oracle. No VM.
+//!
+//! A user-space guest ([`crate::guest`]) drives a device guarded by a real broker process with real qemu-storage-daemons,
+//! which are killed, stopped, made to spin or fed poison at random instants under load. The oracle knows what every block
+//! must hold, which heads are outstanding, and what memory nobody may write. A seed repeats options and injections; time
+//! does not repeat, so a seed is a description of a run, not a recording.
+//!
+//! What is checked: each request is completed exactly once, in bounded time, with the right status and length, and with an
+//! interrupt; each read returns what the last acknowledged write left; the whole image agrees at the end; no completed
+//! buffer or recycled descriptor is used again; the broker holds no more descriptors, processes or memory than before;
+//! each failover settles or is refused with a reason. What is not: network storage, packed rings, guests other than ours.
+//!
+//! The control ([`unguarded`]) runs the same oracle without a broker, by the reconnect rules of QEMU and Cloud Hypervisor.
+//! It must find losses.
 
+mod block;
+mod broker;
+mod control;
+mod epoch;
+mod failover;
+mod kind;
+mod ledger;
+mod load;
+mod options;
+mod process;
 pub(crate) mod qsd;
+mod rng;
 mod sys;
+mod tally;
+mod trap;
+mod unguarded;
+mod verdict;
+mod vmm;
+mod world;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, bail, ensure};
+use serde_json::{Value, json};
+
+use self::epoch::{Plan, Workspace};
+use self::kind::Kind;
+use self::options::Fixed;
+use self::tally::Tally;
+use self::unguarded::{Damage, Rule};
+
+/// Failovers of one broker, before the next epoch begins with other options.
+const EPOCH_FAILOVERS: u64 = 250;
+/// Kills per rule in the control.
+const CONTROL_KILLS: u64 = 15;
+
+/// Options of `lab rig`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Failovers to settle.
+    #[arg(long, default_value_t = 1000)]
+    failovers: u64,
+    /// Seed of all choices.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Kinds of failures.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = ALL_KINDS)]
+    kinds: Vec<Kind>,
+    /// Print the report as JSON.
+    #[arg(long)]
+    json: bool,
+    /// Number of queues, for all guests.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=4))]
+    queues: Option<u16>,
+    /// Ring size, for all guests: a power of two from 32 on.
+    #[arg(long)]
+    size: Option<u16>,
+    /// Requests in flight per queue, for all guests.
+    #[arg(long)]
+    depth: Option<u16>,
+    /// Directory for images and sockets; a tmpfs by default.
+    #[arg(long, default_value = "/dev/shm")]
+    image_dir: PathBuf,
+    /// First epoch, to repeat one of a longer run.
+    #[arg(long, default_value_t = 0)]
+    first_epoch: u64,
+    /// Only the control: no broker, kills, reconnect by the VMMs' rules.
+    #[arg(long)]
+    no_guard: bool,
+    /// Print the options of every guest.
+    #[arg(long, short)]
+    verbose: bool,
+    /// One more option for `warmswap guard`; may be repeated.
+    #[arg(long, allow_hyphen_values = true)]
+    guard: Vec<String>,
+}
+
+const ALL_KINDS: [Kind; 8] =
+    [Kind::Planned, Kind::Now, Kind::Crash, Kind::Stop, Kind::Spin, Kind::Shadow, Kind::Both, Kind::Poison];
+
+/// Runs the instrument.
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    ensure!(
+        args.size.is_none_or(|size| size.is_power_of_two() && size >= 32),
+        "--size must be a power of two from 32 on"
+    );
+    let workspace = Workspace::new(&args.image_dir)?;
+    let lost_by_rule = control(args, &workspace)?;
+    let started = Instant::now();
+    let mut tally = Tally::default();
+    let ended = if args.no_guard { Ok(()) } else { epochs(args, &workspace, &mut tally) };
+    let seconds = started.elapsed().as_secs_f64();
+    let report = report(args, &tally, &lost_by_rule, seconds, ended.is_ok());
+    if args.json {
+        println!("{report}");
+    } else {
+        println!("{report:#}");
+    }
+    ended?;
+    ensure!(tally.is_clean(), "the oracle found something");
+    Ok(())
+}
+
+/// What plain reconnecting does, judged by the same oracle.
+fn control(args: &Args, workspace: &Workspace) -> anyhow::Result<Value> {
+    let kills = if args.no_guard { args.failovers } else { CONTROL_KILLS };
+    let measure = |rule| -> anyhow::Result<Damage> {
+        let damage = unguarded::measure(rule, kills, args.seed, workspace.path())
+            .with_context(|| format!("the control by the rule of {rule:?}"))?;
+        ensure!(damage.is_seen(), "the oracle has no teeth: {kills} kills by the rule of {rule:?} showed nothing");
+        Ok(damage)
+    };
+    Ok(json!({ "qemu": measure(Rule::Qemu)?, "cloud_hypervisor": measure(Rule::CloudHypervisor)? }))
+}
+
+fn epochs(args: &Args, workspace: &Workspace, tally: &mut Tally) -> anyhow::Result<()> {
+    process::adopt_orphans()?;
+    let direct_possible = epoch::has_direct(workspace.path())?;
+    let mut epoch = args.first_epoch;
+    while tally.failovers < args.failovers {
+        let directory = workspace.path().join(format!("epoch-{epoch}"));
+        std::fs::create_dir_all(&directory)?;
+        let plan = Plan {
+            seed: args.seed,
+            epoch,
+            failovers: EPOCH_FAILOVERS.min(args.failovers - tally.failovers),
+            kinds: &args.kinds,
+            fixed: Fixed { queues: args.queues, size: args.size, depth: args.depth },
+            directory: &directory,
+            direct_possible,
+            guard: &args.guard,
+            verbose: args.verbose,
+        };
+        let started = Instant::now();
+        let before = tally.failovers;
+        let ended = epoch::run(&plan, tally);
+        let done = tally.failovers - before;
+        if ended.is_err() || !tally.is_clean() {
+            explain_failure(args, epoch, tally);
+            ended?;
+            bail!("the oracle found something in epoch {epoch}");
+        }
+        std::fs::remove_dir_all(&directory)?;
+        let seconds = started.elapsed().as_secs_f64();
+        eprintln!(
+            "epoch {epoch}: {done} failovers in {seconds:.1} s ({:.0}/s), {} in all, {} with requests in flight",
+            done as f64 / seconds,
+            tally.failovers,
+            tally.with_inflight
+        );
+        epoch += 1;
+    }
+    Ok(())
+}
+
+fn explain_failure(args: &Args, epoch: u64, tally: &Tally) {
+    eprintln!("FAILED: seed {}, epoch {epoch}, commit {}", args.seed, commit());
+    eprintln!("repeat: {} --first-epoch {epoch}", command(args));
+    for finding in &tally.verdict.findings {
+        eprintln!("finding: {finding}");
+    }
+}
+
+fn report(args: &Args, tally: &Tally, lost_by_rule: &Value, seconds: f64, ended: bool) -> Value {
+    let mut report = tally.json();
+    let fields = report.as_object_mut().expect("the tally is an object");
+    fields.insert("lost_by_rule".into(), lost_by_rule.clone());
+    fields.insert("seed".into(), json!(args.seed));
+    fields.insert("commit".into(), json!(commit()));
+    fields.insert("command".into(), json!(command(args)));
+    fields.insert("seconds".into(), json!(seconds));
+    fields.insert("failovers_per_second".into(), json!(tally.failovers as f64 / seconds));
+    fields.insert("complete".into(), json!(ended));
+    report
+}
+
+/// The command that repeats the run.
+fn command(args: &Args) -> String {
+    let kinds: Vec<&str> = args.kinds.iter().map(|kind| kind.name()).collect();
+    let mut command = format!(
+        "cargo run -rq -p lab -- rig --failovers {} --seed {} --kinds {} --json",
+        args.failovers,
+        args.seed,
+        kinds.join(",")
+    );
+    for (name, value) in [("queues", args.queues), ("size", args.size), ("depth", args.depth)] {
+        if let Some(value) = value {
+            command.push_str(&format!(" --{name} {value}"));
+        }
+    }
+    if args.no_guard {
+        command.push_str(" --no-guard");
+    }
+    for option in &args.guard {
+        command.push_str(&format!(" --guard={option}"));
+    }
+    command
+}
+
+/// The commit the sources are at, with a mark where they differ from it.
+fn commit() -> String {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(arguments).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    match git(&["rev-parse", "--short=12", "HEAD"]) {
+        Some(commit) if git(&["status", "--porcelain"]).is_some_and(|changes| changes.is_empty()) => commit,
+        Some(commit) => format!("{commit}+changes"),
+        None => "unknown".into(),
+    }
+}

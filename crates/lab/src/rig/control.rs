@@ -1,0 +1,229 @@
+//! The broker's control socket: JSON lines, never waited for while the guest has work.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use serde::Deserialize;
+
+/// One connection, non-blocking.
+#[derive(Debug)]
+pub(crate) struct Lines {
+    stream: UnixStream,
+    buffer: Vec<u8>,
+    /// First byte of the buffer that was not yet handed out.
+    start: usize,
+}
+
+impl Lines {
+    /// Connects to the control socket.
+    pub(crate) fn connect(path: &Path) -> anyhow::Result<Self> {
+        let stream = UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
+        stream.set_nonblocking(true)?;
+        Ok(Lines { stream, buffer: Vec::new(), start: 0 })
+    }
+
+    /// Sends one command. Commands are shorter than any socket buffer, so this does not block.
+    pub(crate) fn send(&mut self, command: &serde_json::Value) -> anyhow::Result<()> {
+        let mut line = command.to_string();
+        line.push('\n');
+        self.stream.write_all(line.as_bytes()).context("sending a command to the broker")
+    }
+
+    /// The next line, if a whole one is there.
+    pub(crate) fn next(&mut self) -> anyhow::Result<Option<String>> {
+        loop {
+            if let Some(length) = self.buffer[self.start..].iter().position(|byte| *byte == b'\n') {
+                let line = String::from_utf8_lossy(&self.buffer[self.start..self.start + length]).into_owned();
+                self.start += length + 1;
+                return Ok(Some(line));
+            }
+            self.buffer.drain(..self.start);
+            self.start = 0;
+            if !self.fill()? {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn fill(&mut self) -> anyhow::Result<bool> {
+        let mut part = [0; 16384];
+        match self.stream.read(&mut part) {
+            Ok(0) => bail!("the broker closed its control socket"),
+            Ok(count) => {
+                self.buffer.extend_from_slice(&part[..count]);
+                Ok(true)
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(error).context("reading from the broker"),
+        }
+    }
+}
+
+impl AsFd for Lines {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// The answer to a status command.
+#[derive(Debug, Deserialize)]
+pub(crate) struct StatusAnswer {
+    /// One entry per device; the rig has one.
+    pub(crate) devices: Vec<DeviceStatus>,
+}
+
+/// What the broker says about the device. Fields the rig does not use are left out.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct DeviceStatus {
+    /// starting, protected, unprotected, failing-over, halted.
+    pub(crate) state: String,
+    /// connected, absent.
+    pub(crate) vmm: String,
+    /// Phase of the failover that runs.
+    pub(crate) phase: String,
+    /// Recovery level.
+    pub(crate) recovery_level: String,
+    /// The backend that serves.
+    pub(crate) primary: Option<BackendStatus>,
+    /// The backend that waits.
+    pub(crate) shadow: Option<BackendStatus>,
+    /// The rings as the observer sees them.
+    pub(crate) rings: Vec<RingStatus>,
+    /// Counts.
+    pub(crate) failovers: Counts,
+    /// The last failover that ended.
+    pub(crate) last_failover: Option<Failover>,
+    /// The broker itself.
+    pub(crate) broker: BrokerStatus,
+}
+
+/// A backend.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct BackendStatus {
+    /// Process.
+    pub(crate) pid: u32,
+    /// State: `ready` is what a failover needs.
+    pub(crate) state: String,
+    /// Why it is not ready.
+    pub(crate) reason: Option<String>,
+}
+
+/// A ring.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct RingStatus {
+    /// Index.
+    pub(crate) index: u32,
+    /// exact, inexact.
+    pub(crate) observer: String,
+}
+
+/// Failovers so far.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Counts {
+    /// Ended well.
+    pub(crate) settled: u64,
+    /// Not begun.
+    pub(crate) refused: u64,
+    /// Ended for an operator to decide.
+    pub(crate) halted: u64,
+}
+
+impl Counts {
+    /// All that ended.
+    pub(crate) fn ended(self) -> u64 {
+        self.settled + self.refused + self.halted
+    }
+}
+
+/// The broker.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct BrokerStatus {
+    /// Process.
+    pub(crate) pid: u32,
+    /// Resident memory.
+    pub(crate) rss_bytes: u64,
+}
+
+/// A failover that ended.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Failover {
+    /// Its id; text or number.
+    pub(crate) id: serde_json::Value,
+    /// settled, refused, halted.
+    pub(crate) result: String,
+    /// planned, crash, hang.
+    pub(crate) kind: String,
+    /// Why.
+    pub(crate) message: Option<String>,
+    /// Requests the shadow was given.
+    pub(crate) survivors: Option<u64>,
+    /// Requests in flight when it began.
+    pub(crate) inflight: Option<u64>,
+    /// exact, drained, refused.
+    pub(crate) recovery: Option<String>,
+    /// stopped, reaped, target.
+    pub(crate) fence: Option<String>,
+}
+
+/// What a failover command is answered with.
+#[derive(Clone, Debug)]
+pub(crate) enum Answer {
+    /// It ended, one way or another.
+    Ended(Failover),
+    /// The command itself was refused.
+    Refused(String),
+}
+
+impl Answer {
+    /// Reads an answer line.
+    pub(crate) fn parse(line: &str) -> anyhow::Result<Self> {
+        let value: serde_json::Value = serde_json::from_str(line).context("the broker's answer")?;
+        if let Some(error) = value.get("error") {
+            let code = error.get("code").and_then(serde_json::Value::as_u64);
+            let message = error.get("message").and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
+            if code == Some(3) {
+                return Ok(Answer::Refused(message));
+            }
+            bail!("the broker refused the command: {line}");
+        }
+        Ok(Answer::Ended(serde_json::from_value(value).context("the broker's answer")?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_come_whole_however_they_are_cut() {
+        let (ours, mut theirs) = UnixStream::pair().expect("pair");
+        ours.set_nonblocking(true).expect("non-blocking");
+        let mut lines = Lines { stream: ours, buffer: Vec::new(), start: 0 };
+        theirs.write_all(b"one\ntw").expect("write");
+        assert_eq!(lines.next().expect("read").as_deref(), Some("one"));
+        assert_eq!(lines.next().expect("read"), None);
+        theirs.write_all(b"o\nthree\n").expect("write");
+        assert_eq!(lines.next().expect("read").as_deref(), Some("two"));
+        assert_eq!(lines.next().expect("read").as_deref(), Some("three"));
+        drop(theirs);
+        assert!(lines.next().is_err());
+    }
+
+    #[test]
+    fn answers_are_told_apart() {
+        let ended = r#"{"id":"f-1","result":"settled","kind":"crash","survivors":3,"phases_us":{"Fencing":5}}"#;
+        assert!(matches!(Answer::parse(ended), Ok(Answer::Ended(failover)) if failover.survivors == Some(3)));
+        let refused = r#"{"error":{"code":3,"message":"the shadow is warming"}}"#;
+        assert!(matches!(Answer::parse(refused), Ok(Answer::Refused(message)) if message.contains("warming")));
+        assert!(Answer::parse(r#"{"error":{"code":2,"message":"usage"}}"#).is_err());
+    }
+}

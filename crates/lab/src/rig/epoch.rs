@@ -1,0 +1,254 @@
+//! One broker's life: several guests after each other, failovers under load, and at the end nothing left over.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+
+use super::broker::{Broker, Setup};
+use super::failover;
+use super::kind::Kind;
+use super::ledger::Ledger;
+use super::load::Load;
+use super::options::{EpochChoices, Fixed, SessionChoices};
+use super::process::{Holdings, reap_orphans};
+use super::rng::Rng;
+use super::tally::Tally;
+use super::vmm;
+use super::world::World;
+use crate::guest::BLOCK;
+
+/// Failovers of one guest.
+const SESSION_FAILOVERS: u64 = 50;
+/// Growth of private memory over an epoch that counts as a leak.
+const GROWTH_MAX_BYTES: u64 = 2 << 20;
+/// How long holdings may take to return to what they were.
+const SETTLE_TRIES: u32 = 200;
+
+/// What an epoch is given.
+#[derive(Debug)]
+pub(crate) struct Plan<'a> {
+    /// Seed of the run.
+    pub(crate) seed: u64,
+    /// Number of the epoch.
+    pub(crate) epoch: u64,
+    /// Failovers it lasts.
+    pub(crate) failovers: u64,
+    /// Kinds to inject.
+    pub(crate) kinds: &'a [Kind],
+    /// Values the command line fixes.
+    pub(crate) fixed: Fixed,
+    /// Directory for image and sockets.
+    pub(crate) directory: &'a Path,
+    /// Whether the directory's file system has O_DIRECT.
+    pub(crate) direct_possible: bool,
+    /// More options for `guard`.
+    pub(crate) guard: &'a [String],
+    /// Say the options of every guest.
+    pub(crate) verbose: bool,
+}
+
+impl Plan<'_> {
+    /// Stream `number` of this epoch's random numbers.
+    fn stream(&self, number: u64) -> Rng {
+        Rng::new(self.seed, self.epoch * 16 + number)
+    }
+
+    fn image(&self) -> PathBuf {
+        self.directory.join("image")
+    }
+}
+
+/// Runs one epoch. The tally has what was seen even where it fails.
+pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally) -> anyhow::Result<()> {
+    let mut options = plan.stream(0);
+    let choices = EpochChoices::draw(&mut options, plan.direct_possible);
+    eprintln!("epoch {}: {}", plan.epoch, serde_json::to_string(&choices)?);
+    let file = std::fs::File::create(plan.image()).context("creating the image")?;
+    file.set_len(choices.image_blocks * BLOCK as u64)?;
+    let setup = Setup {
+        directory: plan.directory.to_owned(),
+        hang_ms: choices.hang_ms,
+        backend: choices.qsd(plan.image()).command_line("{socket}"),
+        extra: plan.guard.to_vec(),
+    };
+    let broker = Broker::start(&setup)?;
+    let device = 1 + plan.epoch as u32;
+    let blocks = usize::try_from(choices.image_blocks)?;
+    let session = next_session(plan, &mut options, &choices)?;
+    let load = Load::new(Ledger::new(device, blocks), plan.stream(2), session.mix(false));
+    let socket = Broker::socket(plan.directory);
+    let mut world = World::new(broker, load, plan.stream(1), session, socket)?;
+    let ended = sessions(plan, &choices, &mut options, &mut world, tally);
+    tally.requests += world.load.completed;
+    let World { broker, mut load, .. } = match ended {
+        Ok(()) => world,
+        Err(error) => {
+            tally.verdict.add(&world.load.verdict);
+            let words = world.broker.last_words();
+            let rings: Vec<String> = world.guest.queues.iter().map(|queue| queue.vring().describe()).collect();
+            return Err(error.context(format!("rings:\n{}\n{words}", rings.join("\n"))));
+        }
+    };
+    broker.end()?;
+    let orphans = reap_orphans(&[])?;
+    if orphans > 0 {
+        tally.leaks += orphans as u64;
+        tally.verdict.note(|| format!("{orphans} processes were left behind by the broker"));
+    }
+    let checked = load.check_image(&plan.image());
+    tally.verdict.add(&load.verdict);
+    checked
+}
+
+fn next_session(plan: &Plan<'_>, options: &mut Rng, choices: &EpochChoices) -> anyhow::Result<SessionChoices> {
+    let session = SessionChoices::draw(options, choices, plan.fixed);
+    if plan.verbose {
+        eprintln!("  guest: {}", serde_json::to_string(&session)?);
+    }
+    Ok(session)
+}
+
+/// Guest after guest until the epoch's failovers are done.
+fn sessions(
+    plan: &Plan<'_>,
+    choices: &EpochChoices,
+    options: &mut Rng,
+    world: &mut World,
+    tally: &mut Tally,
+) -> anyhow::Result<()> {
+    let end = tally.failovers + plan.failovers;
+    let mut baseline = None;
+    loop {
+        let session_end = end.min(tally.failovers + SESSION_FAILOVERS);
+        while tally.failovers < session_end {
+            failover::impatient(world, tally)?;
+            vmm::between_failovers(world, tally)?;
+            let kind = draw_kind(plan.kinds, &mut world.choices);
+            failover::inject(world, kind, tally).with_context(|| {
+                format!("failover {} (of the run), kind {kind}, guest {:?}", tally.failovers + 1, world.session)
+            })?;
+        }
+        world.shut_down()?;
+        let now = holdings(world, baseline)?;
+        tally.broker_rss_max_bytes = tally.broker_rss_max_bytes.max(now.rss_bytes);
+        match baseline {
+            None => baseline = Some(now),
+            Some(before) => count_leaks(before, now, tally),
+        }
+        if tally.failovers >= end {
+            return Ok(());
+        }
+        world.session = next_session(plan, options, choices)?;
+        world.boot_again()?;
+    }
+}
+
+/// What the broker holds without a VMM. With `baseline`, waits a while for it to come back to that.
+fn holdings(world: &mut World, baseline: Option<Holdings>) -> anyhow::Result<Holdings> {
+    let mut now = Holdings::default();
+    for _ in 0..SETTLE_TRIES {
+        now = Holdings::of(world.broker.pid())?;
+        let settled = match baseline {
+            Some(before) => !is_more(before, now),
+            // Primary and shadow: the pair is whole again.
+            None => now.children >= 2 && now.zombies == 0 && world.broker_is_protected()?,
+        };
+        if settled {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    Ok(now)
+}
+
+fn is_more(before: Holdings, now: Holdings) -> bool {
+    now.fds > before.fds || now.children > before.children || now.zombies > 0
+}
+
+/// Counts what the broker holds more than after the epoch's first guest.
+fn count_leaks(before: Holdings, now: Holdings, tally: &mut Tally) {
+    let more = [
+        now.fds.saturating_sub(before.fds),
+        now.children.saturating_sub(before.children),
+        now.zombies,
+        usize::from(now.anonymous_bytes > before.anonymous_bytes + GROWTH_MAX_BYTES),
+    ];
+    let leaks: usize = more.iter().sum();
+    if leaks > 0 {
+        tally.leaks += leaks as u64;
+        tally.verdict.note(|| format!("the broker holds more than before: {before:?}, now {now:?}"));
+    }
+}
+
+fn draw_kind(kinds: &[Kind], rng: &mut Rng) -> Kind {
+    let total = kinds.iter().map(|kind| kind.weight()).sum();
+    let mut draw = rng.below(total);
+    for kind in kinds {
+        if draw < kind.weight() {
+            return *kind;
+        }
+        draw -= kind.weight();
+    }
+    unreachable!("the draw is below the sum of the weights")
+}
+
+/// Whether the file system of `directory` has O_DIRECT.
+pub(crate) fn has_direct(directory: &Path) -> anyhow::Result<bool> {
+    use rustix::fs::{Mode, OFlags};
+    let path = directory.join("probe");
+    std::fs::write(&path, [0; BLOCK])?;
+    let opened = rustix::fs::open(&path, OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty());
+    std::fs::remove_file(&path)?;
+    Ok(opened.is_ok())
+}
+
+/// A directory that is gone when the run ends.
+#[derive(Debug)]
+pub(crate) struct Workspace(PathBuf);
+
+impl Workspace {
+    /// Makes one under `parent`.
+    pub(crate) fn new(parent: &Path) -> anyhow::Result<Self> {
+        let path = parent.join(format!("lab-rig-{}", std::process::id()));
+        std::fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
+        Ok(Workspace(path))
+    }
+
+    /// Its path.
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Workspace {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_is_drawn() {
+        let kinds = [Kind::Crash, Kind::Stop, Kind::Poison];
+        let mut rng = Rng::new(1, 1);
+        let drawn: std::collections::BTreeSet<Kind> = (0..1000).map(|_| draw_kind(&kinds, &mut rng)).collect();
+        assert_eq!(drawn.len(), kinds.len());
+    }
+
+    #[test]
+    fn more_descriptors_processes_or_memory_are_leaks() {
+        let before = Holdings { fds: 20, children: 2, ..Holdings::default() };
+        let leaks = |now: Holdings| {
+            let mut tally = Tally::default();
+            count_leaks(before, now, &mut tally);
+            tally.leaks
+        };
+        assert_eq!(leaks(before), 0);
+        assert_eq!(leaks(Holdings { fds: 22, ..before }), 2);
+        assert_eq!(leaks(Holdings { zombies: 1, children: 3, ..before }), 2);
+        assert_eq!(leaks(Holdings { anonymous_bytes: 3 << 20, ..before }), 1);
+    }
+}

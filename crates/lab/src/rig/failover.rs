@@ -1,0 +1,234 @@
+//! One injection: what is done, what must follow.
+
+use anyhow::{Context, bail, ensure};
+use rustix::process::Signal;
+
+use super::control::{Answer, DeviceStatus, Failover};
+use super::kind::Kind;
+use super::load::Pace;
+use super::process::Target;
+use super::sys::make_it_spin;
+use super::tally::{Seen, Tally};
+use super::vmm;
+use super::world::World;
+use crate::guest::{self, now_ns};
+
+/// The load runs at full pace for up to this long before an injection: the instant is uniform in it.
+const LOAD_BEFORE_NS: u64 = 3_000_000;
+/// Of 100 failovers, in how many nothing is submitted from the injection on: then no later kick or call can heal a lost
+/// one.
+const QUIET_PERCENT: u64 = 40;
+/// Of 100 planned failovers, how many are asked for without waiting for the shadow.
+const IMPATIENT_PERCENT: u64 = 5;
+
+/// The pair before an injection.
+#[derive(Debug)]
+struct Before {
+    primary: Target,
+    shadow: Target,
+    status: DeviceStatus,
+}
+
+/// Waits until the device is protected: a primary that serves and a shadow that is ready.
+pub(crate) fn wait_until_protected(world: &mut World) -> anyhow::Result<DeviceStatus> {
+    world.run_until_status("a protected device", |status| {
+        let ready = status.shadow.as_ref().is_some_and(|shadow| shadow.state == "ready");
+        status.state == "protected" && ready && status.primary.is_some()
+    })
+}
+
+/// Injects one failure of `kind` and waits for all that must follow.
+pub(crate) fn inject(world: &mut World, kind: Kind, tally: &mut Tally) -> anyhow::Result<()> {
+    world.pace = Pace::Trickle;
+    let status = wait_until_protected(world)?;
+    tally.unasked += status.failovers.settled.saturating_sub(world.settled);
+    world.settled = status.failovers.settled;
+    if matches!(kind, Kind::Stop | Kind::Spin | Kind::Poison) {
+        // A masked guest takes no completions: it could not tell a hang from its own deafness.
+        vmm::unmask(world)?;
+    }
+    let before = Before {
+        primary: Target::open(status.primary.as_ref().context("no primary")?.pid)?,
+        shadow: Target::open(status.shadow.as_ref().context("no shadow")?.pid)?,
+        status,
+    };
+    let quiet = world.choices.percent(QUIET_PERCENT);
+    let load_for = world.choices.below(LOAD_BEFORE_NS);
+    let detail = world.choices.next();
+    world.pace = Pace::Full;
+    world.run_for(load_for)?;
+    tally.injected(kind);
+    strike(world, &before, kind, quiet, detail, tally)
+}
+
+/// Does it, and follows it to its end.
+fn strike(
+    world: &mut World,
+    before: &Before,
+    kind: Kind,
+    quiet: bool,
+    detail: u64,
+    tally: &mut Tally,
+) -> anyhow::Result<()> {
+    let start = now_ns();
+    world.load.start_gap(start);
+    let inflight = world.held_by_device();
+    let crash_too = detail % 2 == 0;
+    match kind {
+        Kind::Planned | Kind::Now => world.broker.ask_failover(kind == Kind::Now)?,
+        Kind::Crash => before.primary.signal(Signal::KILL)?,
+        Kind::Stop => before.primary.signal(Signal::STOP)?,
+        Kind::Spin => make_it_spin(before.primary.pid()).context("making the primary spin")?,
+        Kind::Shadow => {
+            before.shadow.signal(Signal::KILL)?;
+            if crash_too {
+                world.run_for(detail / 2 % 300_000)?;
+                before.primary.signal(Signal::KILL)?;
+            }
+        }
+        Kind::Both => {
+            let (first, second) =
+                if crash_too { (&before.primary, &before.shadow) } else { (&before.shadow, &before.primary) };
+            first.signal(Signal::KILL)?;
+            second.signal(Signal::KILL)?;
+        }
+        Kind::Poison => return poison(world, before, inflight, tally),
+    }
+    // A hang shows only in requests that are not served: the load goes on until one waits.
+    world.pace = if quiet && inflight > 0 { Pace::Quiet } else { Pace::Full };
+    if kind == Kind::Shadow && !crash_too {
+        return shadow_is_replaced(world, before, tally);
+    }
+    let asked = matches!(kind, Kind::Planned | Kind::Now);
+    let ended = wait_for_end(world, before, start, asked)?;
+    after(world, Seen { kind, inflight, blackout_ns: None, report: ended }, tally)
+}
+
+/// Waits until the broker says that the failover has ended.
+fn wait_for_end(world: &mut World, before: &Before, start: u64, asked: bool) -> anyhow::Result<Failover> {
+    let count = before.status.failovers.ended();
+    let mut answer = None;
+    let hang = world.pace == Pace::Quiet && !asked;
+    world.run_until("the end of the failover", true, |world| {
+        if let Some(came) = world.broker.take_answer() {
+            answer = Some(came);
+        }
+        // What was in flight came back before the blow took effect: give the broker something to miss.
+        if hang && world.held_by_device() == 0 {
+            world.pace = Pace::Full;
+        }
+        let counted = world.broker.status_since(start).is_some_and(|status| status.failovers.ended() > count);
+        Ok(if asked { answer.is_some() } else { counted })
+    })?;
+    match answer {
+        Some(Answer::Ended(failover)) => Ok(failover),
+        Some(Answer::Refused(message)) => {
+            Ok(Failover { result: "refused".into(), message: Some(message), ..Failover::default() })
+        }
+        None => world
+            .broker
+            .status_since(start)
+            .and_then(|status| status.last_failover.clone())
+            .context("the broker counts a failover that it does not report"),
+    }
+}
+
+/// Everything in flight must come back; then the failover counts.
+fn after(world: &mut World, mut seen: Seen, tally: &mut Tally) -> anyhow::Result<()> {
+    match seen.report.result.as_str() {
+        "settled" => {}
+        "refused" => {
+            let reason = seen.report.message.clone().unwrap_or_default();
+            ensure!(!reason.is_empty(), "a refusal without a reason");
+            tally.refusal(&reason);
+            return come_back(world);
+        }
+        other => bail!("the failover ended as {other:?}: {}", seen.report.message.unwrap_or_default()),
+    }
+    world.load.generation += 1;
+    world.settled += 1;
+    let masked = (0..world.guest.queues.len()).any(|queue| world.guest.is_masked(queue));
+    come_back(world)?;
+    if !masked && world.load.progressed_since_gap() {
+        seen.blackout_ns = Some(world.load.longest_gap_ns());
+    }
+    tally.settled(&seen);
+    Ok(())
+}
+
+/// All requests submitted up to now are completed: no later failover may heal what this one lost.
+fn come_back(world: &mut World) -> anyhow::Result<()> {
+    vmm::unmask(world)?;
+    let settled = now_ns();
+    world.run_until("the requests of before the failover", false, |world| {
+        Ok(world.load.oldest_ns(&world.guest).is_none_or(|oldest| oldest > settled))
+    })
+}
+
+/// Only the shadow died: no failover, another shadow.
+fn shadow_is_replaced(world: &mut World, before: &Before, tally: &mut Tally) -> anyhow::Result<()> {
+    let old = before.shadow.pid();
+    let status = world.run_until_status("another shadow", |status| {
+        status.shadow.as_ref().is_some_and(|shadow| shadow.pid != old && shadow.state == "ready")
+    })?;
+    ensure!(
+        status.primary.as_ref().is_some_and(|primary| primary.pid == before.primary.pid()),
+        "the primary changed though only the shadow was killed"
+    );
+    tally.shadows_replaced += 1;
+    come_back(world)
+}
+
+/// A request that kills every backend it is given to: it gets an I/O error, everything else is served.
+fn poison(world: &mut World, before: &Before, inflight: u64, tally: &mut Tally) -> anyhow::Result<()> {
+    let queue = 0;
+    let submitted = world.load.submit_poison(&mut world.guest, queue);
+    // The slots are all in flight, or the ring is full: one comes back soon.
+    let slot = match submitted {
+        Some(slot) => slot,
+        None => {
+            world.pace = Pace::Quiet;
+            world.run_until("a free slot", false, |world| Ok(!world.load.idle_slots(queue).is_empty()))?;
+            world.load.submit_poison(&mut world.guest, queue).context("no room for the poisoned request")?
+        }
+    };
+    world.pace = Pace::Full;
+    let count = before.status.failovers.settled;
+    world.run_until("the end of the poisoned request", true, |world| {
+        let in_flight = world.guest.queues[queue].in_flight(slot);
+        Ok(in_flight.is_none_or(|(request, _)| request.kind != guest::Kind::Poison))
+    })?;
+    let status = world.run_until_status("a device that serves again", |status| {
+        status.failovers.settled > count && status.state != "failing-over"
+    })?;
+    // One backend after the other died of it; all of these failovers were asked for.
+    world.settled = status.failovers.settled - 1;
+    let report = status.last_failover.context("the broker counts a failover that it does not report")?;
+    after(world, Seen { kind: Kind::Poison, inflight, blackout_ns: None, report }, tally)
+}
+
+/// Asks for a failover without looking whether the shadow is ready: settled or refused with a reason, both are right.
+pub(crate) fn impatient(world: &mut World, tally: &mut Tally) -> anyhow::Result<()> {
+    if !world.choices.percent(IMPATIENT_PERCENT) {
+        return Ok(());
+    }
+    world.pace = Pace::Full;
+    let inflight = world.held_by_device();
+    world.load.start_gap(now_ns());
+    world.broker.ask_failover(false)?;
+    let mut answer = None;
+    world.run_until("the answer to an impatient failover", false, |world| {
+        answer = world.broker.take_answer();
+        Ok(answer.is_some())
+    })?;
+    let report = match answer.context("run_until returned with it")? {
+        Answer::Ended(failover) => failover,
+        Answer::Refused(message) => {
+            Failover { result: "refused".into(), message: Some(message), ..Failover::default() }
+        }
+    };
+    if report.result == "settled" {
+        tally.injected(Kind::Planned);
+    }
+    after(world, Seen { kind: Kind::Planned, inflight, blackout_ns: None, report }, tally)
+}
