@@ -1,6 +1,6 @@
 //! One vhost-user connection: messages out, replies in, with a bound on every wait.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{ErrorKind, IoSlice, IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -11,7 +11,7 @@ use anyhow::{Context, bail, ensure};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
-use warmswap_wire::{FdSlot, HEADER_SIZE, Header, HeaderFlags, Reply, Request};
+use warmswap_wire::{BackendRequest, FdSlot, HEADER_SIZE, Header, HeaderFlags, Reply, Request};
 
 /// Most descriptors of one message (SET_MEM_TABLE).
 const MESSAGE_FDS_MAX: usize = 8;
@@ -121,6 +121,51 @@ impl Channel {
     }
 }
 
+/// Our end of the back-end's own channel (SET_BACKEND_REQ_FD).
+#[derive(Debug)]
+pub(crate) struct BackendChannel {
+    stream: UnixStream,
+    received: Vec<u8>,
+}
+
+impl BackendChannel {
+    /// A channel, and the end that goes to the back-end.
+    pub(crate) fn pair() -> std::io::Result<(Self, UnixStream)> {
+        let (stream, theirs) = UnixStream::pair()?;
+        stream.set_nonblocking(true)?;
+        Ok((BackendChannel { stream, received: Vec::new() }, theirs))
+    }
+
+    /// Reads what is there and acknowledges what asks for it. Descriptors that come along are dropped by the kernel, for
+    /// no space is offered for them.
+    pub(crate) fn serve(&mut self) -> anyhow::Result<usize> {
+        let mut part = [0; 512];
+        loop {
+            match self.stream.read(&mut part) {
+                Ok(0) => break,
+                Ok(count) => self.received.extend_from_slice(&part[..count]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error).context("reading the back-end's channel"),
+            }
+        }
+        let mut served = 0;
+        while let Some(header) = self.received.first_chunk::<HEADER_SIZE>() {
+            let header = Header::decode(header)?;
+            let end = HEADER_SIZE + header.size as usize;
+            let Some(payload) = self.received.get(HEADER_SIZE..end) else { break };
+            BackendRequest::decode(&header, payload, &[])?;
+            if header.needs_reply() {
+                let mut reply = Vec::new();
+                Reply::U64(0).encode(header.request, &mut reply, &mut Vec::new());
+                self.stream.write_all(&reply).context("answering the back-end")?;
+            }
+            self.received.drain(..end);
+            served += 1;
+        }
+        Ok(served)
+    }
+}
+
 /// A message with a reply of its own may be acknowledged with a plain number where it failed.
 fn acknowledged(request: &Request, header: &Header, payload: &[u8]) -> Option<Reply> {
     let value = u64::from_ne_bytes(payload.try_into().ok()?);
@@ -130,5 +175,24 @@ fn acknowledged(request: &Request, header: &Header, payload: &[u8]) -> Option<Re
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_back_end_is_answered_once_its_message_is_whole() {
+        let (mut channel, mut theirs) = BackendChannel::pair().expect("pair");
+        let mut message = Vec::new();
+        BackendRequest::ConfigChange.encode(HeaderFlags::NEED_REPLY, &mut message, &mut Vec::new());
+        theirs.write_all(&message[..5]).expect("write");
+        assert_eq!(channel.serve().expect("serve"), 0);
+        theirs.write_all(&message[5..]).expect("write");
+        assert_eq!(channel.serve().expect("serve"), 1);
+        let mut reply = [0; HEADER_SIZE + 8];
+        theirs.read_exact(&mut reply).expect("an answer");
+        assert!(Header::decode(reply.first_chunk().expect("header")).expect("header").is_reply());
     }
 }

@@ -1,7 +1,6 @@
 //! A vhost-user front-end that says what QEMU 10 says, in QEMU's order (`hw/virtio/vhost-user.c`, `vhost.c`).
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ use warmswap_wire::{
 };
 
 use super::blk::BlkQueue;
-use super::channel::{Acks, Channel};
+use super::channel::{Acks, BackendChannel, Channel};
 use super::memory::GuestMemory;
 use super::notify::EventFd;
 
@@ -79,7 +78,7 @@ pub(crate) struct Wanted {
 pub(crate) struct FrontEnd {
     channel: Channel,
     /// Our end of the back-end's channel.
-    backend_channel: Option<UnixStream>,
+    backend_channel: Option<BackendChannel>,
     wanted: Wanted,
     features: u64,
     protocol: ProtocolFeatures,
@@ -150,10 +149,9 @@ impl FrontEnd {
     }
 
     fn open_backend_channel(&mut self) -> anyhow::Result<()> {
-        let (ours, theirs) = UnixStream::pair()?;
-        ours.set_nonblocking(true)?;
+        let (channel, theirs) = BackendChannel::pair()?;
         self.tell(&Request::SetBackendReqFd(FdSlot(0)), &[theirs.as_fd()])?;
-        self.backend_channel = Some(ours);
+        self.backend_channel = Some(channel);
         Ok(())
     }
 
@@ -253,9 +251,13 @@ impl FrontEnd {
         self.number(&Request::GetFeatures).map(drop)
     }
 
-    /// Our end of the back-end's channel, to be read when it becomes readable.
-    pub(crate) fn backend_channel(&self) -> Option<&UnixStream> {
-        self.backend_channel.as_ref()
+    /// Takes what the back-end sent on its own channel and acknowledges it, as QEMU does. Returns how many messages there
+    /// were.
+    pub(crate) fn serve_backend(&mut self) -> anyhow::Result<usize> {
+        match &mut self.backend_channel {
+            Some(channel) => channel.serve(),
+            None => Ok(0),
+        }
     }
 
     fn tell(&mut self, request: &Request, fds: &[BorrowedFd<'_>]) -> anyhow::Result<()> {

@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn allocation_is_bounded_and_plugging_undone() {
         let mut memory = GuestMemory::new(1 << 20).expect("memory");
-        assert!(memory.allocate(0, 1 << 20, 4096).is_err());
+        memory.allocate(0, 1 << 20, 4096).expect_err("the first page is reserved");
         let region = memory.plug(1 << 20).expect("plug");
         assert_eq!(memory.allocate(region, 1 << 20, 4096).expect("fits").guest, HOTPLUG);
         assert!(memory.unplug().is_some());

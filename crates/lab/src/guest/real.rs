@@ -16,7 +16,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(name: &str, options: Options) -> Self {
+    fn new(name: &str, mut options: Options) -> Self {
         let directory = std::env::temp_dir().join(format!("lab-guest-{name}-{}", std::process::id()));
         std::fs::create_dir_all(&directory).expect("directory");
         let image = directory.join("image");
@@ -24,7 +24,8 @@ impl Bench {
         let qsd = Qsd { image, queues: options.queues, aio: Aio::Threads, direct: false, throttle: None };
         let socket = directory.join("socket");
         let backend = qsd.spawn(&socket).expect("qemu-storage-daemon (Debian package qemu-utils) is needed");
-        let mut guest = Guest::new(Options { socket, ..options }).expect("guest");
+        options.socket = socket;
+        let mut guest = Guest::new(options).expect("guest");
         guest.connect().expect("connect");
         Bench { guest, backend, qsd, directory }
     }

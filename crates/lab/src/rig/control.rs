@@ -215,7 +215,7 @@ mod tests {
         assert_eq!(lines.next().expect("read").as_deref(), Some("two"));
         assert_eq!(lines.next().expect("read").as_deref(), Some("three"));
         drop(theirs);
-        assert!(lines.next().is_err());
+        lines.next().expect_err("closed");
     }
 
     #[test]
@@ -224,6 +224,6 @@ mod tests {
         assert!(matches!(Answer::parse(ended), Ok(Answer::Ended(failover)) if failover.survivors == Some(3)));
         let refused = r#"{"error":{"code":3,"message":"the shadow is warming"}}"#;
         assert!(matches!(Answer::parse(refused), Ok(Answer::Refused(message)) if message.contains("warming")));
-        assert!(Answer::parse(r#"{"error":{"code":2,"message":"usage"}}"#).is_err());
+        Answer::parse(r#"{"error":{"code":2,"message":"usage"}}"#).expect_err("a mistake of ours");
     }
 }

@@ -73,7 +73,7 @@ fn strike(
     let start = now_ns();
     world.load.start_gap(start);
     let inflight = world.held_by_device();
-    let crash_too = detail % 2 == 0;
+    let crash_too = detail.is_multiple_of(2);
     match kind {
         Kind::Planned | Kind::Now => world.broker.ask_failover(kind == Kind::Now)?,
         Kind::Crash => before.primary.signal(Signal::KILL)?,

@@ -3,7 +3,6 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, ensure};
-use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 /// A process that cannot be mistaken for another, whatever happens to its number.
@@ -31,12 +30,6 @@ impl Target {
     pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         rustix::process::pidfd_send_signal(&self.pidfd, signal)
             .with_context(|| format!("signalling process {}", self.pid))
-    }
-
-    /// Whether it has ended.
-    pub(crate) fn has_ended(&self) -> anyhow::Result<bool> {
-        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        Ok(rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))? > 0)
     }
 }
 
@@ -152,9 +145,8 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
         let target = Target::open(child.id()).expect("pidfd");
         assert!(children_of(std::process::id()).expect("proc").contains(&child.id()));
-        assert!(!target.has_ended().expect("poll"));
         target.signal(Signal::KILL).expect("kill");
         child.wait().expect("wait");
-        assert!(target.has_ended().expect("poll"));
+        target.signal(Signal::KILL).expect_err("it is gone");
     }
 }

@@ -80,11 +80,6 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Its process.
-    pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     /// SIGKILL, and waits until it is reaped.
     pub(crate) fn kill(&mut self) -> anyhow::Result<()> {
         self.child.kill()?;

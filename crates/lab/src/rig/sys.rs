@@ -78,3 +78,32 @@ fn trace(request: libc::c_uint, pid: i32, data: usize) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    /// State letter and user-mode ticks of a process.
+    fn state_and_ticks(pid: u32) -> (String, u64) {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process runs");
+        let fields: Vec<&str> = stat.rsplit_once(") ").expect("a name").1.split_whitespace().collect();
+        (fields[0].to_owned(), fields[11].parse().expect("ticks"))
+    }
+
+    #[test]
+    fn a_sleeping_process_is_made_to_spin() {
+        let mut child = die_with_parent(Command::new("sleep").arg("60")).spawn().expect("sleep");
+        // Let it come to its system call; a process caught before that spins just as well.
+        std::thread::sleep(Duration::from_millis(20));
+        make_it_spin(child.id()).expect("ptrace");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while state_and_ticks(child.id()).1 < 2 {
+            assert!(Instant::now() < deadline, "it does not spin: {:?}", state_and_ticks(child.id()));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(state_and_ticks(child.id()).0, "R");
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+    }
+}

@@ -52,13 +52,15 @@ impl Damage {
 /// Kills `kills` backends under load and reconnects by `rule`.
 pub(crate) fn measure(rule: Rule, kills: u64, seed: u64, directory: &Path) -> anyhow::Result<Damage> {
     let image = directory.join("control-image");
-    std::fs::File::create(&image)?.set_len(BLOCKS * BLOCK as u64)?;
     let qsd = Qsd { image, queues: BACKEND_QUEUES, aio: Aio::Threads, direct: false, throttle: None };
-    let mut rng = Rng::new(seed, u64::MAX - rule as u64);
-    let mut load = Load::new(Ledger::new(u32::MAX, BLOCKS as usize), Rng::new(seed, u64::MAX / 2), mix());
     let mut damage = Damage::default();
-    for _ in 0..kills {
-        one_kill(rule, &qsd, directory, &mut rng, &mut load, &mut damage)?;
+    for kill in 0..kills {
+        let mut rng = Rng::new(seed, u64::MAX - 2 * kill - rule as u64);
+        // A new image each time: what one kill broke is counted once.
+        std::fs::File::create(&qsd.image)?.set_len(BLOCKS * BLOCK as u64)?;
+        let load_for = rng.between(2_000_000, 6_000_000);
+        let mut load = Load::new(Ledger::new(u32::MAX, BLOCKS as usize), rng, mix());
+        one_kill(rule, &qsd, directory, load_for, &mut load, &mut damage)?;
     }
     Ok(damage)
 }
@@ -81,7 +83,7 @@ fn one_kill(
     rule: Rule,
     qsd: &Qsd,
     directory: &Path,
-    rng: &mut Rng,
+    load_for: u64,
     load: &mut Load,
     damage: &mut Damage,
 ) -> anyhow::Result<()> {
@@ -92,7 +94,7 @@ fn one_kill(
     guest.connect()?;
     load.attach_bare(&guest);
     guest.start()?;
-    let until = now_ns() + rng.between(2_000_000, 6_000_000);
+    let until = now_ns() + load_for;
     while now_ns() < until {
         load.service(&mut guest, Pace::Full);
     }
@@ -109,9 +111,8 @@ fn one_kill(
     drop(backend);
     load.abandon(&guest);
     load.check_image(&qsd.image)?;
-    let found = std::mem::take(&mut load.verdict);
-    damage.duplicated += found.duplicated;
-    damage.corrupted += found.corrupted;
+    damage.duplicated += load.verdict.duplicated;
+    damage.corrupted += load.verdict.corrupted;
     Ok(())
 }
 

@@ -96,6 +96,9 @@ impl World {
     fn look(&mut self, now: u64) -> anyhow::Result<()> {
         self.broker.must_live()?;
         self.load.look_at_trap();
+        if self.guest.is_connected() {
+            self.guest.front()?.serve_backend()?;
+        }
         if self.load.oldest_ns(&self.guest).is_some_and(|oldest| now.saturating_sub(oldest) > LOST_NS) {
             self.load.give_up(&mut self.guest, "no answer in time");
             bail!("requests were lost");
