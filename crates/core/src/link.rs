@@ -93,7 +93,6 @@ pub(crate) enum Purpose {
     Handed,
     Isolated,
     Ping,
-    Inflight,
     /// An answer nobody waits for.
     Nobody,
 }
@@ -114,8 +113,6 @@ pub(crate) struct Link {
     /// Protocol features in force on this link.
     pub(crate) protocol: ProtocolFeatures,
     pub(crate) private: Option<PrivateEvents>,
-    /// Why it cannot serve as a shadow, if so.
-    pub(crate) refused: Option<String>,
     pub(crate) started_at: Nanos,
     pub(crate) heard_at: Nanos,
     pub(crate) pinged_at: Option<Nanos>,
@@ -145,7 +142,6 @@ impl Link {
             offer: Offer::default(),
             protocol: ProtocolFeatures::empty(),
             private: None,
-            refused: None,
             started_at: now,
             heard_at: now,
             pinged_at: None,
@@ -177,7 +173,7 @@ impl Link {
         self.backend_req = backend_req;
         self.private = Some(private);
         self.heard_at = now;
-        self.ask(Request::GetFeatures, Purpose::Features, out);
+        self.ask(&Request::GetFeatures, Purpose::Features, out);
     }
 
     /// Closes the descriptors that belong to the link.
@@ -200,16 +196,16 @@ impl Link {
     }
 
     /// Sends a message whose reply, or acknowledgement, is waited for.
-    pub(crate) fn ask(&mut self, request: Request, purpose: Purpose, out: &mut Actions) {
+    pub(crate) fn ask(&mut self, request: &Request, purpose: Purpose, out: &mut Actions) {
         let code = request.code();
         if let Some(kind) = self.unasked_reply(code) {
-            self.transmit(&request, HeaderFlags::empty(), out);
+            self.transmit(request, HeaderFlags::empty(), out);
             self.expect(code, kind, purpose);
         } else if self.protocol.contains(ProtocolFeatures::REPLY_ACK) {
-            self.transmit(&request, HeaderFlags::NEED_REPLY, out);
+            self.transmit(request, HeaderFlags::NEED_REPLY, out);
             self.expect(code, ReplyKind::Ack, purpose);
         } else {
-            self.transmit(&request, HeaderFlags::empty(), out);
+            self.transmit(request, HeaderFlags::empty(), out);
             self.transmit(&Request::GetFeatures, HeaderFlags::empty(), out);
             self.expect(RequestCode::GetFeatures, ReplyKind::Ack, purpose);
         }
@@ -285,9 +281,9 @@ impl Link {
                 self.offer.queues = 1;
                 self.offer.mem_slots = warmswap_wire::REGIONS_MAX as u64;
                 if features & VirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
-                    self.ask(Request::SetOwner, Purpose::Offered, out);
+                    self.ask(&Request::SetOwner, Purpose::Offered, out);
                 } else {
-                    self.ask(Request::GetProtocolFeatures, Purpose::Protocol, out);
+                    self.ask(&Request::GetProtocolFeatures, Purpose::Protocol, out);
                 }
             }
             (Purpose::Protocol, Reply::U64(bits)) => self.settle_protocol(device, bits, out),
@@ -299,7 +295,7 @@ impl Link {
             }
             (Purpose::Config, Reply::Config(Some(config))) => {
                 self.offer.config = config.bytes;
-                self.ask(Request::GetFeatures, Purpose::Offered, out);
+                self.ask(&Request::GetFeatures, Purpose::Offered, out);
             }
             (Purpose::Offered, _) => {
                 self.state = LinkState::Offered;
@@ -325,10 +321,10 @@ impl Link {
             out.push(Action::Close(channel));
         }
         if self.protocol.contains(ProtocolFeatures::MQ) {
-            self.ask(Request::GetQueueNum, Purpose::Queues, out);
+            self.ask(&Request::GetQueueNum, Purpose::Queues, out);
         }
         if self.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-            self.ask(Request::GetMaxMemSlots, Purpose::MemSlots, out);
+            self.ask(&Request::GetMaxMemSlots, Purpose::MemSlots, out);
         }
         self.ask_config(out);
     }
@@ -337,9 +333,9 @@ impl Link {
         match CONFIG_SIZES.get(self.config_size) {
             Some(size) if self.protocol.contains(ProtocolFeatures::CONFIG) => {
                 let config = ConfigSpace { offset: 0, flags: 0, bytes: vec![0; usize::from(*size)] };
-                self.ask(Request::GetConfig(config), Purpose::Config, out);
+                self.ask(&Request::GetConfig(config), Purpose::Config, out);
             }
-            _ => self.ask(Request::GetFeatures, Purpose::Offered, out),
+            _ => self.ask(&Request::GetFeatures, Purpose::Offered, out),
         }
     }
 
@@ -347,7 +343,7 @@ impl Link {
     pub(crate) fn read_config_again(&mut self, out: &mut Actions) {
         let bytes = vec![0; self.offer.config.len()];
         if !bytes.is_empty() {
-            self.ask(Request::GetConfig(ConfigSpace { offset: 0, flags: 0, bytes }), Purpose::ConfigAgain, out);
+            self.ask(&Request::GetConfig(ConfigSpace { offset: 0, flags: 0, bytes }), Purpose::ConfigAgain, out);
         }
     }
 
@@ -355,7 +351,7 @@ impl Link {
     pub(crate) fn ping(&mut self, now: Nanos, out: &mut Actions) {
         if self.pinged_at.is_none() {
             self.pinged_at = Some(now);
-            self.ask(Request::GetFeatures, Purpose::Ping, out);
+            self.ask(&Request::GetFeatures, Purpose::Ping, out);
         }
     }
 }

@@ -28,8 +28,6 @@ pub struct PairConfig {
     pub fence: FenceLevel,
     /// A shadow is kept.
     pub shadow: bool,
-    /// Backends may be started again at will (false: somebody else starts them).
-    pub restartable: bool,
     /// The bounds.
     pub limits: Limits,
 }

@@ -25,9 +25,20 @@ enum Instrument {
     Rig(rig::Args),
 }
 
-fn main() -> anyhow::Result<()> {
-    match Args::parse().instrument {
+fn main() -> std::process::ExitCode {
+    // The broker under test is this very binary: `lab warmswap guard …` is a real warmswap process of the same build.
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == "warmswap") {
+        return warmswap::cli::main(std::env::args_os().skip(1));
+    }
+    let outcome = match Args::parse().instrument {
         Instrument::Vm(args) => vm::run(&args),
         Instrument::Rig(args) => rig::run(&args),
+    };
+    match outcome {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lab: {error:?}");
+            std::process::ExitCode::FAILURE
+        }
     }
 }

@@ -1,1 +1,21 @@
-//! warmswap.
+//! The warmswap program as a library: the binary and the laboratory run the same code.
+//!
+//! - `driver`: the control thread, the only one that touches devices
+//! - `control`: the control socket, on threads of its own
+//! - `journal`: events, on a thread of its own
+//! - `cli`: the command line
+//!
+//! `unsafe` is confined to `shm` (memory shared with a guest), `process` (between fork and exec) and `driver::system` (signals and
+//! scheduling).
+
+mod cgroup;
+pub mod cli;
+mod config;
+pub mod control;
+mod driver;
+mod fds;
+mod journal;
+mod process;
+mod shm;
+mod socket;
+mod storage;

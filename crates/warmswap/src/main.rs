@@ -1,2 +1,7 @@
 //! The warmswap program.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    warmswap::cli::main(std::env::args_os())
+}

@@ -32,31 +32,54 @@ bitflags::bitflags! {
 bitflags::bitflags! {
     /// vhost-user protocol features (`VHOST_USER_PROTOCOL_F_*`).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-    #[allow(missing_docs, reason = "the names are the specification's")]
     pub struct ProtocolFeatures: u64 {
+        /// More than one queue.
         const MQ = 1 << 0;
+        /// The dirty log comes as a descriptor.
         const LOG_SHMFD = 1 << 1;
+        /// SEND_RARP after migration.
         const RARP = 1 << 2;
+        /// Acknowledgements on request.
         const REPLY_ACK = 1 << 3;
+        /// NET_SET_MTU.
         const MTU = 1 << 4;
+        /// A channel for back-end requests.
         const BACKEND_REQ = 1 << 5;
+        /// SET_VRING_ENDIAN.
         const CROSS_ENDIAN = 1 << 6;
+        /// Crypto sessions.
         const CRYPTO_SESSION = 1 << 7;
+        /// Postcopy migration.
         const PAGEFAULT = 1 << 8;
+        /// Configuration space.
         const CONFIG = 1 << 9;
+        /// The back-end may send descriptors.
         const BACKEND_SEND_FD = 1 << 10;
+        /// Doorbells mapped into the guest.
         const HOST_NOTIFIER = 1 << 11;
+        /// In-flight region.
         const INFLIGHT_SHMFD = 1 << 12;
+        /// RESET_DEVICE.
         const RESET_DEVICE = 1 << 13;
+        /// Kicks and calls as messages.
         const INBAND_NOTIFICATIONS = 1 << 14;
+        /// Memory regions one by one.
         const CONFIGURE_MEM_SLOTS = 1 << 15;
+        /// Device status.
         const STATUS = 1 << 16;
+        /// Xen mappings.
         const XEN_MMAP = 1 << 17;
+        /// Shared objects.
         const SHARED_OBJECT = 1 << 18;
+        /// Transfer of device state.
         const DEVICE_STATE = 1 << 19;
+        /// Stop without drain.
         const GET_VRING_BASE_INFLIGHT = 1 << 20;
+        /// Ring addresses are guest-physical.
         const GPA_ADDRESSES = 1 << 21;
+        /// Shared memory mappings.
         const SHMEM = 1 << 22;
+        /// Stop without drain, per call.
         const GET_VRING_BASE_SKIP_DRAIN = 1 << 23;
     }
 }
@@ -160,7 +183,7 @@ impl DeviceType {
         match self {
             DeviceType::Blk => common | P::BACKEND_REQ | P::CONFIG,
             DeviceType::Scsi => common | P::BACKEND_REQ,
-            DeviceType::Net => common - P::RESET_DEVICE | P::RARP | P::MTU | P::BACKEND_REQ,
+            DeviceType::Net => (common - P::RESET_DEVICE) | P::RARP | P::MTU | P::BACKEND_REQ,
             DeviceType::Fs => common | P::DEVICE_STATE,
             DeviceType::Rng | DeviceType::Console | DeviceType::Input => common | P::CONFIG,
         }

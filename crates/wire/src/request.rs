@@ -372,7 +372,7 @@ impl Request {
             Request::SetMemTable(regions) => fds.extend(regions.iter().map(|(_, fd)| *fd)),
             Request::SetLogBase { fd, .. } | Request::AddMemReg { fd, .. } => fds.extend(fd),
             Request::SetVringKick(ring) | Request::SetVringCall(ring) | Request::SetVringErr(ring) => {
-                fds.extend(ring.fd)
+                fds.extend(ring.fd);
             }
             Request::SetLogFd(fd)
             | Request::SetBackendReqFd(fd)

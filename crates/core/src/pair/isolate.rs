@@ -140,7 +140,7 @@ impl Pair {
         link.tell(&Request::SetVringAddr(place), step.out);
         link.tell(&Request::SetVringCall(fd(events.call)), step.out);
         link.tell(&Request::SetVringKick(fd(events.kick)), step.out);
-        link.ask(Request::SetVringEnable(VringState { index: ring, value: 1 }), Purpose::Isolated, step.out);
+        link.ask(&Request::SetVringEnable(VringState { index: ring, value: 1 }), Purpose::Isolated, step.out);
         step.out.push(Action::Signal(events.kick));
         Ok(())
     }

@@ -187,7 +187,7 @@ impl Pair {
         for request in &script {
             link.tell(request, step.out);
         }
-        link.ask(Request::GetFeatures, Purpose::Warm, step.out);
+        link.ask(&Request::GetFeatures, Purpose::Warm, step.out);
     }
 
     /// The session has just become complete enough: everybody who waits is warmed.

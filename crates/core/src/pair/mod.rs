@@ -128,6 +128,12 @@ impl Pair {
         self.ticket.is_none() && !self.closing && self.offer.is_some()
     }
 
+    /// Whether the rings of a VMM that has gone are still being brought to rest.
+    #[must_use]
+    pub fn is_closing(&self) -> bool {
+        self.closing
+    }
+
     /// The session, to be encoded.
     #[must_use]
     pub fn session(&self) -> &Session {

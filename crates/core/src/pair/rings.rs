@@ -225,7 +225,7 @@ impl Pair {
         if purpose == Purpose::Nobody {
             link.tell(&enable, step.out);
         } else {
-            link.ask(enable, purpose, step.out);
+            link.ask(&enable, purpose, step.out);
         }
     }
 
@@ -426,7 +426,7 @@ impl Pair {
                 DrainMethod::Stop => continue,
             };
             if at + 1 == rings.len() {
-                link.ask(request, Purpose::Divert, step.out);
+                link.ask(&request, Purpose::Divert, step.out);
             } else {
                 link.tell(&request, step.out);
             }
@@ -451,7 +451,7 @@ impl Pair {
         }
         let Some(link) = self.link_mut(backend) else { return };
         let request = Request::GetVringBase(VringState { index, value: 0 });
-        link.ask(request, Purpose::Stop { ring: index }, step.out);
+        link.ask(&request, Purpose::Stop { ring: index }, step.out);
     }
 
     pub(crate) fn poll_drains(&mut self, step: &mut Step<'_>) {

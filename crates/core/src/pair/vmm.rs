@@ -211,7 +211,7 @@ impl Pair {
         let mut waiting = Vec::new();
         for link in self.links.iter_mut().filter(|link| link.mirrors()) {
             if need_reply {
-                link.ask(request.clone(), Purpose::Mirror(number), step.out);
+                link.ask(request, Purpose::Mirror(number), step.out);
                 waiting.push(link.id);
             } else {
                 link.tell(request, step.out);

@@ -68,7 +68,9 @@ impl Session {
         out.option(self.protocol_features, Writer::u64);
         out.u32(u32::try_from(self.memory.len()).expect("regions are bounded"));
         for (region, _) in &self.memory {
-            [region.guest_addr, region.size, region.user_addr, region.mmap_offset].map(|value| out.u64(value));
+            for value in [region.guest_addr, region.size, region.user_addr, region.mmap_offset] {
+                out.u64(value);
+            }
         }
         out.flag(self.memory_set);
         out.option(self.log, |out, (region, _)| {
@@ -147,10 +149,14 @@ fn encode_ring(ring: &Ring, out: &mut Writer) {
     out.option(ring.size, Writer::u32);
     out.option(ring.addr, |out, addr| {
         out.u32(addr.flags);
-        [addr.descriptor, addr.used, addr.available, addr.log].map(|value| out.u64(value));
+        for value in [addr.descriptor, addr.used, addr.available, addr.log] {
+            out.u64(value);
+        }
     });
     out.option(ring.base, Writer::u32);
-    [ring.kick, ring.call, ring.err].map(|fd| out.flag(fd.is_some()));
+    for fd in [ring.kick, ring.call, ring.err] {
+        out.flag(fd.is_some());
+    }
     out.option(ring.enabled, Writer::flag);
     out.flag(ring.started);
 }

@@ -1,0 +1,82 @@
+//! Process groups that can be killed and counted as a whole: version 2 control groups, which need no controller for it.
+
+use std::fs;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::{Path, PathBuf};
+
+/// A group for one backend and everything it starts.
+#[derive(Debug)]
+pub(crate) struct Cgroup {
+    path: PathBuf,
+    procs: fs::File,
+    events: fs::File,
+}
+
+impl Cgroup {
+    /// Makes a group beside our own, where the system allows it.
+    pub(crate) fn create(name: &str) -> io::Result<Self> {
+        let path = own_path()?.join(format!("warmswap.{name}"));
+        fs::create_dir(&path).or_else(|error| {
+            // Left behind by a broker of that process id that was killed: usable if empty.
+            if error.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(error) }
+        })?;
+        let open = |file: &str| fs::OpenOptions::new().read(true).write(file == "cgroup.procs").open(path.join(file));
+        match (open("cgroup.procs"), open("cgroup.events")) {
+            (Ok(procs), Ok(events)) => Ok(Cgroup { path, procs, events }),
+            (Err(error), _) | (_, Err(error)) => {
+                remove(&path);
+                Err(error)
+            }
+        }
+    }
+
+    /// Descriptor to which a new process writes `0` to enter the group.
+    pub(crate) fn entry(&self) -> RawFd {
+        self.procs.as_raw_fd()
+    }
+
+    /// Kills every process in the group.
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        fs::write(self.path.join("cgroup.kill"), "1")
+    }
+
+    /// Whether no living process is left in the group.
+    pub(crate) fn is_empty(&mut self) -> io::Result<bool> {
+        let mut text = String::with_capacity(64);
+        self.events.seek(SeekFrom::Start(0))?;
+        self.events.read_to_string(&mut text)?;
+        Ok(text.lines().any(|line| line == "populated 0"))
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        remove(&self.path);
+    }
+}
+
+fn remove(path: &Path) {
+    // A group with a process that has not quite gone is busy for a moment; one that stays is found by its name.
+    for _ in 0..50 {
+        match fs::remove_dir(path) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                std::thread::sleep(std::time::Duration::from_micros(200));
+            }
+            _ => return,
+        }
+    }
+}
+
+/// Where our own group lies in the version 2 hierarchy.
+fn own_path() -> io::Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let mount = mounts
+        .lines()
+        .filter(|line| line.contains(" - cgroup2 "))
+        .find_map(|line| line.split(' ').nth(4))
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no version 2 control group hierarchy"))?;
+    let groups = fs::read_to_string("/proc/self/cgroup")?;
+    let own = groups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
+    Ok(Path::new(mount).join(own.trim_start_matches('/')))
+}

@@ -1,0 +1,56 @@
+//! `warmswap example`: configurations that work.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use super::Failure;
+
+/// VMMs there is an example for.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum Vmm {
+    /// QEMU's command line
+    Qemu,
+    /// libvirt's domain XML
+    Libvirt,
+    /// Cloud Hypervisor's command line
+    CloudHypervisor,
+}
+
+/// Prints the example.
+pub(super) fn print(vmm: Vmm, name: &str, socket: Option<PathBuf>, as_json: bool) -> Result<u8, Failure> {
+    let socket = socket.unwrap_or_else(|| PathBuf::from(format!("/run/warmswap/{name}-vmm.sock")));
+    let socket = socket.display();
+    let guard = format!(
+        "warmswap guard --name {name} --socket {socket} -- qemu-storage-daemon \
+         --blockdev driver=file,node-name=disk,filename=/var/lib/images/{name}.raw,locking=on,cache.direct=on,aio=native \
+         --export type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={{socket}},writable=on,num-queues=2"
+    );
+    let vmm_part = match vmm {
+        Vmm::Qemu => format!(
+            "qemu-system-x86_64 -machine q35,memory-backend=ram -m 2G -smp 2 \\\n  \
+             -object memory-backend-memfd,id=ram,size=2G,share=on \\\n  \
+             -chardev socket,id={name},path={socket},reconnect-ms=100 \\\n  \
+             -device vhost-user-blk-pci,chardev={name},num-queues=2"
+        ),
+        Vmm::Libvirt => format!(
+            "<memoryBacking>\n  <source type='memfd'/>\n  <access mode='shared'/>\n</memoryBacking>\n\
+             <!-- inside <devices>: -->\n\
+             <disk type='vhostuser' device='disk'>\n  <driver name='qemu' type='raw' queues='2'/>\n  \
+             <source type='unix' path='{socket}'>\n    <reconnect enabled='yes' timeout='1'/>\n  </source>\n  \
+             <target dev='vda' bus='virtio'/>\n</disk>"
+        ),
+        Vmm::CloudHypervisor => format!(
+            "cloud-hypervisor --memory size=2G,shared=on --cpus boot=2 \\\n  \
+             --disk vhost_user=true,socket={socket},num_queues=2"
+        ),
+    };
+    let mut out = std::io::stdout().lock();
+    if as_json {
+        writeln!(out, "{}", json!({ "guard": guard, "vmm": vmm_part, "socket": socket.to_string() }))?;
+    } else {
+        writeln!(out, "# The guarded device:\n{guard}\n\n# The VMM:\n{vmm_part}")?;
+    }
+    Ok(0)
+}

@@ -1,0 +1,170 @@
+//! The command line.
+//!
+//! Exit codes: 0 done, 1 failed, 2 usage, 3 refused, 4 no warmswap answers.
+
+mod example;
+mod guard;
+mod show;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Guards a VM's device: a warm shadow beside its backend, and a failover that loses nothing.
+#[derive(Debug, Parser)]
+#[command(
+    name = "warmswap",
+    version,
+    about,
+    after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 refused, 4 no warmswap answers"
+)]
+struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Guard one device: start primary and shadow, and listen for the VMM
+    Guard(guard::Args),
+    /// Show devices, roles, rings and failovers
+    Status {
+        /// Only this device
+        name: Option<String>,
+        #[command(flatten)]
+        control: Control,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the journal
+    Events {
+        /// Only this device
+        name: Option<String>,
+        /// Go on as events happen
+        #[arg(short, long)]
+        follow: bool,
+        #[command(flatten)]
+        control: Control,
+        /// Print JSON lines
+        #[arg(long)]
+        json: bool,
+    },
+    /// Swap primary and shadow, and wait for the end of it
+    Failover {
+        /// The device
+        name: String,
+        /// Do not drain: kill the primary at once
+        #[arg(long)]
+        now: bool,
+        /// Why, for the journal
+        #[arg(long)]
+        reason: String,
+        #[command(flatten)]
+        control: Control,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a ready-made VMM configuration for a guarded device
+    Example {
+        /// For which VMM
+        #[arg(value_enum)]
+        vmm: example::Vmm,
+        /// The device
+        name: String,
+        /// Where the VMM connects
+        #[arg(long)]
+        socket: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Where control sockets are.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Control {
+    /// Directory of the control sockets
+    #[arg(long = "control", value_name = "DIR")]
+    dir: Option<PathBuf>,
+}
+
+impl Control {
+    pub(crate) fn dir(&self) -> PathBuf {
+        self.dir.clone().unwrap_or_else(default_dir)
+    }
+}
+
+/// `/run/warmswap` for root, the user's own runtime directory otherwise.
+fn default_dir() -> PathBuf {
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !rustix::process::geteuid().is_root());
+    runtime.map_or_else(|| PathBuf::from("/run/warmswap"), |dir| PathBuf::from(dir).join("warmswap"))
+}
+
+/// Runs the program with these arguments (the first is its name).
+#[must_use]
+pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
+    let args = match Args::try_parse_from(args) {
+        Ok(args) => args,
+        Err(error) => {
+            // Help and version are no failures.
+            let code = u8::try_from(error.exit_code()).unwrap_or(2);
+            let _unwritable = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    let result = match args.verb {
+        Verb::Guard(args) => guard::run(args),
+        Verb::Status { name, control, json } => show::status(name.as_deref(), &control, json),
+        Verb::Events { name, follow, control, json } => show::events(name.as_deref(), follow, &control, json),
+        Verb::Failover { name, now, reason, control, json } => show::failover(&name, now, &reason, &control, json),
+        Verb::Example { vmm, name, socket, json } => example::print(vmm, &name, socket, json),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("warmswap: {}", failure.message);
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+/// Why a command failed, and its exit code.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) code: u8,
+    pub(crate) message: String,
+    broken_pipe: bool,
+}
+
+impl Failure {
+    pub(crate) fn new(code: u8, message: impl Into<String>) -> Self {
+        Failure { code, message: message.into(), broken_pipe: false }
+    }
+
+    fn is_broken_pipe(&self) -> bool {
+        self.broken_pipe
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        let broken_pipe = error.kind() == std::io::ErrorKind::BrokenPipe;
+        Failure { code: 1, message: error.to_string(), broken_pipe }
+    }
+}
+
+impl From<crate::control::ClientError> for Failure {
+    fn from(error: crate::control::ClientError) -> Self {
+        use crate::control::ClientError;
+        let code = match &error {
+            ClientError::Unreachable { .. } => 4,
+            ClientError::Ended(_) => 1,
+            ClientError::Refused { code, .. } => *code,
+        };
+        Failure::new(code, error.to_string())
+    }
+}

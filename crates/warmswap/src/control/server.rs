@@ -1,0 +1,159 @@
+//! The answering end of the control socket: a thread that accepts, and one per connection. Nothing here can delay a failover.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use warmswap_core::Outcome;
+
+use super::json;
+use crate::config::DeviceConfig;
+use crate::driver::{Command, Commander};
+use crate::journal::Journal;
+
+/// Most connections at a time.
+const CONNECTIONS_MAX: usize = 64;
+/// Longest command line, in bytes.
+const LINE_MAX: u64 = 16 * 1024;
+
+#[derive(Debug, Deserialize)]
+#[serde(tag = "verb", rename_all = "lowercase", deny_unknown_fields)]
+enum Ask {
+    Status,
+    Failover {
+        device: Option<String>,
+        #[serde(default)]
+        now: bool,
+        reason: String,
+    },
+    Events {
+        #[serde(default)]
+        follow: bool,
+    },
+}
+
+#[derive(Debug)]
+struct Server {
+    device: DeviceConfig,
+    commander: Commander,
+    journal: Journal,
+    connections: AtomicUsize,
+}
+
+/// Serves one device's control socket on threads of its own.
+pub(crate) fn serve(
+    device: &DeviceConfig,
+    listener: OwnedFd,
+    commander: Commander,
+    journal: Journal,
+) -> std::io::Result<()> {
+    let listener = UnixListener::from(listener);
+    listener.set_nonblocking(false)?;
+    let server = Arc::new(Server { device: device.clone(), commander, journal, connections: AtomicUsize::new(0) });
+    std::thread::Builder::new().name("control".to_owned()).stack_size(256 * 1024).spawn(move || {
+        for stream in listener.incoming().flatten() {
+            server.accept(stream);
+        }
+    })?;
+    Ok(())
+}
+
+impl Server {
+    fn accept(self: &Arc<Self>, mut stream: UnixStream) {
+        if self.connections.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
+            self.connections.fetch_sub(1, Ordering::AcqRel);
+            // Whoever asked sees the end of the connection if this cannot be written.
+            let _gone = writeln!(stream, "{}", error(1, "too many connections to the control socket"));
+            return;
+        }
+        let server = Arc::clone(self);
+        let thread = std::thread::Builder::new().name("asker".to_owned()).stack_size(256 * 1024).spawn(move || {
+            // A connection that ends, in whatever way, ends nothing else.
+            let _ended = server.converse(stream);
+            server.connections.fetch_sub(1, Ordering::AcqRel);
+        });
+        if thread.is_err() {
+            self.connections.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    fn converse(&self, stream: UnixStream) -> std::io::Result<()> {
+        let mut writer = stream.try_clone()?;
+        let mut reader = BufReader::new(stream);
+        loop {
+            let mut line = String::new();
+            let read = std::io::Read::take(&mut reader, LINE_MAX).read_line(&mut line)?;
+            if read == 0 {
+                return Ok(());
+            }
+            if read as u64 == LINE_MAX {
+                return writeln!(writer, "{}", error(2, "the command is too long"));
+            }
+            match serde_json::from_str(&line) {
+                Ok(Ask::Events { follow }) => self.events(&mut writer, follow)?,
+                Ok(ask) => writeln!(writer, "{}", self.answer(ask))?,
+                Err(why) => writeln!(writer, "{}", error(2, &format!("the command is not understood: {why}")))?,
+            }
+        }
+    }
+
+    fn answer(&self, ask: Ask) -> Value {
+        let ending = || error(4, "warmswap is ending");
+        match ask {
+            Ask::Status => {
+                let (answer, status) = crossbeam_channel::bounded(1);
+                self.commander.send(Command::Status { answer });
+                let Ok(mut devices) = status.recv() else { return ending() };
+                devices.retain(|(name, _)| *name == self.device.name);
+                let socket = self.device.socket.display().to_string();
+                json::status(&devices, &socket, self.device.pair.device.name())
+            }
+            Ask::Failover { device, now, reason } => {
+                let device = device.unwrap_or_else(|| self.device.name.clone());
+                if device != self.device.name {
+                    let text = format!("this is the control socket of {}, not of {device}", self.device.name);
+                    return error(2, &text);
+                }
+                let (answer, report) = crossbeam_channel::bounded(1);
+                self.commander.send(Command::Failover { device, now, reason, answer });
+                report.recv().map_or_else(|_| ending(), |report| json::report(&report))
+            }
+            Ask::Events { .. } => error(2, "events are answered line by line"),
+        }
+    }
+
+    fn events(&self, writer: &mut UnixStream, follow: bool) -> std::io::Result<()> {
+        let mut from = 0;
+        loop {
+            let wait = if follow { Duration::from_millis(500) } else { Duration::ZERO };
+            let (lines, next, ended) = self.journal.read(&self.device.name, from, wait);
+            for line in lines {
+                writeln!(writer, "{line}")?;
+            }
+            from = next;
+            if !follow || ended {
+                return writeln!(writer, "{}", json!({"end": true}));
+            }
+        }
+    }
+}
+
+fn error(code: u8, message: &str) -> Value {
+    json!({"error": {"code": code, "message": message}})
+}
+
+/// Exit code that a failover's outcome stands for.
+pub(crate) fn exit_code(result: &str) -> u8 {
+    if result == Outcome::Settled.name() {
+        0
+    } else if result == Outcome::Refused.name() {
+        3
+    } else {
+        1
+    }
+}

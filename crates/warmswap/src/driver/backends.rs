@@ -1,0 +1,132 @@
+//! Backends as the shell has them: process, link, back-end request channel, and what they have open.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use warmswap_core::{BackendId, Nanos};
+
+use crate::config::Source;
+use crate::process::{Endpoint, Process, RunDir};
+use crate::socket::Connection;
+use crate::storage::Storage;
+
+/// Time between two attempts to connect to a backend that is starting.
+pub(crate) const CONNECT_EVERY: Nanos = Nanos::from_micros(400);
+
+/// One backend.
+#[derive(Debug)]
+pub(crate) struct Backend {
+    pub(crate) id: BackendId,
+    pub(crate) process: Option<Process>,
+    pub(crate) path: PathBuf,
+    pub(crate) link: Option<Connection>,
+    /// Our end of its back-end request channel.
+    pub(crate) requests: Option<Connection>,
+    pub(crate) storage: Storage,
+    pub(crate) connect_at: Option<Nanos>,
+    /// What the last attempt to connect said.
+    pub(crate) connect_error: String,
+}
+
+/// Starts a backend, or finds out which of the external paths is to be used.
+pub(crate) fn start(
+    id: BackendId,
+    source: &Source,
+    run_dir: &RunDir,
+    name: &str,
+    taken: &[PathBuf],
+    now: Nanos,
+) -> Result<Backend, String> {
+    let mut backend = Backend {
+        id,
+        process: None,
+        path: run_dir.socket(id.0),
+        link: None,
+        requests: None,
+        storage: Storage::default(),
+        connect_at: Some(now),
+        connect_error: String::new(),
+    };
+    match source {
+        Source::Command(command) => {
+            let group = format!("{name}.{}.{}", std::process::id(), id.0);
+            let process = if command.iter().any(|argument| argument.contains("{fd}")) {
+                let listener = listen(&backend.path)?;
+                Process::spawn(command, &Endpoint::Listener(listener.as_fd()), &group)
+            } else {
+                Process::spawn(command, &Endpoint::Path(&backend.path), &group)
+            };
+            backend.process = Some(process.map_err(|error| format!("{}: {error}", command[0]))?);
+        }
+        Source::External { primary, shadow } => {
+            let paths = [Some(primary), shadow.as_ref()];
+            let free = paths.into_iter().flatten().find(|path| !taken.contains(path));
+            backend.path = free.ok_or("both sockets of the pair are in use")?.clone();
+        }
+    }
+    Ok(backend)
+}
+
+fn listen(path: &Path) -> Result<OwnedFd, String> {
+    let fail = |error: rustix::io::Errno| format!("{}: {error}", path.display());
+    let address = SocketAddrUnix::new(path).map_err(fail)?;
+    // The backend inherits it by number, so close-on-exec is taken off in the child alone.
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(fail)?;
+    rustix::net::bind(&socket, &address).map_err(fail)?;
+    rustix::net::listen(&socket, 1).map_err(fail)?;
+    Ok(socket)
+}
+
+impl Backend {
+    /// Tries to connect. `None`: not listening yet.
+    pub(crate) fn connect(&mut self, now: Nanos) -> Result<Option<Connection>, String> {
+        match try_connect(&self.path) {
+            Ok(socket) => {
+                self.connect_at = None;
+                self.identify(&socket)?;
+                Connection::new(socket).map(Some).map_err(|error| error.to_string())
+            }
+            Err(error) => {
+                self.connect_error = format!("{}: {error}", self.path.display());
+                self.connect_at = Some(now + CONNECT_EVERY);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Finds the process behind an external socket, and makes sure it is alive: a connect can succeed into a dying listener.
+    fn identify(&mut self, socket: &OwnedFd) -> Result<(), String> {
+        if self.process.is_none() {
+            let peer = rustix::net::sockopt::socket_peercred(socket)
+                .map_err(|error| format!("the process behind {} is unknown: {error}", self.path.display()))?;
+            let pid = u32::try_from(peer.pid.as_raw_nonzero().get()).unwrap_or(0);
+            let adopted = Process::adopt(pid).map_err(|error| format!("process {pid} cannot be watched: {error}"))?;
+            self.process = Some(adopted);
+        }
+        let process = self.process.as_mut().expect("set above");
+        if let Some(how) = process.reap() {
+            return Err(how.to_owned());
+        }
+        self.inspect();
+        Ok(())
+    }
+
+    /// Looks at what the process has open.
+    pub(crate) fn inspect(&mut self) {
+        if let Some(process) = &self.process
+            && let Ok(storage) = Storage::inspect(process.pid)
+        {
+            self.storage = storage;
+        }
+    }
+}
+
+fn try_connect(path: &Path) -> Result<OwnedFd, rustix::io::Errno> {
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &address)?;
+    Ok(socket)
+}

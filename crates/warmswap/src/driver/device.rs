@@ -1,0 +1,678 @@
+//! One device in the control thread: turns what happens on its descriptors into events of the core, and carries out the core's
+//! actions in their order.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+use crossbeam_channel::Sender;
+use rustix::event::EventfdFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use warmswap_core::{
+    Action, Actions, BackendId, CommandId, Entry, Event, FenceLevel, Nanos, Pair, PrivateEvents, Report, Status,
+};
+use warmswap_wire::{BackendRequest, FdSlot, Request};
+
+use super::backends::{self, Backend};
+use super::fence::{Fence, Progress};
+use super::poller::{Interest, Poller, Source as PollSource, Token};
+use crate::config::DeviceConfig;
+use crate::fds::FdTable;
+use crate::journal::JournalSender;
+use crate::process::{Process, RunDir};
+use crate::shm::{MemoryAccess, SharedMemory};
+use crate::socket::{Connection, ConnectionError, Message};
+use crate::storage::{FenceBasis, Storage};
+
+/// Backends are looked at for what they have open this often.
+const INSPECT_EVERY: Nanos = Nanos::from_millis(5_000);
+
+/// Processes that were ended are looked at this often until they are gone.
+const RETIRE_EVERY: Nanos = Nanos::from_millis(3);
+
+/// One device.
+pub(crate) struct Device {
+    pub(crate) config: DeviceConfig,
+    number: u16,
+    pair: Pair,
+    actions: Actions,
+    events: VecDeque<Event>,
+    fds: FdTable,
+    memory: SharedMemory,
+    listener: Option<OwnedFd>,
+    vmm: Option<Connection>,
+    backends: Vec<Backend>,
+    fences: Vec<Fence>,
+    retired: Vec<Process>,
+    watched: HashMap<u32, OwnedFd>,
+    answers: HashMap<u64, Sender<Report>>,
+    commands: u64,
+    run_dir: RunDir,
+    journal: JournalSender,
+    inspect_at: Nanos,
+    /// When the processes that were ended are looked at again.
+    retire_at: Nanos,
+    /// The VMM's socket may have something to read.
+    vmm_readable: bool,
+    unprovable: Option<String>,
+}
+
+impl Device {
+    pub(crate) fn new(number: u16, config: DeviceConfig, journal: JournalSender, now: Nanos) -> std::io::Result<Self> {
+        let run_dir = RunDir::create(&config.run_dir, &config.name)?;
+        let mut device = Device {
+            number,
+            pair: Pair::new(config.pair.clone()),
+            actions: Actions::default(),
+            events: VecDeque::new(),
+            fds: FdTable::default(),
+            memory: SharedMemory::default(),
+            listener: None,
+            vmm: None,
+            backends: Vec::new(),
+            fences: Vec::new(),
+            retired: Vec::new(),
+            watched: HashMap::new(),
+            answers: HashMap::new(),
+            commands: 0,
+            run_dir,
+            journal,
+            inspect_at: now + INSPECT_EVERY,
+            retire_at: now,
+            vmm_readable: false,
+            unprovable: None,
+            config,
+        };
+        device.pair.start(now, &mut device.actions);
+        Ok(device)
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.config.name
+    }
+
+    /// Why the device could not start, if so.
+    pub(crate) fn failed(&self) -> Option<&str> {
+        self.unprovable.as_deref().or(self.pair.failed())
+    }
+
+    /// Whether the VMM may connect and does not yet have a socket to connect to.
+    pub(crate) fn wants_listener(&self) -> bool {
+        self.listener.is_none() && self.pair.is_open()
+    }
+
+    pub(crate) fn listen(&mut self, listener: OwnedFd, poller: &Poller) -> std::io::Result<()> {
+        poller.add(listener.as_fd(), self.token(PollSource::Listener), Interest::Read)?;
+        self.listener = Some(listener);
+        Ok(())
+    }
+
+    fn token(&self, source: PollSource) -> Token {
+        Token { device: self.number, source }
+    }
+
+    /// Whether no backend process of ours is left.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.backends.is_empty() && self.fences.is_empty() && self.retired.is_empty()
+    }
+
+    // --- time --------------------------------------------------------------------------------------------------------------
+
+    pub(crate) fn next_timeout(&self) -> Option<Nanos> {
+        let connects = self.backends.iter().filter_map(|backend| backend.connect_at);
+        let fences = self.fences.iter().map(|fence| fence.check_at);
+        let retired = (!self.retired.is_empty()).then_some(self.retire_at);
+        connects.chain(fences).chain(retired).chain(self.pair.next_timeout()).chain([self.inspect_at]).min()
+    }
+
+    /// Everything that depends on time alone.
+    pub(crate) fn tick(&mut self, now: Nanos, poller: &Poller) {
+        if now >= self.inspect_at {
+            self.inspect(now);
+        }
+        if now >= self.retire_at {
+            self.retire_at = now + RETIRE_EVERY;
+            self.retired.retain_mut(|process| process.is_gone().is_err());
+        }
+        self.connect_backends(now, poller);
+        self.look_at_fences(now);
+        self.events.push_back(Event::Tick);
+        self.run(now, poller);
+    }
+
+    fn inspect(&mut self, now: Nanos) {
+        self.inspect_at = now + INSPECT_EVERY;
+        for index in 0..self.backends.len() {
+            if self.backends[index].link.is_some() {
+                let before = self.backends[index].storage.basis();
+                self.backends[index].inspect();
+                self.note_basis(index, &before);
+            }
+        }
+    }
+
+    /// Says so when it becomes known that a backend's death could not be proved.
+    fn note_basis(&mut self, index: usize, before: &FenceBasis) {
+        let backend = &self.backends[index];
+        let after = backend.storage.basis();
+        if after == *before || self.config.fence_command.is_some() {
+            return;
+        }
+        if let FenceBasis::Unprovable(reason) = after {
+            let entry = Entry::error("FenceUnprovable").with("backend", backend.id.0).with("reason", reason);
+            let next = "use an engine whose I/O ends with the process (aio=threads, aio=native), let it lock its image \
+                        (locking=on), or give --fence-command; a crash would wait for an operator";
+            self.journal.entry(&self.config.name, entry.with("next", next));
+        }
+    }
+
+    // --- running the core --------------------------------------------------------------------------------------------------
+
+    /// Feeds the core what happened and carries out what it wants, until both are done.
+    pub(crate) fn run(&mut self, now: Nanos, poller: &Poller) {
+        while let Some(event) = self.events.pop_front() {
+            let mut memory = MemoryAccess { memory: &mut self.memory, fds: &mut self.fds };
+            self.pair.handle(now, event, &mut memory, &mut self.actions);
+            self.act(now, poller);
+        }
+        self.act(now, poller);
+    }
+
+    pub(crate) fn act(&mut self, now: Nanos, poller: &Poller) {
+        let mut actions = std::mem::take(&mut self.actions);
+        for action in actions.drain() {
+            self.carry_out(action, now, poller);
+        }
+        self.actions = actions;
+    }
+
+    fn carry_out(&mut self, action: Action, now: Nanos, poller: &Poller) {
+        match action {
+            Action::SendVmm { bytes, fds } => self.send_vmm(&bytes, &fds, poller),
+            Action::SendVmmBackend { channel, bytes } => self.send_vmm_backend(channel, &bytes),
+            Action::DropVmm => self.vmm_gone("it sent what cannot be answered", poller),
+            Action::SendLink { backend, bytes, fds } => self.send_link(backend, &bytes, &fds, poller),
+            Action::SendLinkBackend { backend, bytes } => self.answer_backend(backend, &bytes),
+            Action::Close(slot) => self.fds.close(slot),
+            Action::Signal(slot) => self.signal(slot),
+            Action::Start { backend } => self.start_backend(backend, now, poller),
+            Action::Fence { backend } => self.fence(backend, now, poller),
+            Action::Retire { backend } => self.retire(backend, poller),
+            Action::WatchKick { ring, kick } => self.watch_kick(ring, kick, poller),
+            Action::UnwatchKick { ring } => self.unwatch_kick(ring, poller),
+            // Placing primary and shadow on their processors is the offload's work.
+            Action::Assign { .. } => {}
+            Action::Journal(entry) => self.journal.entry(&self.config.name, entry),
+            Action::Answer { command, report } => {
+                if let Some(answer) = self.answers.remove(&command.0) {
+                    // The asker may have gone away.
+                    let _gone = answer.try_send(*report);
+                }
+            }
+        }
+    }
+
+    // --- the VMM -----------------------------------------------------------------------------------------------------------
+
+    pub(crate) fn accept(&mut self, now: Nanos, poller: &Poller) {
+        let Some(listener) = &self.listener else { return };
+        let Ok(socket) = rustix::net::accept_with(listener, SocketFlags::CLOEXEC) else { return };
+        if self.vmm.is_some() {
+            let entry = Entry::warning("VmmRefused").with("reason", "another VMM is connected to this device already");
+            self.journal.entry(&self.config.name, entry);
+            return;
+        }
+        let Ok(connection) = Connection::new(socket) else { return };
+        if poller.add(connection.as_fd(), self.token(PollSource::Vmm), Interest::Edge).is_err() {
+            return;
+        }
+        self.vmm = Some(connection);
+        self.vmm_readable = true;
+        self.events.push_back(Event::VmmConnected);
+        self.run(now, poller);
+    }
+
+    pub(crate) fn vmm_is_readable(&mut self) {
+        self.vmm_readable = true;
+    }
+
+    /// Reads requests, one at a time, as long as there are any and the core wants them.
+    pub(crate) fn read_vmm(&mut self, now: Nanos, poller: &Poller) {
+        while self.vmm_readable && self.pair.wants_request() {
+            let Some(vmm) = &mut self.vmm else { return };
+            if vmm.has_unsent() && vmm.flush().is_err() {
+                return self.lose_vmm("the connection was closed", now, poller);
+            }
+            match vmm.receive() {
+                Ok(Some(message)) => self.vmm_message(message),
+                Ok(None) => {
+                    self.vmm_readable = false;
+                    return;
+                }
+                Err(error) => return self.lose_vmm(&error.to_string(), now, poller),
+            }
+            self.run(now, poller);
+        }
+    }
+
+    fn lose_vmm(&mut self, reason: &str, now: Nanos, poller: &Poller) {
+        self.vmm_gone(reason, poller);
+        self.run(now, poller);
+    }
+
+    fn vmm_message(&mut self, message: Message) {
+        let Message { header, payload, fds } = message;
+        let slots: Vec<FdSlot> = fds.into_iter().map(|fd| self.fds.insert(fd)).collect();
+        let need_reply = header.needs_reply();
+        match Request::decode(&header, &payload, &slots) {
+            Ok(request) => {
+                if let Request::RemMemReg(_) = request {
+                    slots.into_iter().for_each(|slot| self.fds.close(slot));
+                }
+                self.events.push_back(Event::VmmRequest { request, need_reply });
+            }
+            Err(error) => {
+                slots.into_iter().for_each(|slot| self.fds.close(slot));
+                let reason = error.to_string();
+                self.events.push_back(Event::VmmRefused { request: header.request, reason, need_reply });
+            }
+        }
+    }
+
+    fn vmm_gone(&mut self, reason: &str, poller: &Poller) {
+        if let Some(vmm) = self.vmm.take() {
+            poller.remove(vmm.as_fd());
+            self.events.push_back(Event::VmmGone { reason: reason.to_owned() });
+        }
+    }
+
+    /// Brings the rings to rest as if the VMM had disconnected.
+    pub(crate) fn shut_down(&mut self, now: Nanos, poller: &Poller) {
+        self.listener = None;
+        self.vmm_gone("warmswap is ending", poller);
+        self.run(now, poller);
+    }
+
+    /// Whether the rings of the last session are still being brought to rest.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.pair.is_closing()
+    }
+
+    /// Kills everything that is left.
+    pub(crate) fn kill_all(&mut self, poller: &Poller) {
+        let ids: Vec<BackendId> = self.backends.iter().map(|backend| backend.id).collect();
+        ids.into_iter().for_each(|id| self.retire(id, poller));
+        self.retired.extend(self.fences.drain(..).map(|fence| fence.process));
+        self.retired.retain_mut(|process| {
+            process.kill();
+            process.is_gone().is_err()
+        });
+    }
+
+    fn send_vmm(&mut self, bytes: &[u8], fds: &[FdSlot], poller: &Poller) {
+        let Some(vmm) = &mut self.vmm else { return };
+        let fds: Vec<BorrowedFd<'_>> = fds.iter().filter_map(|slot| self.fds.get(*slot)).collect();
+        if let Err(error) = vmm.send(bytes, &fds) {
+            self.vmm_gone(&error.to_string(), poller);
+        }
+    }
+
+    fn send_vmm_backend(&mut self, channel: FdSlot, bytes: &[u8]) {
+        if let Some(channel) = self.fds.get(channel) {
+            let flags = rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT;
+            // A VMM that does not read its own channel misses a notification; its main channel tells if it is gone.
+            let _unread = rustix::net::send(channel, bytes, flags);
+        }
+    }
+
+    // --- backends ----------------------------------------------------------------------------------------------------------
+
+    fn backend(&mut self, id: BackendId) -> Option<&mut Backend> {
+        self.backends.iter_mut().find(|backend| backend.id == id)
+    }
+
+    fn start_backend(&mut self, id: BackendId, now: Nanos, poller: &Poller) {
+        let taken: Vec<PathBuf> = self.backends.iter().map(|backend| backend.path.clone()).collect();
+        match backends::start(id, &self.config.source, &self.run_dir, &self.config.name, &taken, now) {
+            Ok(backend) => {
+                let started = Entry::info("BackendStarted").with("backend", id.0);
+                let pid = backend.process.as_ref().map_or(0, |process| process.pid);
+                self.journal.entry(&self.config.name, started.with("pid", pid));
+                self.watch_process(&backend, poller);
+                self.backends.push(backend);
+            }
+            Err(reason) => self.events.push_back(Event::Exited { backend: id, reason }),
+        }
+    }
+
+    fn watch_process(&self, backend: &Backend, poller: &Poller) {
+        let Some(process) = &backend.process else { return };
+        let id = backend.id.0;
+        // If it cannot be watched its link still tells of its end.
+        let _unwatched = poller.add(process.pidfd(), self.token(PollSource::Process(id)), Interest::Read);
+        if let Some(stderr) = process.stderr() {
+            let _unwatched = poller.add(stderr, self.token(PollSource::Output(id)), Interest::Read);
+        }
+    }
+
+    fn connect_backends(&mut self, now: Nanos, poller: &Poller) {
+        for index in 0..self.backends.len() {
+            if self.backends[index].connect_at.is_none_or(|at| at > now) {
+                continue;
+            }
+            let external = self.backends[index].process.is_none();
+            let id = self.backends[index].id;
+            match self.backends[index].connect(now) {
+                Ok(None) => {}
+                Ok(Some(connection)) => {
+                    if external {
+                        self.watch_process(&self.backends[index], poller);
+                    }
+                    if let Err(reason) = self.link_up(index, connection, poller) {
+                        self.events.push_back(Event::Exited { backend: id, reason });
+                    }
+                }
+                Err(reason) => self.events.push_back(Event::Exited { backend: id, reason }),
+            }
+        }
+    }
+
+    fn link_up(&mut self, index: usize, connection: Connection, poller: &Poller) -> Result<(), String> {
+        let id = self.backends[index].id;
+        if let FenceBasis::Unprovable(reason) = self.backends[index].storage.basis()
+            && self.config.fence_command.is_none()
+        {
+            let reason = format!(
+                "its death could not be proved harmless: {reason}. Use aio=threads or aio=native, or locking=on, or give \
+                 --fence-command"
+            );
+            if !self.pair.is_open() {
+                self.unprovable = Some(reason.clone());
+            }
+            return Err(reason);
+        }
+        let fail = |error: rustix::io::Errno| error.to_string();
+        poller
+            .add(connection.as_fd(), self.token(PollSource::Link(id.0)), Interest::Read)
+            .map_err(|e| e.to_string())?;
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, theirs) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(fail)?;
+        let requests = Connection::new(ours).map_err(|error| error.to_string())?;
+        poller
+            .add(requests.as_fd(), self.token(PollSource::Requests(id.0)), Interest::Read)
+            .map_err(|e| e.to_string())?;
+        let event = || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(fail);
+        let private = PrivateEvents { kick: self.fds.insert(event()?), call: self.fds.insert(event()?) };
+        let backend_req = Some(self.fds.insert(theirs));
+        self.backends[index].link = Some(connection);
+        self.backends[index].requests = Some(requests);
+        self.events.push_back(Event::LinkUp { backend: id, backend_req, private });
+        Ok(())
+    }
+
+    pub(crate) fn read_link(&mut self, id: u64, now: Nanos, poller: &Poller) {
+        let id = BackendId(id);
+        loop {
+            let Some(link) = self.backend(id).and_then(|backend| backend.link.as_mut()) else { return };
+            if link.has_unsent() && link.flush().is_err() {
+                return self.lose_link(id, &ConnectionError::Closed, now, poller);
+            }
+            match link.receive() {
+                Ok(Some(message)) => {
+                    let Message { header, payload, fds } = message;
+                    let fds = fds.into_iter().map(|fd| self.fds.insert(fd)).collect();
+                    self.events.push_back(Event::LinkMessage { backend: id, header, payload, fds });
+                    self.run(now, poller);
+                }
+                Ok(None) => return,
+                Err(error) => return self.lose_link(id, &error, now, poller),
+            }
+        }
+    }
+
+    fn lose_link(&mut self, id: BackendId, error: &ConnectionError, now: Nanos, poller: &Poller) {
+        self.drop_link(id, poller);
+        let reason = format!("its link ended: {error}");
+        self.events.push_back(Event::LinkDown { backend: id, reason });
+        self.run(now, poller);
+    }
+
+    fn drop_link(&mut self, id: BackendId, poller: &Poller) {
+        let Some(backend) = self.backends.iter_mut().find(|backend| backend.id == id) else { return };
+        for connection in [backend.link.take(), backend.requests.take()].into_iter().flatten() {
+            poller.remove(connection.as_fd());
+        }
+    }
+
+    fn send_link(&mut self, id: BackendId, bytes: &[u8], slots: &[FdSlot], poller: &Poller) {
+        let Some(backend) = self.backends.iter_mut().find(|backend| backend.id == id) else { return };
+        let Some(link) = &mut backend.link else { return };
+        let fds: Vec<BorrowedFd<'_>> = slots.iter().filter_map(|slot| self.fds.get(*slot)).collect();
+        assert_eq!(fds.len(), slots.len(), "a message names a descriptor that is closed");
+        if let Err(error) = link.send(bytes, &fds) {
+            self.drop_link(id, poller);
+            self.events.push_back(Event::LinkDown { backend: id, reason: format!("its link ended: {error}") });
+        }
+    }
+
+    pub(crate) fn read_requests(&mut self, id: u64, now: Nanos, poller: &Poller) {
+        let id = BackendId(id);
+        loop {
+            let Some(requests) = self.backend(id).and_then(|backend| backend.requests.as_mut()) else { return };
+            match requests.receive() {
+                Ok(Some(Message { header, payload, fds })) => {
+                    let slots: Vec<FdSlot> = fds.into_iter().map(|fd| self.fds.insert(fd)).collect();
+                    match BackendRequest::decode(&header, &payload, &slots) {
+                        Ok(request) => {
+                            let need_reply = header.needs_reply();
+                            self.events.push_back(Event::BackendRequest { backend: id, request, need_reply });
+                        }
+                        Err(error) => {
+                            slots.into_iter().for_each(|slot| self.fds.close(slot));
+                            let entry = Entry::warning("MessageRefused").with("peer", "backend").with("backend", id.0);
+                            self.journal.entry(&self.config.name, entry.with("reason", error.to_string()));
+                        }
+                    }
+                    self.run(now, poller);
+                }
+                Ok(None) => return,
+                Err(_) => {
+                    if let Some(requests) = self.backend(id).and_then(|backend| backend.requests.take()) {
+                        poller.remove(requests.as_fd());
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn answer_backend(&mut self, id: BackendId, bytes: &[u8]) {
+        if let Some(requests) = self.backend(id).and_then(|backend| backend.requests.as_mut()) {
+            // One that does not read its answer is found through its link.
+            let _unread = requests.send(bytes, &[]);
+        }
+    }
+
+    /// A process ended.
+    pub(crate) fn process_ended(&mut self, id: u64, now: Nanos, poller: &Poller) {
+        let id = BackendId(id);
+        if let Some(fence) = self.fences.iter_mut().find(|fence| fence.backend == id) {
+            if fence.process.reap().is_some() {
+                poller.remove(fence.process.pidfd());
+            }
+            self.look_at_fences(now);
+            return self.run(now, poller);
+        }
+        let Some(process) = self.backend(id).and_then(|backend| backend.process.as_mut()) else { return };
+        let pid = process.pid;
+        let Some(how) = process.reap() else { return };
+        let reason = format!("process {pid}: {how}");
+        let process = self.backends.iter().find(|backend| backend.id == id).and_then(|it| it.process.as_ref());
+        if let Some(process) = process {
+            poller.remove(process.pidfd());
+        }
+        self.events.push_back(Event::Exited { backend: id, reason });
+        self.run(now, poller);
+    }
+
+    pub(crate) fn read_output(&mut self, id: u64) {
+        let name = self.config.name.clone();
+        let journal = self.journal.clone();
+        if let Some(process) = self.backend(BackendId(id)).and_then(|backend| backend.process.as_mut()) {
+            process.read_stderr(&mut |line| journal.output(&name, id, line));
+        }
+    }
+
+    fn fence(&mut self, id: BackendId, now: Nanos, poller: &Poller) {
+        self.drop_link(id, poller);
+        let Some(at) = self.backends.iter().position(|backend| backend.id == id) else {
+            // It never came to life.
+            let evidence = "the process was never started".to_owned();
+            self.events.push_back(Event::Fenced { backend: id, level: FenceLevel::Reaped, evidence });
+            return;
+        };
+        let mut backend = self.backends.remove(at);
+        let Some(process) = backend.process.take() else {
+            let evidence = "it was never connected to".to_owned();
+            self.events.push_back(Event::Fenced { backend: id, level: FenceLevel::Reaped, evidence });
+            return;
+        };
+        if let Some(stderr) = process.stderr() {
+            poller.remove(stderr);
+        }
+        let entry = Entry::info("Fencing").with("backend", id.0).with("pid", process.pid);
+        self.journal.entry(&self.config.name, entry.with("state", process.state_hint()));
+        self.fences.push(Fence::raise(id, process, &backend.storage, self.config.fence_command.clone(), now));
+        self.look_at_fences(now);
+    }
+
+    fn look_at_fences(&mut self, now: Nanos) {
+        if self.fences.is_empty() {
+            return;
+        }
+        let living: Vec<(u32, Storage)> = self
+            .backends
+            .iter()
+            .filter_map(|backend| Some((backend.process.as_ref()?.pid, backend.storage.clone())))
+            .collect();
+        let name = self.config.name.clone();
+        let mut at = 0;
+        while at < self.fences.len() {
+            let fence = &mut self.fences[at];
+            let backend = fence.backend;
+            match fence.look(&name, &living, now) {
+                Progress::Proved { level, evidence } => {
+                    self.fences.remove(at);
+                    self.events.push_back(Event::Fenced { backend, level, evidence });
+                    continue;
+                }
+                Progress::Overdue(reason) => self.events.push_back(Event::FenceWaiting { backend, reason }),
+                Progress::Waiting => {}
+            }
+            at += 1;
+        }
+    }
+
+    /// Ends a backend that serves nothing.
+    fn retire(&mut self, id: BackendId, poller: &Poller) {
+        self.drop_link(id, poller);
+        let Some(at) = self.backends.iter().position(|backend| backend.id == id) else { return };
+        let mut backend = self.backends.remove(at);
+        if let Some(mut process) = backend.process.take() {
+            poller.remove(process.pidfd());
+            if let Some(stderr) = process.stderr() {
+                poller.remove(stderr);
+            }
+            process.kill();
+            if process.is_gone().is_err() {
+                self.retired.push(process);
+            }
+        }
+        // Where a backend listened is free again.
+        let _gone = std::fs::remove_file(self.run_dir.socket(id.0));
+    }
+
+    // --- rings -------------------------------------------------------------------------------------------------------------
+
+    fn signal(&self, slot: FdSlot) {
+        if let Some(fd) = self.fds.get(slot) {
+            // EAGAIN means the counter is full: it is signalled already.
+            let _full = rustix::io::write(fd, &1_u64.to_ne_bytes());
+        }
+    }
+
+    fn watch_kick(&mut self, ring: u32, kick: FdSlot, poller: &Poller) {
+        self.unwatch_kick(ring, poller);
+        let Some(Ok(copy)) = self.fds.get(kick).map(|fd| fd.try_clone_to_owned()) else { return };
+        if poller.add(copy.as_fd(), self.token(PollSource::Kick(ring)), Interest::Once).is_ok() {
+            self.watched.insert(ring, copy);
+        }
+    }
+
+    fn unwatch_kick(&mut self, ring: u32, poller: &Poller) {
+        if let Some(kick) = self.watched.remove(&ring) {
+            poller.remove(kick.as_fd());
+        }
+    }
+
+    pub(crate) fn kicked(&mut self, ring: u32, now: Nanos, poller: &Poller) {
+        self.unwatch_kick(ring, poller);
+        self.events.push_back(Event::Kicked { ring });
+        self.run(now, poller);
+    }
+
+    // --- commands ----------------------------------------------------------------------------------------------------------
+
+    pub(crate) fn request_failover(
+        &mut self,
+        at_once: bool,
+        reason: String,
+        answer: Sender<Report>,
+        now: Nanos,
+        poller: &Poller,
+    ) {
+        self.commands += 1;
+        let command = CommandId(self.commands);
+        self.answers.insert(command.0, answer);
+        self.events.push_back(Event::FailoverRequested { command, now: at_once, reason });
+        self.run(now, poller);
+    }
+
+    pub(crate) fn status(&self) -> DeviceStatus {
+        let process = |id: Option<BackendId>| {
+            let backend = self.backends.iter().find(|backend| Some(backend.id) == id)?;
+            Some(backend.process.as_ref()?.pid)
+        };
+        let status = self.pair.status();
+        let primary = status.primary.as_ref().map(|backend| backend.id);
+        let provable = self.backends.iter().find(|backend| Some(backend.id) == primary);
+        let fence = match (&self.config.fence_command, provable.map(|backend| backend.storage.basis())) {
+            (Some(_), _) => "target",
+            (None, Some(FenceBasis::Unprovable(_))) => "unprovable",
+            _ => "reaped",
+        };
+        DeviceStatus {
+            primary_pid: process(primary),
+            shadow_pid: process(status.shadow.as_ref().map(|backend| backend.id)),
+            fence,
+            descriptors: self.fds.len(),
+            pair: status,
+        }
+    }
+}
+
+/// A device at one moment.
+#[derive(Clone, Debug)]
+pub(crate) struct DeviceStatus {
+    /// What the core says.
+    pub(crate) pair: Status,
+    /// Process of the primary.
+    pub(crate) primary_pid: Option<u32>,
+    /// Process of the shadow.
+    pub(crate) shadow_pid: Option<u32>,
+    /// What the primary's death would prove.
+    pub(crate) fence: &'static str,
+    /// Descriptors in the device's table.
+    pub(crate) descriptors: usize,
+}

@@ -1,0 +1,136 @@
+//! Proving that a killed backend touches nothing any more.
+//!
+//! ```text
+//! killed ─▶ reaped ─▶ control group empty ─▶ [storage descriptions closed] ─▶ [operator's command succeeded] ─▶ proved
+//! ```
+//! No timeout stands in for a step: what does not come is waited for and reported.
+
+use std::io;
+use std::process::{Child, Command, Stdio};
+
+use warmswap_core::{BackendId, FenceLevel, Nanos};
+
+use crate::process::Process;
+use crate::storage::{FenceBasis, LockWatch, Storage};
+
+/// First and longest time between two looks.
+const CHECK_MIN: Nanos = Nanos::from_micros(30);
+const CHECK_MAX: Nanos = Nanos::from_millis(5);
+/// Waiting longer than this is reported, and then ever more rarely.
+const REPORT_FIRST: Nanos = Nanos::from_millis(200);
+
+/// A fence being raised.
+#[derive(Debug)]
+pub(crate) struct Fence {
+    pub(crate) backend: BackendId,
+    pub(crate) process: Process,
+    basis: FenceBasis,
+    locks: LockWatch,
+    command: Option<String>,
+    running: Option<Child>,
+    began: Nanos,
+    gone_at: Option<Nanos>,
+    pub(crate) check_at: Nanos,
+    report_at: Nanos,
+}
+
+/// Where a fence stands after a look.
+#[derive(Debug)]
+pub(crate) enum Progress {
+    Proved {
+        level: FenceLevel,
+        evidence: String,
+    },
+    Waiting,
+    /// Waiting for so long that somebody should know.
+    Overdue(String),
+}
+
+impl Fence {
+    /// Kills the backend and starts to wait.
+    pub(crate) fn raise(
+        backend: BackendId,
+        process: Process,
+        storage: &Storage,
+        command: Option<String>,
+        now: Nanos,
+    ) -> Self {
+        process.kill();
+        Fence {
+            backend,
+            process,
+            basis: storage.basis(),
+            locks: LockWatch::new(storage),
+            command,
+            running: None,
+            began: now,
+            gone_at: None,
+            check_at: now,
+            report_at: now + REPORT_FIRST,
+        }
+    }
+
+    /// Looks once. `living` are the other backends of the pair with what they have open.
+    pub(crate) fn look(&mut self, device: &str, living: &[(u32, Storage)], now: Nanos) -> Progress {
+        let waited = now.since(self.began);
+        self.check_at = now + Nanos(waited.0 / 8).clamp(CHECK_MIN, CHECK_MAX);
+        match self.proof(device, living, now) {
+            Ok((level, evidence)) => Progress::Proved { level, evidence },
+            Err(missing) if now >= self.report_at => {
+                self.report_at = now + waited.max(REPORT_FIRST);
+                Progress::Overdue(missing)
+            }
+            Err(_) => Progress::Waiting,
+        }
+    }
+
+    fn proof(&mut self, device: &str, living: &[(u32, Storage)], now: Nanos) -> Result<(FenceLevel, String), String> {
+        self.process.is_gone()?;
+        let gone_at = *self.gone_at.get_or_insert(now);
+        let exit = format!("process {} reaped, its control group empty", self.process.pid);
+        if self.command.is_some() {
+            self.run_command(device)?;
+            return Ok((FenceLevel::Target, format!("{exit}, the operator's fence command succeeded")));
+        }
+        match &self.basis {
+            FenceBasis::Exit => Ok((FenceLevel::Reaped, format!("{exit}; it did no I/O that outlives a process"))),
+            FenceBasis::Locks => {
+                self.locks.is_released(living)?;
+                let after = now.since(gone_at);
+                Ok((FenceLevel::Reaped, format!("{exit}, the locks of its storage descriptions gone {after} later")))
+            }
+            FenceBasis::Unprovable(reason) => Err(reason.clone()),
+        }
+    }
+
+    /// Runs the operator's command to its success; a failure is tried again at the next look.
+    fn run_command(&mut self, device: &str) -> Result<(), String> {
+        let command = self.command.as_deref().unwrap_or_default();
+        if self.running.is_none() {
+            let pid = self.process.pid.to_string();
+            let child = start_command(command, device, &pid).map_err(|error| format!("{command}: {error}"))?;
+            self.running = Some(child);
+        }
+        let Some(child) = &mut self.running else { return Err("the fence command is not running".to_owned()) };
+        match child.try_wait() {
+            Ok(Some(status)) if status.success() => Ok(()),
+            Ok(Some(status)) => {
+                self.running = None;
+                // A failing command must not be started as fast as it fails.
+                self.check_at = self.check_at + Nanos::from_millis(500);
+                Err(format!("the fence command failed: {status}"))
+            }
+            Ok(None) => Err("the fence command is still running".to_owned()),
+            Err(error) => Err(format!("the fence command cannot be waited for: {error}")),
+        }
+    }
+}
+
+fn start_command(command: &str, device: &str, pid: &str) -> io::Result<Child> {
+    Command::new("/bin/sh")
+        .args(["-c", command])
+        .env("WARMSWAP_DEVICE", device)
+        .env("WARMSWAP_BACKEND_PID", pid)
+        .stdin(Stdio::null())
+        .spawn()
+}

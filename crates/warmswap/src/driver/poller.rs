@@ -1,0 +1,148 @@
+//! What the control thread waits for.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use rustix::event::epoll;
+use rustix::event::{EventfdFlags, Timespec};
+use warmswap_core::Nanos;
+
+/// What a descriptor belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// A command waits.
+    Commands,
+    /// A signal waits.
+    Signals,
+    /// A VMM connects.
+    Listener,
+    /// The VMM.
+    Vmm,
+    /// Link of a backend.
+    Link(u64),
+    /// Back-end request channel of a backend.
+    Requests(u64),
+    /// Process of a backend.
+    Process(u64),
+    /// Output of a backend.
+    Output(u64),
+    /// Kick of a ring.
+    Kick(u32),
+}
+
+/// Device and source, as one word of the kernel's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Token {
+    pub(crate) device: u16,
+    pub(crate) source: Source,
+}
+
+const NUMBER_BITS: u32 = 40;
+
+impl Token {
+    fn encode(self) -> u64 {
+        let (kind, number) = match self.source {
+            Source::Commands => (0, 0),
+            Source::Signals => (1, 0),
+            Source::Listener => (2, 0),
+            Source::Vmm => (3, 0),
+            Source::Link(id) => (4, id),
+            Source::Requests(id) => (5, id),
+            Source::Process(id) => (6, id),
+            Source::Output(id) => (7, id),
+            Source::Kick(ring) => (8, u64::from(ring)),
+        };
+        u64::from(self.device) << (NUMBER_BITS + 8) | kind << NUMBER_BITS | number & ((1 << NUMBER_BITS) - 1)
+    }
+
+    fn decode(word: u64) -> Option<Self> {
+        let number = word & ((1 << NUMBER_BITS) - 1);
+        let source = match word >> NUMBER_BITS & 0xff {
+            0 => Source::Commands,
+            1 => Source::Signals,
+            2 => Source::Listener,
+            3 => Source::Vmm,
+            4 => Source::Link(number),
+            5 => Source::Requests(number),
+            6 => Source::Process(number),
+            7 => Source::Output(number),
+            8 => Source::Kick(number as u32),
+            _ => return None,
+        };
+        Some(Token { device: (word >> (NUMBER_BITS + 8)) as u16, source })
+    }
+}
+
+/// How a descriptor is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Interest {
+    /// As long as there is something to read.
+    Read,
+    /// Whenever something new arrives to read.
+    Edge,
+    /// Once, when something new arrives; what is there is left to others.
+    Once,
+}
+
+/// The kernel's event queue.
+#[derive(Debug)]
+pub(crate) struct Poller {
+    epoll: OwnedFd,
+}
+
+impl Poller {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Poller { epoll: epoll::create(epoll::CreateFlags::CLOEXEC)? })
+    }
+
+    pub(crate) fn add(&self, fd: BorrowedFd<'_>, token: Token, interest: Interest) -> io::Result<()> {
+        let flags = match interest {
+            Interest::Read => epoll::EventFlags::IN,
+            Interest::Edge => epoll::EventFlags::IN | epoll::EventFlags::ET,
+            Interest::Once => epoll::EventFlags::IN | epoll::EventFlags::ET | epoll::EventFlags::ONESHOT,
+        };
+        Ok(epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token.encode()), flags)?)
+    }
+
+    pub(crate) fn remove(&self, fd: BorrowedFd<'_>) {
+        // Removing what was never added is harmless.
+        let _absent = epoll::delete(&self.epoll, fd);
+    }
+
+    /// Waits until something happens or `timeout` has passed.
+    pub(crate) fn wait(&self, timeout: Option<Nanos>, tokens: &mut Vec<Token>) -> io::Result<()> {
+        let span = timeout.map(|span| Timespec {
+            tv_sec: i64::try_from(span.0 / 1_000_000_000).unwrap_or(i64::MAX),
+            tv_nsec: i64::try_from(span.0 % 1_000_000_000).unwrap_or(0),
+        });
+        let empty = epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
+        let mut events = [empty; 64];
+        tokens.clear();
+        match epoll::wait(&self.epoll, &mut events, span.as_ref()) {
+            Ok(count) => {
+                tokens.extend(events[..count].iter().filter_map(|event| Token::decode(event.data.u64())));
+                Ok(())
+            }
+            Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// A descriptor that wakes the control thread.
+pub(crate) fn waker() -> io::Result<OwnedFd> {
+    Ok(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_survive_the_kernel() {
+        for source in [Source::Vmm, Source::Link(77), Source::Kick(255), Source::Process((1 << 40) - 1)] {
+            let token = Token { device: 65535, source };
+            assert_eq!(Token::decode(token.encode()), Some(token));
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! Backend processes: starting them, finding those somebody else started, killing them.
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{ChildStderr, Command, ExitStatus, Stdio};
+
+use rustix::process::{Pid, PidfdFlags, Signal, WaitIdOptions};
+
+use crate::cgroup::Cgroup;
+
+/// Lines of a backend's output that are kept to explain its end.
+const TAIL_LINES: usize = 12;
+
+/// A backend process.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub(crate) pid: u32,
+    pidfd: OwnedFd,
+    /// Ours to reap; others are only watched.
+    child: bool,
+    cgroup: Option<Cgroup>,
+    stderr: Option<ChildStderr>,
+    tail: Tail,
+    exited: Option<String>,
+}
+
+/// What a command line's placeholders stand for.
+#[derive(Debug)]
+pub(crate) enum Endpoint<'a> {
+    /// `{socket}`: the path at which the backend shall listen.
+    Path(&'a Path),
+    /// `{fd}`: a listening socket it inherits.
+    Listener(BorrowedFd<'a>),
+}
+
+impl Process {
+    /// Starts a backend.
+    pub(crate) fn spawn(command: &[String], endpoint: &Endpoint<'_>, group: &str) -> io::Result<Self> {
+        let inherited = match endpoint {
+            Endpoint::Path(_) => None,
+            Endpoint::Listener(fd) => Some(fd.as_raw_fd()),
+        };
+        let fill = |argument: &String| match endpoint {
+            Endpoint::Path(path) => argument.replace("{socket}", &path.display().to_string()),
+            Endpoint::Listener(fd) => argument.replace("{fd}", &fd.as_raw_fd().to_string()),
+        };
+        // Without control groups descendants are found through the subreaper's children instead.
+        let cgroup = Cgroup::create(group).ok();
+        let entry = cgroup.as_ref().map(Cgroup::entry);
+        let mut spawned = Command::new(fill(&command[0]));
+        spawned.args(command[1..].iter().map(fill));
+        spawned.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        spawned.process_group(0);
+        // SAFETY: between fork and exec only async-signal-safe calls are made, on descriptors that stay open.
+        unsafe {
+            spawned.pre_exec(move || prepare_child(entry, inherited));
+        }
+        let mut child = spawned.spawn()?;
+        let pid = child.id();
+        let stderr = child.stderr.take();
+        if let Some(stderr) = &stderr {
+            rustix::io::ioctl_fionbio(stderr, true)?;
+        }
+        let pidfd = open_pidfd(pid)?;
+        Ok(Process { pid, pidfd, child: true, cgroup, stderr, tail: Tail::default(), exited: None })
+    }
+
+    /// Watches a process somebody else started.
+    pub(crate) fn adopt(pid: u32) -> io::Result<Self> {
+        let pidfd = open_pidfd(pid)?;
+        Ok(Process { pid, pidfd, child: false, cgroup: None, stderr: None, tail: Tail::default(), exited: None })
+    }
+
+    pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    pub(crate) fn stderr(&self) -> Option<BorrowedFd<'_>> {
+        self.stderr.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Kills the process and its group. Doing it twice is harmless.
+    pub(crate) fn kill(&self) {
+        if self.exited.is_none() {
+            // It may be gone already; the pidfd makes sure nobody else is hit.
+            let _gone = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+        }
+        if let Some(cgroup) = &self.cgroup {
+            // Kernels before 5.14 lack cgroup.kill; the check for emptiness then waits for the operator.
+            let _unsupported = cgroup.kill();
+        }
+    }
+
+    /// Collects the exit of the process itself, if it has ended. Says how it ended.
+    pub(crate) fn reap(&mut self) -> Option<&str> {
+        if self.exited.is_none() {
+            self.exited = if self.child { self.reap_child() } else { self.foreign_exit() };
+        }
+        self.exited.as_deref()
+    }
+
+    fn reap_child(&mut self) -> Option<String> {
+        let status = rustix::process::waitid(
+            rustix::process::WaitId::PidFd(self.pidfd.as_fd()),
+            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+        );
+        let status = match status {
+            Ok(None) => return None,
+            Ok(Some(status)) => status,
+            Err(error) => return Some(format!("its exit cannot be collected: {error}")),
+        };
+        let how = match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => format!("{}", exit_status(code)),
+            (_, Some(signal)) => format!("killed by signal {signal}"),
+            _ => "ended".to_owned(),
+        };
+        self.read_stderr(&mut |_| {});
+        Some(self.tail.explain(how))
+    }
+
+    fn foreign_exit(&self) -> Option<String> {
+        let mut fds = [rustix::event::PollFd::new(&self.pidfd, rustix::event::PollFlags::IN)];
+        let none = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        match rustix::event::poll(&mut fds, Some(&none)) {
+            Ok(1) => Some("ended".to_owned()),
+            _ => None,
+        }
+    }
+
+    /// Whether the process and everything in its group is gone. Reaps first.
+    pub(crate) fn is_gone(&mut self) -> Result<(), String> {
+        if self.reap().is_none() {
+            return Err(format!("process {} has not ended{}", self.pid, self.state_hint()));
+        }
+        match self.cgroup.as_mut().map(Cgroup::is_empty) {
+            Some(Ok(false)) => Err(format!("processes that {} started are still alive", self.pid)),
+            Some(Err(error)) => Err(format!("its control group cannot be read: {error}")),
+            Some(Ok(true)) | None => Ok(()),
+        }
+    }
+
+    /// The kernel's one-letter state, for people.
+    pub(crate) fn state_hint(&self) -> String {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        let letter = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+        match letter {
+            Some('T' | 't') => " (it is stopped)".to_owned(),
+            Some('D') => " (it is in uninterruptible sleep)".to_owned(),
+            Some('R') => " (it is running)".to_owned(),
+            _ => String::new(),
+        }
+    }
+
+    /// Reads what the process printed; each line goes to `line` and to the tail.
+    pub(crate) fn read_stderr(&mut self, line: &mut dyn FnMut(&str)) -> bool {
+        let Some(stderr) = &mut self.stderr else { return false };
+        let mut buffer = [0; 4096];
+        loop {
+            match stderr.read(&mut buffer) {
+                Ok(0) => {
+                    self.stderr = None;
+                    return false;
+                }
+                Ok(count) => self.tail.push(&buffer[..count], line),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return true,
+            }
+        }
+    }
+}
+
+/// The last lines a process printed.
+#[derive(Debug, Default)]
+struct Tail {
+    partial: Vec<u8>,
+    lines: std::collections::VecDeque<String>,
+}
+
+impl Tail {
+    fn push(&mut self, bytes: &[u8], line: &mut dyn FnMut(&str)) {
+        for byte in bytes {
+            if *byte != b'\n' {
+                if self.partial.len() < 1024 {
+                    self.partial.push(*byte);
+                }
+                continue;
+            }
+            let text = String::from_utf8_lossy(&self.partial).into_owned();
+            self.partial.clear();
+            line(&text);
+            if self.lines.len() == TAIL_LINES {
+                self.lines.pop_front();
+            }
+            self.lines.push_back(text);
+        }
+    }
+
+    fn explain(&self, how: String) -> String {
+        if self.lines.is_empty() {
+            return how;
+        }
+        let said: Vec<&str> = self.lines.iter().map(String::as_str).collect();
+        let said = said.join(" / ");
+        let hint = if said.contains("Failed to get") && said.contains("lock") {
+            " (the image is locked by another process: primary and shadow must be able to open it together, \
+             for qemu-storage-daemon raw images with locking=on and writable=on exports)"
+        } else {
+            ""
+        };
+        format!("{how}; it said: {said}{hint}")
+    }
+}
+
+fn exit_status(code: i32) -> ExitStatus {
+    std::os::unix::process::ExitStatusExt::from_raw(code << 8)
+}
+
+fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
+}
+
+/// Runs in the child between fork and exec.
+fn prepare_child(entry: Option<i32>, inherited: Option<i32>) -> io::Result<()> {
+    // SAFETY: write, sigprocmask, prctl and fcntl are async-signal-safe; the descriptors are open in the child.
+    unsafe {
+        if let Some(procs) = entry
+            && libc::write(procs, b"0".as_ptr().cast(), 1) < 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+        // The broker blocks the signals it reads from a descriptor; a backend must not inherit that, nor its priority.
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+        let normal = libc::sched_param { sched_priority: 0 };
+        libc::sched_setscheduler(0, libc::SCHED_OTHER, &raw const normal);
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        if let Some(fd) = inherited
+            && libc::fcntl(fd, libc::F_SETFD, 0) < 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// A private directory for one device's sockets, gone with the value.
+#[derive(Debug)]
+pub(crate) struct RunDir {
+    path: PathBuf,
+}
+
+impl RunDir {
+    pub(crate) fn create(base: &Path, name: &str) -> io::Result<Self> {
+        let path = base.join(format!("{name}.{}", std::process::id()));
+        std::fs::create_dir_all(&path)?;
+        Ok(RunDir { path })
+    }
+
+    pub(crate) fn socket(&self, generation: u64) -> PathBuf {
+        self.path.join(format!("backend-{generation}.sock"))
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        // Only sockets of backends that are gone are in it.
+        let _leftover = std::fs::remove_dir_all(&self.path);
+    }
+}

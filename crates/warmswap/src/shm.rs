@@ -1,0 +1,464 @@
+//! Guest memory over shared mappings. One of the few files with `unsafe`: it is where memory is shared with a guest.
+//!
+//! The guest, the backends and the VMM change this memory at any time, so every access is a single atomic load or store of the
+//! field's own width and nothing is ever borrowed from it. A VMM may also truncate the descriptor under a mapping; reading it
+//! then raises SIGBUS. The handler puts an empty page in the place and marks the region, so the reader sees zeros and is told.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
+
+use rustix::mm::{MapFlags, ProtFlags};
+use warmswap_core::{GuestMemory, MemoryError, PrivateRing, RingPlace};
+use warmswap_wire::ring::{Descriptor, FLAGS, IDX, Layout, UsedElem};
+use warmswap_wire::{FdSlot, LogRegion, MemoryRegion};
+
+use crate::fds::FdTable;
+
+/// Where the broker's own ring lies in the address spaces of the VMM and the guest: far above anything a guest has.
+const PRIVATE_ADDR: u64 = 0x7f00_0000_0000;
+const PRIVATE_SIZE: u64 = 1 << 20;
+const PRIVATE_USED: u64 = 1 << 19;
+/// Page size of the dirty log (`VHOST_LOG_PAGE`).
+const LOG_PAGE: u64 = 4096;
+
+/// A shared mapping of a part of a descriptor.
+#[derive(Debug)]
+struct Mapping {
+    start: NonNull<u8>,
+    len: usize,
+    watch: usize,
+}
+
+// SAFETY: the mapping is memory owned by this value; all access goes through atomics.
+unsafe impl Send for Mapping {}
+
+impl Mapping {
+    fn new(fd: BorrowedFd<'_>, offset: u64, size: u64) -> Result<Self, String> {
+        let stat = rustix::fs::fstat(fd).map_err(|error| format!("its descriptor cannot be examined: {error}"))?;
+        let end = offset.checked_add(size).ok_or("it wraps around")?;
+        let regular = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::RegularFile;
+        if regular && u64::try_from(stat.st_size).unwrap_or(0) < end {
+            return Err(format!("its descriptor has {} bytes, the region ends at {end}", stat.st_size));
+        }
+        let len = usize::try_from(size).map_err(|_| "it is larger than the address space")?;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a fresh mapping at an address the kernel chooses; nothing else refers to it.
+        let start = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED | MapFlags::NORESERVE, fd, offset)
+        }
+        .map_err(|error| format!("mmap: {error}"))?;
+        let start = NonNull::new(start.cast::<u8>()).ok_or("mmap returned null")?;
+        let watch = sigbus::watch(start.as_ptr() as usize, len)?;
+        Ok(Mapping { start, len, watch })
+    }
+
+    /// Pointer to `len` bytes at `offset`, if they lie inside and are aligned.
+    fn at(&self, offset: u64, len: u64, align: u64) -> Option<NonNull<u8>> {
+        let end = offset.checked_add(len)?;
+        if end > self.len as u64 || !offset.is_multiple_of(align) {
+            return None;
+        }
+        // SAFETY: `offset` lies within the mapping, as just checked.
+        Some(unsafe { self.start.add(usize::try_from(offset).ok()?) })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        sigbus::unwatch(self.watch);
+        // SAFETY: the mapping was made by `new` with this length, and no pointer into it outlives the rings that
+        // `SharedMemory` drops first. Failure would only leak it.
+        let _unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.len) };
+    }
+}
+
+#[derive(Debug)]
+struct Region {
+    described: MemoryRegion,
+    mapping: Mapping,
+}
+
+/// A ring's parts as pointers into a mapping that outlives them.
+#[derive(Clone, Copy, Debug)]
+struct RingParts {
+    layout: Layout,
+    place: RingPlace,
+    descriptor: NonNull<u8>,
+    available: NonNull<u8>,
+    used: NonNull<u8>,
+}
+
+/// Guest memory of one device.
+#[derive(Debug, Default)]
+pub(crate) struct SharedMemory {
+    regions: Vec<Region>,
+    rings: Vec<Option<RingParts>>,
+    log: Option<Mapping>,
+    private: Option<(Mapping, FdSlot)>,
+}
+
+// SAFETY: the pointers of `rings` lead into `regions`, which belong to the same value.
+unsafe impl Send for SharedMemory {}
+
+/// Guest memory together with the table that its descriptors live in, for one step of the core.
+pub(crate) struct MemoryAccess<'a> {
+    pub(crate) memory: &'a mut SharedMemory,
+    pub(crate) fds: &'a mut FdTable,
+}
+
+impl SharedMemory {
+    fn ring(&self, ring: u32) -> Option<&RingParts> {
+        self.rings.get(ring as usize)?.as_ref()
+    }
+
+    fn find_user(&self, user_addr: u64, len: u64, align: u64) -> Option<NonNull<u8>> {
+        self.regions.iter().find_map(|region| {
+            let offset = region.described.offset_of_user(user_addr, len)?;
+            region.mapping.at(offset, len, align)
+        })
+    }
+
+    fn find_guest(&self, guest_addr: u64, len: u64) -> Option<NonNull<u8>> {
+        self.regions.iter().find_map(|region| {
+            let offset = region.described.offset_of_guest(guest_addr, len)?;
+            region.mapping.at(offset, len, 1)
+        })
+    }
+
+    /// Marks the pages of a write to the VMM's address range in the dirty log.
+    fn mark_user(&self, user_addr: u64, len: u64) {
+        let guest = self.regions.iter().find_map(|region| {
+            let offset = region.described.offset_of_user(user_addr, len)?;
+            Some(region.described.guest_addr + offset)
+        });
+        if let Some(guest) = guest {
+            self.mark_guest(guest, len);
+        }
+    }
+
+    fn mark_guest(&self, guest_addr: u64, len: u64) {
+        let Some(log) = &self.log else { return };
+        for page in guest_addr / LOG_PAGE..=(guest_addr + len.max(1) - 1) / LOG_PAGE {
+            if let Some(byte) = log.at(page / 8, 1, 1) {
+                // SAFETY: one byte inside the log's mapping; other writers set bits atomically as well.
+                let byte = unsafe { std::sync::atomic::AtomicU8::from_ptr(byte.as_ptr()) };
+                byte.fetch_or(1 << (page % 8), Ordering::AcqRel);
+            }
+        }
+    }
+}
+
+/// Loads a little-endian u16 at a pointer that is inside a mapping and aligned to 2.
+fn load_u16(base: NonNull<u8>, offset: u64, order: Ordering) -> u16 {
+    // SAFETY: callers pass offsets of `Layout` within a part that `attach` has checked for size and alignment.
+    let field = unsafe { AtomicU16::from_ptr(base.as_ptr().add(offset as usize).cast()) };
+    u16::from_le(field.load(order))
+}
+
+fn store_u16(base: NonNull<u8>, offset: u64, value: u16, order: Ordering) {
+    // SAFETY: as in `load_u16`.
+    let field = unsafe { AtomicU16::from_ptr(base.as_ptr().add(offset as usize).cast()) };
+    field.store(value.to_le(), order);
+}
+
+fn load_u32(base: NonNull<u8>, offset: u64) -> u32 {
+    // SAFETY: as in `load_u16`, with parts aligned to 4.
+    let field = unsafe { AtomicU32::from_ptr(base.as_ptr().add(offset as usize).cast()) };
+    u32::from_le(field.load(Ordering::Relaxed))
+}
+
+fn load_u64(base: NonNull<u8>, offset: u64) -> u64 {
+    // SAFETY: as in `load_u16`, with parts aligned to 16.
+    let field = unsafe { AtomicU64::from_ptr(base.as_ptr().add(offset as usize).cast()) };
+    u64::from_le(field.load(Ordering::Relaxed))
+}
+
+impl GuestMemory for MemoryAccess<'_> {
+    fn map(&mut self, region: &MemoryRegion, fd: FdSlot) -> Result<(), MemoryError> {
+        let refuse = |reason: String| MemoryError::Map { guest_addr: region.guest_addr, size: region.size, reason };
+        let overlaps = |known: &Region| {
+            let known = &known.described;
+            known.guest_addr < region.guest_addr + region.size && region.guest_addr < known.guest_addr + known.size
+        };
+        if self.memory.regions.iter().any(overlaps) {
+            return Err(refuse("it overlaps another region".to_owned()));
+        }
+        let fd = self.fds.get(fd).ok_or_else(|| refuse("its descriptor is missing".to_owned()))?;
+        let mapping = Mapping::new(fd, region.mmap_offset, region.size).map_err(refuse)?;
+        self.memory.regions.push(Region { described: *region, mapping });
+        Ok(())
+    }
+
+    fn unmap(&mut self, guest_addr: u64) {
+        let Some(at) = self.memory.regions.iter().position(|region| region.described.guest_addr == guest_addr) else {
+            return;
+        };
+        let region = self.memory.regions[at].described;
+        for ring in &mut self.memory.rings {
+            let inside = |addr: u64| region.offset_of_user(addr, 1).is_some();
+            let lost = |parts: &RingParts| {
+                inside(parts.place.descriptor) || inside(parts.place.available) || inside(parts.place.used)
+            };
+            if ring.as_ref().is_some_and(lost) {
+                *ring = None;
+            }
+        }
+        self.memory.regions.remove(at);
+    }
+
+    fn set_log(&mut self, log: Option<(LogRegion, FdSlot)>) -> Result<(), MemoryError> {
+        self.memory.log = None;
+        let Some((region, fd)) = log else { return Ok(()) };
+        let refuse = |reason: String| MemoryError::Log { reason };
+        let fd = self.fds.get(fd).ok_or_else(|| refuse("its descriptor is missing".to_owned()))?;
+        self.memory.log = Some(Mapping::new(fd, region.offset, region.size).map_err(refuse)?);
+        Ok(())
+    }
+
+    fn attach(&mut self, ring: u32, place: &RingPlace) -> Result<(), MemoryError> {
+        let layout = place.layout;
+        let find = |part, addr, len, align| {
+            self.memory.find_user(addr, len, align).ok_or(MemoryError::Ring { ring, part, addr })
+        };
+        let parts = RingParts {
+            layout,
+            place: *place,
+            descriptor: find("descriptor table", place.descriptor, layout.descriptor_bytes(), 16)?,
+            available: find("available ring", place.available, layout.available_bytes(), 2)?,
+            used: find("used ring", place.used, layout.used_bytes(), 4)?,
+        };
+        let at = ring as usize;
+        if self.memory.rings.len() <= at {
+            self.memory.rings.resize(at + 1, None);
+        }
+        self.memory.rings[at] = Some(parts);
+        Ok(())
+    }
+
+    fn detach(&mut self, ring: u32) {
+        if let Some(parts) = self.memory.rings.get_mut(ring as usize) {
+            *parts = None;
+        }
+    }
+
+    fn faulted(&mut self) -> bool {
+        // Every mark is taken, so that one fault is reported once.
+        self.memory.regions.iter().filter(|region| sigbus::take(region.mapping.watch)).count() > 0
+    }
+
+    fn avail_idx(&self, ring: u32) -> u16 {
+        self.memory.ring(ring).map_or(0, |parts| load_u16(parts.available, IDX, Ordering::Acquire))
+    }
+
+    fn used_idx(&self, ring: u32) -> u16 {
+        self.memory.ring(ring).map_or(0, |parts| load_u16(parts.used, IDX, Ordering::Acquire))
+    }
+
+    fn avail_slot(&self, ring: u32, slot: u16) -> u16 {
+        let load = |parts: &RingParts| load_u16(parts.available, parts.layout.available_slot(slot), Ordering::Relaxed);
+        self.memory.ring(ring).map_or(0, load)
+    }
+
+    fn used_slot(&self, ring: u32, slot: u16) -> UsedElem {
+        self.memory.ring(ring).map_or(UsedElem { id: 0, len: 0 }, |parts| {
+            let at = parts.layout.used_slot(slot);
+            UsedElem { id: load_u32(parts.used, at), len: load_u32(parts.used, at + 4) }
+        })
+    }
+
+    fn used_flags(&self, ring: u32) -> u16 {
+        self.memory.ring(ring).map_or(0, |parts| load_u16(parts.used, FLAGS, Ordering::Relaxed))
+    }
+
+    fn avail_event(&self, ring: u32) -> u16 {
+        let load = |parts: &RingParts| load_u16(parts.used, parts.layout.avail_event(), Ordering::Relaxed);
+        self.memory.ring(ring).map_or(0, load)
+    }
+
+    fn descriptor(&self, ring: u32, index: u16) -> Descriptor {
+        let empty = Descriptor { addr: 0, len: 0, flags: 0, next: 0 };
+        self.memory.ring(ring).filter(|parts| index < parts.layout.size()).map_or(empty, |parts| {
+            let at = u64::from(index) * 16;
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&load_u64(parts.descriptor, at).to_le_bytes());
+            bytes[8..].copy_from_slice(&load_u64(parts.descriptor, at + 8).to_le_bytes());
+            Descriptor::from_le_bytes(bytes)
+        })
+    }
+
+    fn read_guest(&self, guest_addr: u64, bytes: &mut [u8]) -> bool {
+        let Some(from) = self.memory.find_guest(guest_addr, bytes.len() as u64) else { return false };
+        for (at, byte) in bytes.iter_mut().enumerate() {
+            // SAFETY: `find_guest` has checked the whole range; bytes are read one by one, as others write them.
+            *byte = unsafe { std::ptr::read_volatile(from.as_ptr().add(at)) };
+        }
+        true
+    }
+
+    fn set_avail_slot(&mut self, ring: u32, slot: u16, head: u16) {
+        if let Some(parts) = self.memory.ring(ring) {
+            let at = parts.layout.available_slot(slot);
+            store_u16(parts.available, at, head, Ordering::Release);
+            self.memory.mark_user(parts.place.available + at, 2);
+        }
+    }
+
+    fn set_used_flags(&mut self, ring: u32, flags: u16) {
+        if let Some(parts) = self.memory.ring(ring) {
+            store_u16(parts.used, FLAGS, flags, Ordering::Release);
+            self.memory.mark_user(parts.place.used, 2);
+        }
+    }
+
+    fn set_avail_event(&mut self, ring: u32, index: u16) {
+        if let Some(parts) = self.memory.ring(ring) {
+            let at = parts.layout.avail_event();
+            store_u16(parts.used, at, index, Ordering::Release);
+            self.memory.mark_user(parts.place.used + at, 2);
+            // The driver reads this after it has published its index; we read its index after this.
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    fn push_used(&mut self, ring: u32, index: u16, entry: UsedElem) {
+        if let Some(parts) = self.memory.ring(ring) {
+            let at = parts.layout.used_slot(parts.layout.slot(index));
+            for (field, value) in [(at, entry.id), (at + 4, entry.len)] {
+                // SAFETY: a used slot of the ring, aligned to 4 as the used ring is.
+                let field = unsafe { AtomicU32::from_ptr(parts.used.as_ptr().add(field as usize).cast()) };
+                field.store(value.to_le(), Ordering::Relaxed);
+            }
+            store_u16(parts.used, IDX, index.wrapping_add(1), Ordering::Release);
+            self.memory.mark_user(parts.place.used, parts.layout.used_bytes());
+        }
+    }
+
+    fn make_private_ring(&mut self, layout: Layout, head: u16) -> Result<PrivateRing, MemoryError> {
+        let refuse = |reason: String| MemoryError::Map { guest_addr: PRIVATE_ADDR, size: PRIVATE_SIZE, reason };
+        if let Some((_, fd)) = self.memory.private.take() {
+            self.fds.close(fd);
+        }
+        let fd = rustix::fs::memfd_create("warmswap-ring", rustix::fs::MemfdFlags::CLOEXEC)
+            .and_then(|fd| rustix::fs::ftruncate(&fd, PRIVATE_SIZE).map(|()| fd))
+            .map_err(|error| refuse(error.to_string()))?;
+        let mapping = Mapping::new(fd.as_fd(), 0, PRIVATE_SIZE).map_err(refuse)?;
+        store_u16(mapping.start, layout.available_slot(0), head, Ordering::Relaxed);
+        store_u16(mapping.start, FLAGS, warmswap_wire::ring::AVAIL_F_NO_INTERRUPT, Ordering::Relaxed);
+        store_u16(mapping.start, IDX, 1, Ordering::Release);
+        let slot = self.fds.insert(fd);
+        self.memory.private = Some((mapping, slot));
+        Ok(PrivateRing {
+            region: MemoryRegion {
+                guest_addr: PRIVATE_ADDR,
+                size: PRIVATE_SIZE,
+                user_addr: PRIVATE_ADDR,
+                mmap_offset: 0,
+            },
+            fd: slot,
+            available: PRIVATE_ADDR,
+            used: PRIVATE_ADDR + PRIVATE_USED,
+        })
+    }
+
+    fn private_used(&self) -> Option<UsedElem> {
+        let (mapping, _) = self.memory.private.as_ref()?;
+        let used = mapping.at(PRIVATE_USED, 16, 4)?;
+        (load_u16(used, IDX, Ordering::Acquire) != 0)
+            .then(|| UsedElem { id: load_u32(used, 4), len: load_u32(used, 8) })
+    }
+
+    fn write_guest(&mut self, guest_addr: u64, bytes: &[u8]) -> bool {
+        let Some(to) = self.memory.find_guest(guest_addr, bytes.len() as u64) else { return false };
+        for (at, byte) in bytes.iter().enumerate() {
+            // SAFETY: `find_guest` has checked the whole range.
+            unsafe { std::ptr::write_volatile(to.as_ptr().add(at), *byte) };
+        }
+        self.memory.mark_guest(guest_addr, bytes.len() as u64);
+        true
+    }
+}
+
+/// Survives the truncation of a descriptor under a mapping.
+mod sigbus {
+    use super::{AtomicBool, AtomicUsize, Ordering};
+
+    /// Most mappings of a process.
+    const MAPPINGS_MAX: usize = 4096;
+
+    struct Watched {
+        start: AtomicUsize,
+        len: AtomicUsize,
+        faulted: AtomicBool,
+    }
+
+    static WATCHED: [Watched; MAPPINGS_MAX] =
+        [const { Watched { start: AtomicUsize::new(0), len: AtomicUsize::new(0), faulted: AtomicBool::new(false) } };
+            MAPPINGS_MAX];
+
+    /// Registers a mapping and returns its number.
+    pub(super) fn watch(start: usize, len: usize) -> Result<usize, String> {
+        install();
+        for (index, watched) in WATCHED.iter().enumerate() {
+            if watched.start.compare_exchange(0, start, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                watched.faulted.store(false, Ordering::Relaxed);
+                watched.len.store(len, Ordering::Release);
+                return Ok(index);
+            }
+        }
+        Err(format!("more than {MAPPINGS_MAX} regions are mapped"))
+    }
+
+    pub(super) fn unwatch(index: usize) {
+        WATCHED[index].len.store(0, Ordering::Release);
+        WATCHED[index].start.store(0, Ordering::Release);
+    }
+
+    /// Whether the mapping lost a page since the last call.
+    pub(super) fn take(index: usize) -> bool {
+        WATCHED[index].faulted.load(Ordering::Relaxed) && WATCHED[index].faulted.swap(false, Ordering::AcqRel)
+    }
+
+    fn install() {
+        static INSTALLED: AtomicBool = AtomicBool::new(false);
+        if INSTALLED.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        // SAFETY: a zeroed sigaction is valid; the handler only uses atomics and mmap, both async-signal-safe.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handle as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO;
+            libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut());
+        }
+    }
+
+    extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+        // SAFETY: the kernel passes a valid siginfo with the faulting address for SIGBUS.
+        let at = unsafe { (*info).si_addr() } as usize;
+        let hit = WATCHED.iter().find(|watched| {
+            let start = watched.start.load(Ordering::Acquire);
+            start != 0 && at.wrapping_sub(start) < watched.len.load(Ordering::Acquire)
+        });
+        let page = at & !4095;
+        // SAFETY: the page lies in a mapping of ours whose memory is gone; an empty one takes its place.
+        let replaced = hit.is_some()
+            && unsafe {
+                libc::mmap(
+                    page as *mut libc::c_void,
+                    4096,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                    -1,
+                    0,
+                )
+            } != libc::MAP_FAILED;
+        match hit {
+            Some(watched) if replaced => watched.faulted.store(true, Ordering::Release),
+            // SAFETY: not ours: back to the default, and the same access ends the process as it should.
+            _ => unsafe {
+                libc::signal(signal, libc::SIG_DFL);
+            },
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! Stream sockets that carry vhost-user messages and descriptors, without blocking.
+
+use std::collections::VecDeque;
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
+};
+use warmswap_wire::{FDS_MAX, HEADER_SIZE, Header};
+
+/// Most bytes that may wait for a peer that does not read.
+const UNSENT_MAX: usize = 1 << 20;
+
+/// A message as it came: header, payload, descriptors.
+#[derive(Debug)]
+pub(crate) struct Message {
+    pub(crate) header: Header,
+    pub(crate) payload: Vec<u8>,
+    pub(crate) fds: Vec<OwnedFd>,
+}
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConnectionError {
+    #[error("the connection was closed")]
+    Closed,
+    #[error("{0}")]
+    Protocol(#[from] warmswap_wire::Error),
+    #[error("the socket failed: {0}")]
+    Socket(#[from] Errno),
+    #[error("more than {FDS_MAX} descriptors came with one message")]
+    TooManyFds,
+    #[error("it does not read what it is sent")]
+    Unread,
+}
+
+/// One connection: assembles incoming messages, keeps what the peer has not read yet.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    socket: OwnedFd,
+    head: [u8; HEADER_SIZE],
+    head_len: usize,
+    header: Option<Header>,
+    payload: Vec<u8>,
+    payload_len: usize,
+    fds: Vec<OwnedFd>,
+    unsent: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
+    unsent_bytes: usize,
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Connection {
+    /// Takes a connected stream socket.
+    pub(crate) fn new(socket: OwnedFd) -> Result<Self, ConnectionError> {
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        Ok(Connection {
+            socket,
+            head: [0; HEADER_SIZE],
+            head_len: 0,
+            header: None,
+            payload: Vec::new(),
+            payload_len: 0,
+            fds: Vec::new(),
+            unsent: VecDeque::new(),
+            unsent_bytes: 0,
+        })
+    }
+
+    /// The next whole message, or none if it has not arrived yet.
+    pub(crate) fn receive(&mut self) -> Result<Option<Message>, ConnectionError> {
+        if self.header.is_none() {
+            while self.head_len < HEADER_SIZE {
+                let from = self.head_len;
+                let mut head = self.head;
+                let Some(count) = self.read(&mut head[from..])? else { return Ok(None) };
+                self.head = head;
+                self.head_len += count;
+            }
+            let header = Header::decode(&self.head)?;
+            self.payload = vec![0; header.size as usize];
+            self.payload_len = 0;
+            self.header = Some(header);
+        }
+        while self.payload_len < self.payload.len() {
+            let mut payload = std::mem::take(&mut self.payload);
+            let result = self.read(&mut payload[self.payload_len..]);
+            self.payload = payload;
+            match result? {
+                Some(count) => self.payload_len += count,
+                None => return Ok(None),
+            }
+        }
+        self.head_len = 0;
+        let header = self.header.take().expect("decoded above");
+        Ok(Some(Message { header, payload: std::mem::take(&mut self.payload), fds: std::mem::take(&mut self.fds) }))
+    }
+
+    fn read(&mut self, into: &mut [u8]) -> Result<Option<usize>, ConnectionError> {
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        let received = loop {
+            match rustix::net::recvmsg(&self.socket, &mut [IoSliceMut::new(into)], &mut ancillary, flags) {
+                Ok(received) => break received,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(Errno::CONNRESET) => return Err(ConnectionError::Closed),
+                Err(error) => return Err(error.into()),
+            }
+        };
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                self.fds.extend(fds);
+            }
+        }
+        if received.flags.contains(ReturnFlags::CTRUNC) || self.fds.len() > FDS_MAX {
+            return Err(ConnectionError::TooManyFds);
+        }
+        if received.bytes == 0 {
+            return Err(ConnectionError::Closed);
+        }
+        Ok(Some(received.bytes))
+    }
+
+    /// Sends one message, or keeps it until the peer reads.
+    pub(crate) fn send(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
+        if self.unsent.is_empty() {
+            let sent = self.transmit(bytes, fds)?;
+            if sent == bytes.len() {
+                return Ok(());
+            }
+            let rest = if sent == 0 { fds } else { &[] };
+            return self.keep(&bytes[sent..], rest);
+        }
+        self.keep(bytes, fds)
+    }
+
+    fn keep(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
+        self.unsent_bytes += bytes.len();
+        if self.unsent_bytes > UNSENT_MAX {
+            return Err(ConnectionError::Unread);
+        }
+        let fds = fds.iter().map(|fd| fd.try_clone_to_owned()).collect::<Result<_, _>>();
+        let fds = fds.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::MFILE))?;
+        self.unsent.push_back((bytes.to_vec(), fds));
+        Ok(())
+    }
+
+    /// Whether something waits for the peer to read.
+    pub(crate) fn has_unsent(&self) -> bool {
+        !self.unsent.is_empty()
+    }
+
+    /// Sends what was kept.
+    pub(crate) fn flush(&mut self) -> Result<(), ConnectionError> {
+        while let Some((bytes, fds)) = self.unsent.pop_front() {
+            let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+            let sent = self.transmit(&bytes, &borrowed)?;
+            self.unsent_bytes -= sent;
+            if sent < bytes.len() {
+                let rest = if sent == 0 { fds } else { Vec::new() };
+                self.unsent.push_front((bytes[sent..].to_vec(), rest));
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn transmit(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<usize, ConnectionError> {
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(ConnectionError::TooManyFds);
+        }
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        loop {
+            match rustix::net::sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut ancillary, flags) {
+                Ok(sent) => return Ok(sent),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(0),
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(ConnectionError::Closed),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
