@@ -1,13 +1,12 @@
 //! Backends as the shell has them: process, link, back-end request channel, and what they have open.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use warmswap_core::{BackendId, Nanos};
 
-use crate::config::Source;
-use crate::process::{Endpoint, Process, RunDir};
+use crate::process::Process;
 use crate::socket::Connection;
 use crate::storage::Storage;
 
@@ -29,46 +28,29 @@ pub(crate) struct Backend {
     pub(crate) connect_error: String,
 }
 
-/// Starts a backend, or finds out which of the external paths is to be used.
-pub(crate) fn start(
-    id: BackendId,
-    source: &Source,
-    run_dir: &RunDir,
-    name: &str,
-    taken: &[PathBuf],
-    now: Nanos,
-) -> Result<Backend, String> {
-    let mut backend = Backend {
-        id,
-        process: None,
-        path: run_dir.socket(id.0),
-        link: None,
-        requests: None,
-        storage: Storage::default(),
-        connect_at: Some(now),
-        connect_error: String::new(),
-    };
-    match source {
-        Source::Command(command) => {
-            let group = format!("{name}.{}.{}", std::process::id(), id.0);
-            let process = if command.iter().any(|argument| argument.contains("{fd}")) {
-                let listener = listen(&backend.path)?;
-                Process::spawn(command, &Endpoint::Listener(listener.as_fd()), &group)
-            } else {
-                Process::spawn(command, &Endpoint::Path(&backend.path), &group)
-            };
-            backend.process = Some(process.map_err(|error| format!("{}: {error}", command[0]))?);
-        }
-        Source::External { primary, shadow } => {
-            let paths = [Some(primary), shadow.as_ref()];
-            let free = paths.into_iter().flatten().find(|path| !taken.contains(path));
-            backend.path = free.ok_or("both sockets of the pair are in use")?.clone();
+impl Backend {
+    /// A backend that is about to listen at `path`.
+    pub(crate) fn new(id: BackendId, path: PathBuf, connect_at: Option<Nanos>) -> Self {
+        Backend {
+            id,
+            process: None,
+            path,
+            link: None,
+            requests: None,
+            storage: Storage::default(),
+            connect_at,
+            connect_error: String::new(),
         }
     }
-    Ok(backend)
 }
 
-fn listen(path: &Path) -> Result<OwnedFd, String> {
+/// The one of two external sockets that no other backend uses.
+pub(crate) fn external_path(primary: &Path, shadow: Option<&Path>, taken: &[PathBuf]) -> Result<PathBuf, String> {
+    let free = [Some(primary), shadow].into_iter().flatten().find(|path| !taken.iter().any(|used| used == path));
+    free.map(Path::to_path_buf).ok_or_else(|| "both sockets of the pair are in use".to_owned())
+}
+
+pub(crate) fn listen(path: &Path) -> Result<OwnedFd, String> {
     let fail = |error: rustix::io::Errno| format!("{}: {error}", path.display());
     let address = SocketAddrUnix::new(path).map_err(fail)?;
     // The backend inherits it by number, so close-on-exec is taken off in the child alone.

@@ -16,7 +16,8 @@ use warmswap_wire::{BackendRequest, FdSlot, Request};
 use super::backends::{self, Backend};
 use super::fence::{Fence, Progress};
 use super::poller::{Interest, Poller, Source as PollSource, Token};
-use crate::config::DeviceConfig;
+use super::spawner::{Spawner, Start};
+use crate::config::{DeviceConfig, Source};
 use crate::fds::FdTable;
 use crate::journal::JournalSender;
 use crate::process::{Process, RunDir};
@@ -49,6 +50,7 @@ pub(crate) struct Device {
     commands: u64,
     run_dir: RunDir,
     journal: JournalSender,
+    spawner: Spawner,
     inspect_at: Nanos,
     /// When the processes that were ended are looked at again.
     retire_at: Nanos,
@@ -58,7 +60,13 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    pub(crate) fn new(number: u16, config: DeviceConfig, journal: JournalSender, now: Nanos) -> std::io::Result<Self> {
+    pub(crate) fn new(
+        number: u16,
+        config: DeviceConfig,
+        journal: JournalSender,
+        spawner: Spawner,
+        now: Nanos,
+    ) -> std::io::Result<Self> {
         let run_dir = RunDir::create(&config.run_dir, &config.name)?;
         let mut device = Device {
             number,
@@ -77,6 +85,7 @@ impl Device {
             commands: 0,
             run_dir,
             journal,
+            spawner,
             inspect_at: now + INSPECT_EVERY,
             retire_at: now,
             vmm_readable: false,
@@ -195,7 +204,7 @@ impl Device {
             Action::SendLinkBackend { backend, bytes } => self.answer_backend(backend, &bytes),
             Action::Close(slot) => self.fds.close(slot),
             Action::Signal(slot) => self.signal(slot),
-            Action::Start { backend } => self.start_backend(backend, now, poller),
+            Action::Start { backend } => self.start_backend(backend, now),
             Action::Fence { backend } => self.fence(backend, now, poller),
             Action::Retire { backend } => self.retire(backend, poller),
             Action::WatchKick { ring, kick } => self.watch_kick(ring, kick, poller),
@@ -331,18 +340,56 @@ impl Device {
         self.backends.iter_mut().find(|backend| backend.id == id)
     }
 
-    fn start_backend(&mut self, id: BackendId, now: Nanos, poller: &Poller) {
-        let taken: Vec<PathBuf> = self.backends.iter().map(|backend| backend.path.clone()).collect();
-        match backends::start(id, &self.config.source, &self.run_dir, &self.config.name, &taken, now) {
-            Ok(backend) => {
-                let started = Entry::info("BackendStarted").with("backend", id.0);
-                let pid = backend.process.as_ref().map_or(0, |process| process.pid);
-                self.journal.entry(&self.config.name, started.with("pid", pid));
-                self.watch_process(&backend, poller);
-                self.backends.push(backend);
-            }
-            Err(reason) => self.events.push_back(Event::Exited { backend: id, reason }),
+    fn start_backend(&mut self, id: BackendId, now: Nanos) {
+        if let Err(reason) = self.try_start(id, now) {
+            self.events.push_back(Event::Exited { backend: id, reason });
         }
+    }
+
+    fn try_start(&mut self, id: BackendId, now: Nanos) -> Result<(), String> {
+        match &self.config.source {
+            Source::Command(command) => {
+                let path = self.run_dir.socket(id.0);
+                let start = Start {
+                    device: self.number,
+                    backend: id,
+                    command: command.clone(),
+                    path: path.clone(),
+                    group: format!("{}.{}.{}", self.config.name, std::process::id(), id.0),
+                };
+                if !self.spawner.spawn(start) {
+                    return Err("too many processes wait to be started".to_owned());
+                }
+                self.backends.push(Backend::new(id, path, None));
+            }
+            Source::External { primary, shadow } => {
+                let taken: Vec<PathBuf> = self.backends.iter().map(|backend| backend.path.clone()).collect();
+                let path = backends::external_path(primary, shadow.as_deref(), &taken)?;
+                self.backends.push(Backend::new(id, path, Some(now)));
+            }
+        }
+        Ok(())
+    }
+
+    /// A process that was asked for is there, or is not.
+    pub(crate) fn spawned(&mut self, id: BackendId, process: Result<Process, String>, now: Nanos, poller: &Poller) {
+        let at = self.backends.iter().position(|backend| backend.id == id);
+        match (process, at) {
+            (Ok(process), Some(at)) => {
+                let entry = Entry::info("BackendStarted").with("backend", id.0).with("pid", process.pid);
+                self.journal.entry(&self.config.name, entry);
+                self.backends[at].process = Some(process);
+                self.backends[at].connect_at = Some(now);
+                self.watch_process(&self.backends[at], poller);
+            }
+            // Given up in the meantime.
+            (Ok(process), None) => {
+                process.kill();
+                self.retired.push(process);
+            }
+            (Err(reason), _) => self.events.push_back(Event::Exited { backend: id, reason }),
+        }
+        self.run(now, poller);
     }
 
     fn watch_process(&self, backend: &Backend, poller: &Poller) {

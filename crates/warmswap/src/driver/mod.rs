@@ -4,6 +4,7 @@ mod backends;
 mod device;
 mod fence;
 mod poller;
+mod spawner;
 mod system;
 
 pub(crate) use device::DeviceStatus;
@@ -15,12 +16,14 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use warmswap_core::{Nanos, Report};
+use warmswap_core::{BackendId, Nanos, Report};
 
 use self::device::Device;
 use self::poller::{Interest, Poller, Source, Token};
+use self::spawner::Spawner;
 use crate::config::DeviceConfig;
 use crate::journal::JournalSender;
+use crate::process::Process;
 
 /// Commands that may wait for the control thread.
 const COMMANDS_MAX: usize = 64;
@@ -34,6 +37,15 @@ pub(crate) enum Command {
     Status {
         /// Where to.
         answer: Sender<Vec<(String, DeviceStatus)>>,
+    },
+    /// A process that was asked for is there, or is not.
+    Spawned {
+        /// Number of its device.
+        device: u16,
+        /// Its generation.
+        backend: BackendId,
+        /// The process, or why there is none.
+        process: Result<Process, String>,
     },
     /// Make a failover.
     Failover {
@@ -82,6 +94,7 @@ pub(crate) struct Driver {
     waker: Arc<OwnedFd>,
     signals: OwnedFd,
     tokens: Vec<Token>,
+    spawner: Spawner,
 }
 
 impl Driver {
@@ -97,14 +110,16 @@ impl Driver {
         let signals = system::take_signals()?;
         poller.add(signals.as_fd(), Token { device: 0, source: Source::Signals }, Interest::Read)?;
         let commander = Commander { commands: sender, waker: Arc::clone(&waker) };
-        let driver = Driver { poller, devices: Vec::new(), commands, waker, signals, tokens: Vec::with_capacity(64) };
+        let spawner = Spawner::start(commander.clone())?;
+        let tokens = Vec::with_capacity(64);
+        let driver = Driver { poller, devices: Vec::new(), commands, waker, signals, tokens, spawner };
         Ok((driver, commander))
     }
 
     /// Adds a device and starts its backends.
     pub(crate) fn add(&mut self, config: DeviceConfig, journal: JournalSender) -> std::io::Result<()> {
         let number = u16::try_from(self.devices.len()).map_err(|_| std::io::ErrorKind::QuotaExceeded)?;
-        let mut device = Device::new(number, config, journal, now())?;
+        let mut device = Device::new(number, config, journal, self.spawner.clone(), now())?;
         device.run(now(), &self.poller);
         self.devices.push(device);
         Ok(())
@@ -189,6 +204,11 @@ impl Driver {
                     let status = self.devices.iter().map(|device| (device.name().to_owned(), device.status()));
                     let _gone = answer.try_send(status.collect());
                 }
+                Command::Spawned { device, backend, process } => {
+                    if let Some(device) = self.devices.get_mut(usize::from(device)) {
+                        device.spawned(backend, process, now, &self.poller);
+                    }
+                }
                 Command::Failover { device, now: at_once, reason, answer } => {
                     if let Some(device) = self.devices.iter_mut().find(|known| known.name() == device) {
                         device.request_failover(at_once, reason, answer, now, &self.poller);
@@ -210,7 +230,7 @@ impl Driver {
             let mut tokens = std::mem::take(&mut self.tokens);
             self.poller.wait(Some(Nanos::from_micros(200)), &mut tokens)?;
             for token in &tokens {
-                if !matches!(token.source, Source::Commands | Source::Signals) {
+                if token.source != Source::Signals {
                     self.dispatch(*token);
                 }
             }

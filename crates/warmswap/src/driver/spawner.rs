@@ -1,0 +1,66 @@
+//! Starting processes on a thread of its own: a fork takes milliseconds, in which the control thread would be blind.
+
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+
+use crossbeam_channel::{Receiver, Sender};
+use warmswap_core::BackendId;
+
+use super::backends::listen;
+use super::{Command, Commander};
+use crate::process::{Endpoint, Process};
+
+/// Starts that may wait. A pair has two roles, so few ever do.
+const STARTS_MAX: usize = 1024;
+
+/// A backend to be started.
+#[derive(Debug)]
+pub(crate) struct Start {
+    pub(crate) device: u16,
+    pub(crate) backend: BackendId,
+    pub(crate) command: Vec<String>,
+    /// Where it shall listen.
+    pub(crate) path: PathBuf,
+    /// Name of its control group.
+    pub(crate) group: String,
+}
+
+/// Hands starts to the spawner's thread.
+#[derive(Clone, Debug)]
+pub(crate) struct Spawner {
+    starts: Sender<Start>,
+}
+
+impl Spawner {
+    /// Starts the thread. The results come back as commands.
+    pub(crate) fn start(commander: Commander) -> std::io::Result<Self> {
+        let (sender, starts) = crossbeam_channel::bounded(STARTS_MAX);
+        std::thread::Builder::new().name("spawner".to_owned()).spawn(move || run(&starts, &commander))?;
+        Ok(Spawner { starts: sender })
+    }
+
+    /// Hands one over; false if too many wait.
+    pub(crate) fn spawn(&self, start: Start) -> bool {
+        self.starts.try_send(start).is_ok()
+    }
+}
+
+fn run(starts: &Receiver<Start>, commander: &Commander) {
+    for start in starts {
+        let process = spawn(&start);
+        if !commander.send(Command::Spawned { device: start.device, backend: start.backend, process }) {
+            return;
+        }
+    }
+}
+
+fn spawn(start: &Start) -> Result<Process, String> {
+    let Start { command, path, group, .. } = start;
+    let process = if command.iter().any(|argument| argument.contains("{fd}")) {
+        let listener = listen(path)?;
+        Process::spawn(command, &Endpoint::Listener(listener.as_fd()), group)
+    } else {
+        Process::spawn(command, &Endpoint::Path(path), group)
+    };
+    process.map_err(|error| format!("{}: {error}", command[0]))
+}
