@@ -27,8 +27,8 @@ pub(crate) enum Limits {
 
 impl Limits {
     fn words(self) -> Vec<OsString> {
-        const READS_PER_SECOND: u32 = 1200;
-        const WRITES_PER_SECOND: u32 = 2000;
+        const READS_PER_SECOND: u32 = 600;
+        const WRITES_PER_SECOND: u32 = 1000;
         let (group, node) = match self {
             Self::None => return vec!["--blockdev".into(), "driver=raw,node-name=disk,file=image".into()],
             Self::Cloud => (

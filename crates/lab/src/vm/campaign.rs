@@ -26,9 +26,11 @@ const FAILOVER_MAX: Duration = Duration::from_secs(30);
 /// From the end of a failover to a new shadow.
 const REPROTECT_MAX: Duration = Duration::from_secs(30);
 /// From the word to stop to the guest's last word: the longest round of fio and the final reading.
-const FINISH_MAX: Duration = Duration::from_secs(150);
-/// How often the status is asked for while something is awaited.
+const FINISH_MAX: Duration = Duration::from_secs(300);
+/// How often the guest is looked after.
 const POLL: Duration = Duration::from_millis(20);
+/// How often the broker is asked for its status while something is awaited: each question is a process.
+const ASK: Duration = Duration::from_millis(40);
 
 /// What to run.
 #[derive(Debug)]
@@ -137,7 +139,9 @@ fn run_in(settings: &Settings, workspace: &Workspace, kernel: &Kernel, began: In
     let mut campaign =
         Campaign { settings, workspace, machine, watch, disk, injected: Vec::new(), broker_rss_bytes_max: 0, began };
     let trouble = campaign.play().err().map(|why| format!("{why:#}"));
-    anyhow::ensure!(!process::interrupted(), "interrupted");
+    if let Some(why) = process::interrupted() {
+        anyhow::bail!(why);
+    }
     campaign.conclude(trouble, kernel)
 }
 
@@ -145,8 +149,7 @@ impl Campaign<'_> {
     /// The run itself; an error says why it ended before its time.
     fn play(&mut self) -> anyhow::Result<()> {
         self.await_boot()?;
-        // The kernel's boot is not what is tested here: first the loads, then the failovers.
-        self.listen_for(Duration::from_secs(2))?;
+        self.await_load()?;
         let deadline = Instant::now() + self.settings.cap;
         for (number, step) in (1..).zip(&self.settings.plan.steps) {
             if Instant::now() > deadline {
@@ -173,6 +176,18 @@ impl Campaign<'_> {
         Ok(())
     }
 
+    /// Waits until fio has written its part once and is in its first round: what is tested here is a disk under mixed
+    /// load, not the boot of a kernel.
+    fn await_load(&mut self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + BOOT_MAX;
+        while self.watch.account.fio.rounds == 0 {
+            anyhow::ensure!(Instant::now() < deadline, "fio does not get through its first round");
+            self.listen_for(POLL)?;
+        }
+        self.say("the disk is under load");
+        self.listen_for(Duration::from_secs(1))
+    }
+
     /// Listens to the guest; an error says why there is no point in going on.
     fn listen_for(&mut self, span: Duration) -> anyhow::Result<()> {
         let deadline = Instant::now() + span;
@@ -188,7 +203,9 @@ impl Campaign<'_> {
     }
 
     fn assert_alive(&mut self) -> anyhow::Result<()> {
-        anyhow::ensure!(!process::interrupted(), "interrupted");
+        if let Some(why) = process::interrupted() {
+            anyhow::bail!(why);
+        }
         if self.machine.ended().is_some() && !self.watch.account.ended {
             anyhow::bail!("{}: {}", self.machine.obituary(), self.console_tail());
         }
@@ -263,7 +280,7 @@ impl Campaign<'_> {
                 return Ok(Some(status));
             }
             anyhow::ensure!(Instant::now() < deadline, "{what} did not come within {patience:?}: {}", status.state);
-            self.listen_for(POLL)?;
+            self.listen_for(ASK)?;
         }
     }
 

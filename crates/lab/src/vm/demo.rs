@@ -29,9 +29,9 @@ pub(crate) fn run(version: QemuVersion, seed: u64) -> anyhow::Result<()> {
 
 fn settings(version: QemuVersion, seed: u64, guard: bool) -> anyhow::Result<Settings> {
     let plan = if guard {
-        Plan::steady(&[Kind::Planned, Kind::Crash, Kind::Hang], Duration::from_secs(6), Duration::from_secs(5))
+        Plan::steady(&[Kind::Planned, Kind::Crash, Kind::Hang], Duration::from_secs(5), Duration::from_secs(4))
     } else {
-        Plan::steady(&[Kind::Crash], Duration::from_secs(6), Duration::from_secs(12))
+        Plan::steady(&[Kind::Crash], Duration::from_secs(5), Duration::from_secs(8))
     };
     Ok(Settings {
         guard,
@@ -44,7 +44,7 @@ fn settings(version: QemuVersion, seed: u64, guard: bool) -> anyhow::Result<Sett
         patience: Patience {
             silence: Duration::from_secs(30),
             probe: Duration::from_secs(if guard { 30 } else { 10 }),
-            fio: Duration::from_secs(if guard { 90 } else { 40 }),
+            fio: Duration::from_secs(if guard { 90 } else { 25 }),
         },
         live: true,
         sabotage: None,

@@ -135,4 +135,4 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
 
 /// When a guest under a campaign counts as lost: far beyond what a loaded host does to it.
 const PATIENCE: Patience =
-    Patience { silence: Duration::from_secs(60), probe: Duration::from_secs(30), fio: Duration::from_secs(120) };
+    Patience { silence: Duration::from_secs(60), probe: Duration::from_secs(30), fio: Duration::from_secs(240) };

@@ -3,7 +3,7 @@
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,7 +15,8 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 const GRACE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(5);
 
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+static INTERRUPT: AtomicI32 = AtomicI32::new(0);
+static SENDER: AtomicI32 = AtomicI32::new(0);
 static LIVE: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 static WORKSPACE: OnceLock<PathBuf> = OnceLock::new();
 
@@ -23,9 +24,15 @@ static WORKSPACE: OnceLock<PathBuf> = OnceLock::new();
 pub(crate) fn guard_exits(workspace: &Path) {
     let _ = WORKSPACE.set(workspace.to_owned());
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
-        let note: extern "C" fn(libc::c_int) = note_interrupt;
-        // SAFETY: the handler only stores to an atomic, which is async-signal-safe.
-        unsafe { libc::signal(signal, note as libc::sighandler_t) };
+        let note: extern "C" fn(libc::c_int, *const libc::siginfo_t, *mut libc::c_void) = note_interrupt;
+        // SAFETY: all-zero is a valid `sigaction`; the handler has the signature SA_SIGINFO asks for and only stores to
+        // atomics, which is async-signal-safe.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = note as libc::sighandler_t;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART;
+            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
+        }
     }
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -34,13 +41,19 @@ pub(crate) fn guard_exits(workspace: &Path) {
     }));
 }
 
-extern "C" fn note_interrupt(_signal: libc::c_int) {
-    INTERRUPTED.store(true, Ordering::Relaxed);
+extern "C" fn note_interrupt(signal: libc::c_int, info: *const libc::siginfo_t, _context: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid structure to a handler installed with SA_SIGINFO.
+    let sender = unsafe { (*info).si_pid() };
+    SENDER.store(sender, Ordering::Relaxed);
+    INTERRUPT.store(signal, Ordering::Relaxed);
 }
 
-/// Whether somebody asked this program to end.
-pub(crate) fn interrupted() -> bool {
-    INTERRUPTED.load(Ordering::Relaxed)
+/// Who asked this program to end, if somebody did.
+pub(crate) fn interrupted() -> Option<String> {
+    match INTERRUPT.load(Ordering::Relaxed) {
+        0 => None,
+        signal => Some(format!("interrupted by signal {signal} from process {}", SENDER.load(Ordering::Relaxed))),
+    }
 }
 
 /// The way out of a panic (which aborts, so no destructor runs): ends processes, removes files.

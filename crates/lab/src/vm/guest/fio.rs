@@ -25,7 +25,12 @@ struct Round {
     backlog: u64,
     seed: u64,
     region: Region,
+    /// The processors, and thus the queues, the jobs are spread over.
+    processors: &'static str,
 }
+
+/// The processors of the guest.
+const BOTH: &str = "0-1";
 
 /// Rounds over every depth, queue count and pattern, in seeded order, until told to stop.
 pub(crate) fn rounds(shared: &Shared) -> anyhow::Result<()> {
@@ -50,13 +55,13 @@ pub(crate) fn rounds(shared: &Shared) -> anyhow::Result<()> {
 /// Two lanes of depth-16 rounds, each on its half, so that one is busy while the other starts.
 pub(crate) fn steady(shared: &Shared) -> anyhow::Result<()> {
     let half = FIO.bytes / 2;
-    let lanes = [("left", FIO.offset), ("right", FIO.offset + half)];
+    let lanes = [("left", FIO.offset, "0"), ("right", FIO.offset + half, "1")];
     thread::scope(|scope| {
         let running: Vec<_> = lanes
             .into_iter()
             .zip(4..)
-            .map(|((name, offset), stream)| {
-                scope.spawn(move || lane(shared, name, Region { offset, bytes: half }, stream))
+            .map(|((name, offset, processors), stream)| {
+                scope.spawn(move || lane(shared, name, Region { offset, bytes: half }, processors, stream))
             })
             .collect();
         running.into_iter().try_for_each(|lane| lane.join().map_err(|_| anyhow::anyhow!("a lane panicked"))?)
@@ -64,7 +69,7 @@ pub(crate) fn steady(shared: &Shared) -> anyhow::Result<()> {
 }
 
 /// One lane of [`steady`].
-fn lane(shared: &Shared, name: &str, region: Region, stream: u64) -> anyhow::Result<()> {
+fn lane(shared: &Shared, name: &str, region: Region, processors: &'static str, stream: u64) -> anyhow::Result<()> {
     let mut rng = Rng::new(shared.orders.seed, stream);
     play(shared, name, 0, &fill(region, rng.next()))?;
     for number in 1.. {
@@ -72,14 +77,15 @@ fn lane(shared: &Shared, name: &str, region: Region, stream: u64) -> anyhow::Res
             break;
         }
         let round = Round {
-            pattern: "randwrite",
+            pattern: "randrw",
             depth: 16,
             jobs: 1,
             block_bytes: BLOCK,
-            job_bytes: region.bytes,
+            job_bytes: region.bytes / 4,
             backlog: 512,
             seed: rng.next(),
             region,
+            processors,
         };
         play(shared, name, number, &round)?;
     }
@@ -90,18 +96,38 @@ fn lane(shared: &Shared, name: &str, region: Region, stream: u64) -> anyhow::Res
 /// Writes the whole region once, so that at the end the host finds a header on every block of it.
 fn fill(region: Region, seed: u64) -> Round {
     let (jobs, block_bytes) = (2, 16 * BLOCK);
-    Round { pattern: "write", depth: 4, jobs, block_bytes, job_bytes: region.bytes / jobs, backlog: 0, seed, region }
+    Round {
+        pattern: "write",
+        depth: 4,
+        jobs,
+        block_bytes,
+        job_bytes: region.bytes / jobs,
+        backlog: 0,
+        seed,
+        region,
+        processors: BOTH,
+    }
 }
 
 /// Every kind of round once; the slower the depth, the less it writes.
 fn menu() -> Vec<Round> {
     let mut menu = Vec::new();
-    for (depth, job_bytes) in [(1, 4 * MIB), (4, 8 * MIB), (16, 16 * MIB), (32, 16 * MIB)] {
+    for (depth, job_bytes) in [(1, MIB), (4, 2 * MIB), (16, 4 * MIB), (32, 4 * MIB)] {
         for jobs in [1, 2] {
             for (pattern, block_bytes, backlog) in
                 [("randwrite", BLOCK, 0), ("randwrite", BLOCK, 128), ("randrw", BLOCK, 0), ("randwrite", 4 * BLOCK, 0)]
             {
-                menu.push(Round { pattern, depth, jobs, block_bytes, job_bytes, backlog, seed: 0, region: FIO });
+                menu.push(Round {
+                    pattern,
+                    depth,
+                    jobs,
+                    block_bytes,
+                    job_bytes,
+                    backlog,
+                    seed: 0,
+                    region: FIO,
+                    processors: BOTH,
+                });
             }
         }
     }
@@ -157,7 +183,7 @@ fn command(round: &Round, output: &str) -> Command {
         ("size", round.job_bytes.to_string()),
         ("randseed", (round.seed >> 1).to_string()),
         // One processor, thus one queue, for each job.
-        ("cpus_allowed", "0-1".to_owned()),
+        ("cpus_allowed", round.processors.to_owned()),
         ("cpus_allowed_policy", "split".to_owned()),
         ("verify", "crc32c".to_owned()),
         ("verify_interval", BLOCK.to_string()),

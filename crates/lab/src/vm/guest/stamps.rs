@@ -47,7 +47,8 @@ pub(crate) fn run(shared: &Shared) -> anyhow::Result<()> {
         }
         thread::sleep(PAUSE);
     }
-    for (index, &generation) in (0..BLOCKS).zip(&promised) {
+    // Blocks never written are left to the host, which compares the whole table with the image.
+    for (index, &generation) in (0..BLOCKS).zip(&promised).filter(|(_, generation)| **generation > 0) {
         check(shared, &disk, &mut block, index, generation, &mut tally);
     }
     let line = Line::new("stamp")
