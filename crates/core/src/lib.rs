@@ -18,6 +18,8 @@ mod observer;
 mod pair;
 mod policy;
 mod session;
+#[cfg(test)]
+mod testing;
 mod time;
 
 pub use drain::DrainMethod;

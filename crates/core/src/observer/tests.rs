@@ -1,0 +1,164 @@
+//! The observer against a driver and a device that know the truth.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use super::*;
+use crate::testing::{PlainMemory, PlainRing, Random};
+
+/// Driver and device with the true set of requests in flight, in the order of their submission.
+struct World {
+    random: Random,
+    free: Vec<u16>,
+    inflight: Vec<u16>,
+    depth: usize,
+    last_in_first_out: bool,
+}
+
+impl World {
+    fn new(seed: u64, size: u16) -> Self {
+        let mut random = Random(seed | 1);
+        let depth = 1 + random.below(u64::from(size)) as usize;
+        let last_in_first_out = random.below(2) == 0;
+        World { random, free: (0..size).rev().collect(), inflight: Vec::new(), depth, last_in_first_out }
+    }
+
+    /// One submission or one completion, in any order of completions.
+    fn step(&mut self, ring: &mut PlainRing) {
+        let submits = self.inflight.is_empty() || (self.inflight.len() < self.depth && self.random.below(2) == 0);
+        if submits {
+            let at = if self.last_in_first_out {
+                self.free.len() - 1
+            } else {
+                self.random.below(self.free.len() as u64) as usize
+            };
+            let head = self.free.remove(at);
+            self.inflight.push(head);
+            ring.submit(head);
+        } else {
+            let at = self.random.below(self.inflight.len() as u64) as usize;
+            let head = self.inflight.remove(at);
+            self.free.push(head);
+            ring.complete(head);
+        }
+    }
+}
+
+fn memory_with(ring: PlainRing) -> PlainMemory {
+    PlainMemory { rings: HashMap::from([(0, ring)]), ..PlainMemory::default() }
+}
+
+#[test]
+fn random_histories_between_observations_leave_no_wrong_exact_set() {
+    let (mut exact, mut inexact) = (0, 0);
+    for seed in 1..3_000_u64 {
+        let size = [4, 8, 16, 64][(seed % 4) as usize];
+        let start = [0, 65_530, 77][(seed % 3) as usize];
+        let mut world = World::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15), size);
+        let mut memory = memory_with(PlainRing::new(size, start));
+        let mut observer = Observer::new(Layout::new(size).expect("a power of two"), start, Nanos(0));
+        for look in 1..60_u64 {
+            // Now and then more passes than the ring holds.
+            let steps =
+                if world.random.below(12) == 0 { 4 * u64::from(size) } else { world.random.below(u64::from(size)) };
+            for _ in 0..steps {
+                world.step(memory.ring(0));
+            }
+            observer.observe(Nanos::from_micros(look), 0, &mut memory);
+            match observer.survivors() {
+                Ok(heads) => {
+                    exact += 1;
+                    assert_eq!(heads, world.inflight, "seed {seed}, look {look}");
+                }
+                Err(Knowledge::Violated(violation)) => panic!("seed {seed}, look {look}: {violation}"),
+                Err(_) => inexact += 1,
+            }
+        }
+    }
+    assert!(exact > 50_000 && inexact > 5_000, "both happen: {exact} exact, {inexact} inexact");
+}
+
+#[test]
+fn a_ring_that_moves_while_it_is_read_leaves_no_wrong_set_once_it_rests() {
+    let mut exact = 0;
+    for seed in 1..3_000_u64 {
+        let size = [4, 8, 16, 64][(seed % 4) as usize];
+        let world = Rc::new(RefCell::new(World::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15), size)));
+        let moves = Rc::new(RefCell::new(true));
+        let mut memory = memory_with(PlainRing::new(size, 65_500));
+        memory.live = RefCell::new(memory.rings.clone());
+        let (mover, enabled) = (Rc::clone(&world), Rc::clone(&moves));
+        memory.on_read = Some(RefCell::new(Box::new(move |ring| {
+            let mut world = mover.borrow_mut();
+            if *enabled.borrow() && world.random.below(3) == 0 {
+                world.step(ring);
+            }
+        })));
+        let mut observer = Observer::new(Layout::new(size).expect("a power of two"), 65_500, Nanos(0));
+        for look in 1..40_u64 {
+            // The fence: nothing moves any more.
+            *moves.borrow_mut() = look % 4 != 0;
+            observer.observe(Nanos::from_micros(look), 0, &mut memory);
+            if look % 4 != 0 {
+                continue;
+            }
+            if let Ok(heads) = observer.survivors() {
+                exact += 1;
+                assert_eq!(heads, world.borrow().inflight, "seed {seed}, look {look}");
+            } else {
+                assert!(
+                    !matches!(observer.knowledge(), Knowledge::Violated(_)),
+                    "seed {seed}: {:?}",
+                    observer.knowledge()
+                );
+            }
+        }
+    }
+    assert!(exact > 10_000, "{exact} exact");
+}
+
+#[test]
+fn a_full_turn_of_the_indices_during_silence_is_never_called_exact() {
+    let mut memory = memory_with(PlainRing::new(16, 0));
+    let mut observer = Observer::new(Layout::new(16).expect("a power of two"), 0, Nanos(0));
+    memory.ring(0).submit(3);
+    observer.observe(Nanos::from_millis(1), 0, &mut memory);
+    assert_eq!(observer.survivors(), Ok(vec![3]));
+    // 65 536 submissions and completions later the indices are where they were, but another head is in flight.
+    for _ in 0..65_536_u32 {
+        memory.ring(0).complete(3);
+        memory.ring(0).submit(3);
+    }
+    memory.ring(0).complete(3);
+    memory.ring(0).submit(5);
+    let seen = observer.observe(Nanos::from_millis(1) + SILENCE_MAX + Nanos::from_millis(1), 0, &mut memory);
+    assert!(seen.lost.is_some() && observer.survivors().is_err());
+}
+
+#[test]
+fn what_cannot_be_is_refused() {
+    let look = |change: &dyn Fn(&mut PlainRing)| {
+        let mut memory = memory_with(PlainRing::new(8, 0));
+        let mut observer = Observer::new(Layout::new(8).expect("a power of two"), 0, Nanos(0));
+        change(memory.ring(0));
+        observer.observe(Nanos(1), 0, &mut memory);
+        observer.knowledge()
+    };
+    assert_eq!(look(&|ring| ring.submit(8)), Knowledge::Violated(Violation::HeadOutOfRange { head: 8 }));
+    assert_eq!(
+        look(&|ring| ring.avail_idx = 9),
+        Knowledge::Violated(Violation::TooManyOutstanding { avail_idx: 9, used_idx: 0 })
+    );
+    assert_eq!(
+        look(&|ring| (0..2).for_each(|_| ring.submit(3))),
+        Knowledge::Violated(Violation::SubmittedTwice { head: 3 })
+    );
+    assert!(matches!(
+        look(&|ring| {
+            ring.submit(1);
+            ring.complete(2)
+        }),
+        Knowledge::Violated(Violation::CompletedTwice { head: 2 })
+    ));
+}
