@@ -89,10 +89,16 @@ impl Failover {
             survivors: count("survivors"),
             recovery: text("recovery"),
             fence: text("fence"),
-            phases_us: phases.filter_map(|(phase, us)| Some((phase.clone(), us.as_u64()?))).collect(),
-            blackout_us: value["blackout_us"].as_u64(),
+            phases_us: phases.filter_map(|(phase, us)| Some((phase.clone(), whole_us(us)?))).collect(),
+            blackout_us: whole_us(&value["blackout_us"]),
         })
     }
+}
+
+/// A time in microseconds, which the broker gives with decimals.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a span of microseconds, never negative")]
+fn whole_us(value: &Value) -> Option<u64> {
+    value.as_f64().map(|us| us.max(0.0).round() as u64)
 }
 
 impl Status {
@@ -227,7 +233,7 @@ mod tests {
         let text = r#"{"devices":[{"name":"vm0","state":"protected","primary":{"pid":12,"generation":1,"state":"serving"},
             "shadow":{"pid":13,"generation":2,"state":"ready","reason":""},"broker":{"pid":9,"rss_bytes":4096},
             "last_failover":{"id":7,"result":"settled","kind":"crash","message":"","survivors":3,"inflight":3,
-            "recovery":"exact","fence":"reaped","phases_us":{"Fencing":900,"Draining":null},"blackout_us":1500}}]}"#;
+            "recovery":"exact","fence":"reaped","phases_us":{"Fencing":900.4,"Draining":null},"blackout_us":1499.6}}]}"#;
         let status = Status::read(text).expect("a status");
         assert!(status.ready);
         let last = status.last.expect("a failover");

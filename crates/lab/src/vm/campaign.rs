@@ -245,7 +245,9 @@ impl Campaign<'_> {
             None => "daemon replaced".to_owned(),
         };
         self.say(&format!("{number}/{} {}: {line}", self.settings.plan.steps.len(), step.kind.word()));
+        let halted = failover.as_ref().is_some_and(|failover| failover.result == "halted");
         self.injected.push(Injected { kind: step.kind, failover, at, guest_worst_us: 0 });
+        anyhow::ensure!(!halted, "the failover halted: only an operator can go on");
         Ok(())
     }
 

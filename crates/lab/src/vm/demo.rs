@@ -11,7 +11,7 @@ use super::report::Report;
 use super::watch::Patience;
 
 /// In the order of DESIGN and of the broker's report.
-const PHASES: [&str; 6] = ["Draining", "Fencing", "Collecting", "Handing", "Resuming", "Confirming"];
+const PHASES: [&str; 7] = ["Draining", "Fencing", "Collecting", "Isolating", "Handing", "Resuming", "Confirming"];
 
 /// Runs the demonstration.
 pub(crate) fn run(version: QemuVersion, seed: u64) -> anyhow::Result<()> {

@@ -162,7 +162,7 @@ impl Report {
         let kinds: Vec<String> = self.kinds.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
         let guard = if self.guard { "guarded by warmswap" } else { "unguarded" };
         println!("guest disk {guard}, QEMU {}, Linux {}, seed {}", self.qemu, self.guest_kernel, self.seed);
-        row("failovers", format!("{} of {} ({})", self.failovers, self.requested, kinds.join(", ")));
+        row("failovers settled", format!("{} of {} (injected: {})", self.failovers, self.requested, kinds.join(", ")));
         row("refused, halted", format!("{}, {}", self.refused, self.halted));
         if self.guard {
             row("with requests in flight", format!("{}, {} survivors in all", self.with_inflight, self.survivors));
