@@ -65,7 +65,9 @@ pub(crate) struct Injected {
     /// The broker's account; none without a broker.
     pub(crate) failover: Option<Failover>,
     at: Instant,
-    /// The slowest probe of the guest in the seconds around it.
+    /// The slowest probe of the guest in the seconds before it: what is normal under this load.
+    pub(crate) guest_before_us: u64,
+    /// The slowest probe of the guest in the seconds that followed.
     pub(crate) guest_worst_us: u64,
 }
 
@@ -194,6 +196,7 @@ impl Campaign<'_> {
         loop {
             if self.watch.listen(deadline.saturating_duration_since(Instant::now()).min(POLL * 10)) {
                 self.show_tick();
+                self.assert_kernel_content()?;
             }
             self.assert_alive()?;
             if Instant::now() >= deadline {
@@ -218,6 +221,20 @@ impl Campaign<'_> {
             Some(why) => anyhow::bail!("{why}"),
             None => Ok(()),
         }
+    }
+
+    /// Once the guest's kernel has complained, nothing that follows could make the run good.
+    fn assert_kernel_content(&self) -> anyhow::Result<()> {
+        let log = self.kernel_log();
+        match log.trouble.first() {
+            Some(line) => anyhow::bail!("the guest's kernel complains: {line}"),
+            None => Ok(()),
+        }
+    }
+
+    fn kernel_log(&self) -> KernelLog {
+        let console = std::fs::read(self.workspace.path(CONSOLE)).unwrap_or_default();
+        KernelLog::read(&String::from_utf8_lossy(&console))
     }
 
     /// One failover: wait until it is possible, wait the step's gap, take the primary away, wait for the end.
@@ -246,7 +263,7 @@ impl Campaign<'_> {
         };
         self.say(&format!("{number}/{} {}: {line}", self.settings.plan.steps.len(), step.kind.word()));
         let halted = failover.as_ref().is_some_and(|failover| failover.result == "halted");
-        self.injected.push(Injected { kind: step.kind, failover, at, guest_worst_us: 0 });
+        self.injected.push(Injected { kind: step.kind, failover, at, guest_before_us: 0, guest_worst_us: 0 });
         anyhow::ensure!(!halted, "the failover halted: only an operator can go on");
         Ok(())
     }
@@ -327,14 +344,14 @@ impl Campaign<'_> {
             }
         }
         leaks.extend(process::end_strays(self.workspace.root()));
-        let console = std::fs::read(self.workspace.path(CONSOLE)).unwrap_or_default();
+        let kernel_log = self.kernel_log();
         let seed = self.settings.orders.seed;
         let findings = checks::check(&self.workspace.image(), seed, &self.watch.account)?;
         self.attribute_waits();
         Ok(Outcome {
             injected: self.injected,
             account: self.watch.account,
-            kernel_log: KernelLog::read(&String::from_utf8_lossy(&console)),
+            kernel_log,
             findings,
             trouble,
             leaks,
@@ -344,7 +361,7 @@ impl Campaign<'_> {
         })
     }
 
-    /// Gives each failover the slowest probe of the ticks that followed, up to the next failover.
+    /// Gives each failover the slowest probe of the ticks around it, up to its neighbours.
     fn attribute_waits(&mut self) {
         const REACH: Duration = Duration::from_secs(3);
         let starts: Vec<Instant> = self.injected.iter().map(|injected| injected.at).collect();
@@ -356,6 +373,8 @@ impl Campaign<'_> {
                 Some(next) => next.min(injected.at + REACH),
             };
             injected.guest_worst_us = self.watch.account.worst_us_between(injected.at, until);
+            let since = injected.at.checked_sub(REACH).unwrap_or(injected.at);
+            injected.guest_before_us = self.watch.account.worst_us_between(since, injected.at);
         }
     }
 
