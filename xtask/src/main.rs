@@ -7,6 +7,8 @@ mod setup;
 mod shell;
 mod test;
 
+use std::process::ExitCode;
+
 use clap::Parser;
 
 /// Project chores.
@@ -25,10 +27,11 @@ enum Chore {
     Demo,
 }
 
-fn main() -> anyhow::Result<()> {
-    match Chore::parse() {
-        Chore::Setup { dry_run } => setup::run(dry_run),
+fn main() -> anyhow::Result<ExitCode> {
+    let passed = match Chore::parse() {
+        Chore::Setup { dry_run } => setup::run(dry_run).map(|()| true),
         Chore::Test => test::run(),
-        Chore::Demo => demo::run(),
-    }
+        Chore::Demo => demo::run().map(|()| true),
+    }?;
+    Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

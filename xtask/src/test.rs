@@ -23,8 +23,8 @@ struct Tally {
     failures: Vec<String>,
 }
 
-/// Runs every check; goes on after a failure, and fails at the end.
-pub(crate) fn run() -> anyhow::Result<()> {
+/// Runs every check; goes on after a failure. Returns whether all passed.
+pub(crate) fn run() -> anyhow::Result<bool> {
     setup::run(false)?;
     let mut tally = Tally::default();
     tally.step(&mut shell::cargo(&["fmt", "--all", "--check"]))?;
@@ -46,7 +46,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
         let mut command = shell::cargo(&["run", "--release", "--quiet", "--package", "lab", "--"]);
         tally.step(command.args(words))?;
     }
-    tally.conclude()
+    Ok(tally.conclude())
 }
 
 impl Tally {
@@ -86,13 +86,13 @@ impl Tally {
         }
     }
 
-    fn conclude(self) -> anyhow::Result<()> {
+    /// Says what failed; the last line is the count.
+    fn conclude(self) -> bool {
         println!();
         self.failures.iter().for_each(|failure| println!("failed: {failure}"));
         self.closing.iter().for_each(|line| println!("{}", line.trim()));
         println!("{} passed, {} failed", self.passed, self.failed);
-        anyhow::ensure!(self.failed == 0, "{} failed", self.failed);
-        Ok(())
+        self.failed == 0
     }
 }
 
