@@ -1,29 +1,51 @@
 //! Process groups that can be killed and counted as a whole: version 2 control groups, which need no controller for it.
+//!
+//! Making, killing and removing a group waits for locks that other users of control groups may hold for tens of milliseconds, so
+//! none of it is done by the control thread, except killing a group that outlived its first process.
 
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+
+use crossbeam_channel::{Receiver, Sender};
+
+/// Removes groups on a thread of its own.
+#[derive(Clone, Debug)]
+pub(crate) struct Janitor {
+    groups: Sender<PathBuf>,
+}
+
+impl Janitor {
+    /// Starts the thread. It ends when the last janitor and the last group are gone; wait for it then.
+    pub(crate) fn start() -> io::Result<(Self, std::thread::JoinHandle<()>)> {
+        let (sender, groups): (_, Receiver<PathBuf>) = crossbeam_channel::unbounded();
+        let thread = std::thread::Builder::new().name("janitor".to_owned()).spawn(move || {
+            groups.iter().for_each(|path| remove(&path));
+        })?;
+        Ok((Janitor { groups: sender }, thread))
+    }
+}
 
 /// A group for one backend and everything it starts.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
     path: PathBuf,
-    procs: fs::File,
+    directory: fs::File,
     events: fs::File,
+    janitor: Janitor,
 }
 
 impl Cgroup {
     /// Makes a group beside our own, where the system allows it.
-    pub(crate) fn create(name: &str) -> io::Result<Self> {
+    pub(crate) fn create(name: &str, janitor: &Janitor) -> io::Result<Self> {
         let path = own_path()?.join(format!("warmswap.{name}"));
         fs::create_dir(&path).or_else(|error| {
             // Left behind by a broker of that process id that was killed: usable if empty.
             if error.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(error) }
         })?;
-        let open = |file: &str| fs::OpenOptions::new().read(true).write(file == "cgroup.procs").open(path.join(file));
-        match (open("cgroup.procs"), open("cgroup.events")) {
-            (Ok(procs), Ok(events)) => Ok(Cgroup { path, procs, events }),
+        match (fs::File::open(&path), fs::File::open(path.join("cgroup.events"))) {
+            (Ok(directory), Ok(events)) => Ok(Cgroup { path, directory, events, janitor: janitor.clone() }),
             (Err(error), _) | (_, Err(error)) => {
                 remove(&path);
                 Err(error)
@@ -31,9 +53,9 @@ impl Cgroup {
         }
     }
 
-    /// Descriptor to which a new process writes `0` to enter the group.
-    pub(crate) fn entry(&self) -> RawFd {
-        self.procs.as_raw_fd()
+    /// The group's directory, to start a process in it.
+    pub(crate) fn directory(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
     }
 
     /// Kills every process in the group.
@@ -52,7 +74,8 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        remove(&self.path);
+        // Without a janitor the directory stays, empty, and is found by its name.
+        let _janitor_gone = self.janitor.groups.send(std::mem::take(&mut self.path));
     }
 }
 

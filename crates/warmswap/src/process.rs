@@ -1,14 +1,17 @@
 //! Backend processes: starting them, finding those somebody else started, killing them.
 
+mod launch;
+
+use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{ChildStderr, Command, ExitStatus, Stdio};
+use std::process::ExitStatus;
 
+use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitIdOptions};
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, Janitor};
 
 /// Lines of a backend's output that are kept to explain its end.
 const TAIL_LINES: usize = 12;
@@ -21,7 +24,7 @@ pub(crate) struct Process {
     /// Ours to reap; others are only watched.
     child: bool,
     cgroup: Option<Cgroup>,
-    stderr: Option<ChildStderr>,
+    stderr: Option<fs::File>,
     tail: Tail,
     exited: Option<String>,
 }
@@ -36,34 +39,34 @@ pub(crate) enum Endpoint<'a> {
 }
 
 impl Process {
-    /// Starts a backend.
-    pub(crate) fn spawn(command: &[String], endpoint: &Endpoint<'_>, group: &str) -> io::Result<Self> {
+    /// Starts a backend, in a control group of its own where the system has them.
+    pub(crate) fn spawn(
+        command: &[String],
+        endpoint: &Endpoint<'_>,
+        group: &str,
+        janitor: &Janitor,
+    ) -> io::Result<Self> {
         let inherited = match endpoint {
             Endpoint::Path(_) => None,
-            Endpoint::Listener(fd) => Some(fd.as_raw_fd()),
+            Endpoint::Listener(fd) => Some(*fd),
         };
         let fill = |argument: &String| match endpoint {
             Endpoint::Path(path) => argument.replace("{socket}", &path.display().to_string()),
             Endpoint::Listener(fd) => argument.replace("{fd}", &fd.as_raw_fd().to_string()),
         };
-        // Without control groups descendants are found through the subreaper's children instead.
-        let cgroup = Cgroup::create(group).ok();
-        let entry = cgroup.as_ref().map(Cgroup::entry);
-        let mut spawned = Command::new(fill(&command[0]));
-        spawned.args(command[1..].iter().map(fill));
-        spawned.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        spawned.process_group(0);
-        // SAFETY: between fork and exec only async-signal-safe calls are made, on descriptors that stay open.
-        unsafe {
-            spawned.pre_exec(move || prepare_child(entry, inherited));
-        }
-        let mut child = spawned.spawn()?;
-        let pid = child.id();
-        let stderr = child.stderr.take();
-        if let Some(stderr) = &stderr {
-            rustix::io::ioctl_fionbio(stderr, true)?;
-        }
-        let pidfd = open_pidfd(pid)?;
+        let arguments: Vec<String> = command.iter().map(fill).collect();
+        // Without control groups descendants cannot be counted; the process itself still can.
+        let cgroup = Cgroup::create(group, janitor).ok();
+        let (stderr, theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+        rustix::io::ioctl_fionbio(&stderr, true)?;
+        let child = launch::Child {
+            arguments: &arguments,
+            stderr: theirs.as_fd(),
+            inherited,
+            cgroup: cgroup.as_ref().map(Cgroup::directory),
+        };
+        let (pid, pidfd) = child.launch()?;
+        let stderr = Some(fs::File::from(stderr));
         Ok(Process { pid, pidfd, child: true, cgroup, stderr, tail: Tail::default(), exited: None })
     }
 
@@ -81,15 +84,11 @@ impl Process {
         self.stderr.as_ref().map(AsFd::as_fd)
     }
 
-    /// Kills the process and its group. Doing it twice is harmless.
+    /// Kills the process; its group follows when it is looked at. Doing it twice is harmless.
     pub(crate) fn kill(&self) {
         if self.exited.is_none() {
             // It may be gone already; the pidfd makes sure nobody else is hit.
             let _gone = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
-        }
-        if let Some(cgroup) = &self.cgroup {
-            // Kernels before 5.14 lack cgroup.kill; the check for emptiness then waits for the operator.
-            let _unsupported = cgroup.kill();
         }
     }
 
@@ -135,7 +134,11 @@ impl Process {
             return Err(format!("process {} has not ended{}", self.pid, self.state_hint()));
         }
         match self.cgroup.as_mut().map(Cgroup::is_empty) {
-            Some(Ok(false)) => Err(format!("processes that {} started are still alive", self.pid)),
+            Some(Ok(false)) => {
+                // Kernels before 5.14 lack cgroup.kill: then it is the operator who must end them.
+                let _unsupported = self.cgroup.as_ref().map(Cgroup::kill);
+                Err(format!("processes that {} started are still alive", self.pid))
+            }
             Some(Err(error)) => Err(format!("its control group cannot be read: {error}")),
             Some(Ok(true)) | None => Ok(()),
         }
@@ -220,31 +223,6 @@ fn exit_status(code: i32) -> ExitStatus {
 fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
     Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
-}
-
-/// Runs in the child between fork and exec.
-fn prepare_child(entry: Option<i32>, inherited: Option<i32>) -> io::Result<()> {
-    // SAFETY: write, sigprocmask, prctl and fcntl are async-signal-safe; the descriptors are open in the child.
-    unsafe {
-        if let Some(procs) = entry
-            && libc::write(procs, b"0".as_ptr().cast(), 1) < 0
-        {
-            return Err(io::Error::last_os_error());
-        }
-        // The broker blocks the signals it reads from a descriptor; a backend must not inherit that, nor its priority.
-        let mut none: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut none);
-        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
-        let normal = libc::sched_param { sched_priority: 0 };
-        libc::sched_setscheduler(0, libc::SCHED_OTHER, &raw const normal);
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        if let Some(fd) = inherited
-            && libc::fcntl(fd, libc::F_SETFD, 0) < 0
-        {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
 }
 
 /// A private directory for one device's sockets, gone with the value.

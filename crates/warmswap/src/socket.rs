@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -152,6 +153,13 @@ impl Connection {
         let fds = fds.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::MFILE))?;
         self.unsent.push_back((bytes.to_vec(), fds));
         Ok(())
+    }
+
+    /// Whether the peer has closed its end.
+    pub(crate) fn is_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
+        let none = Timespec { tv_sec: 0, tv_nsec: 0 };
+        matches!(rustix::event::poll(&mut fds, Some(&none)), Ok(count) if count > 0)
     }
 
     /// Whether something waits for the peer to read.

@@ -7,7 +7,10 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
+
+use rustix::net::AddressFamily;
+use rustix::process::PidfdGetfdFlags;
 
 /// An open file or block device of a backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,7 +44,7 @@ pub(crate) enum FenceBasis {
 
 impl Storage {
     /// Looks at a living process.
-    pub(crate) fn inspect(pid: u32) -> io::Result<Self> {
+    pub(crate) fn inspect(pid: u32, process: BorrowedFd<'_>) -> io::Result<Self> {
         let mut storage = Storage::default();
         for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
             let entry = entry?;
@@ -50,8 +53,8 @@ impl Storage {
             let target = target.to_string_lossy().into_owned();
             if target == "anon_inode:[io_uring]" {
                 storage.io_uring = true;
-            } else if let Some(inode) = target.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']')) {
-                storage.remote |= is_connected_inet(pid, inode);
+            } else if target.starts_with("socket:[") {
+                storage.remote |= is_connected_inet(process, fd);
             } else if target.starts_with('/') && !target.starts_with("/memfd:") {
                 storage.descriptions.extend(describe(pid, fd, target));
             }
@@ -108,15 +111,14 @@ fn lock_inode(line: &str) -> Option<&str> {
     words.nth(3)
 }
 
-/// Whether a socket is a connected one of TCP: storage behind it is remote.
-fn is_connected_inet(pid: u32, inode: &str) -> bool {
-    ["tcp", "tcp6"].iter().any(|table| {
-        let text = fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
-        text.lines().skip(1).any(|line| {
-            let words: Vec<&str> = line.split_whitespace().collect();
-            words.get(9) == Some(&inode) && words.get(3) == Some(&"01")
-        })
-    })
+/// Whether a descriptor of the process is a socket of the internet family that is connected: storage behind it is remote.
+fn is_connected_inet(process: BorrowedFd<'_>, fd: RawFd) -> bool {
+    // A process we may not look into is not one we start; it counts as remote, so that somebody has to decide.
+    let Ok(copy) = rustix::process::pidfd_getfd(process, fd, PidfdGetfdFlags::empty()) else { return true };
+    match rustix::net::sockopt::socket_domain(&copy) {
+        Ok(AddressFamily::INET | AddressFamily::INET6) => rustix::net::getpeername(&copy).is_ok(),
+        _ => false,
+    }
 }
 
 /// Waits for a dead backend's locks to go.
@@ -229,7 +231,9 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("warmswap-locks-{}", std::process::id()));
         let file = fs::File::create(&dir).expect("a temporary file");
         file.lock().expect("nobody else knows the file");
-        let own = Storage::inspect(std::process::id()).expect("our own descriptors");
+        let process = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty());
+        let process = process.expect("our own process");
+        let own = Storage::inspect(std::process::id(), process.as_fd()).expect("our own descriptors");
         let mine = own.descriptions.into_iter().filter(|it| it.path == dir.display().to_string()).collect();
         let storage = Storage { descriptions: mine, io_uring: true, remote: false };
         assert_eq!(storage.basis(), FenceBasis::Locks);

@@ -7,6 +7,7 @@ use warmswap_core::{DrainMethod, FenceLevel, Limits, Nanos, PairConfig, Survivor
 use warmswap_wire::DeviceType;
 
 use super::{Control, Failure};
+use crate::cgroup::Janitor;
 use crate::config::{DeviceConfig, Source};
 use crate::control;
 use crate::driver::{Driver, Ended, listen};
@@ -100,7 +101,8 @@ pub(super) fn run(args: Args) -> Result<u8, Failure> {
     let journal_file = args.journal.clone();
     let quiet = args.quiet;
     let config = configure(args)?;
-    let (mut driver, commander) = Driver::new()?;
+    let (janitor, cleaning) = Janitor::start()?;
+    let (mut driver, commander) = Driver::new(janitor)?;
     let (journal, sender, thread) = Journal::start(journal_file.as_deref(), quiet)?;
     std::fs::create_dir_all(&config.control_dir)?;
     let control_socket = config.control_socket();
@@ -119,6 +121,8 @@ pub(super) fn run(args: Args) -> Result<u8, Failure> {
     drop((driver, sender));
     let _gone = std::fs::remove_file(&control_socket);
     thread.join();
+    // Every group is removed, or has been named, when this ends.
+    let _panicked = cleaning.join();
     match ended? {
         Ended::Asked => Ok(0),
         Ended::Failed(reason) => Err(Failure::new(1, reason)),

@@ -100,6 +100,11 @@ impl Device {
         &self.config.name
     }
 
+    /// Writes to the journal on the device's behalf.
+    pub(crate) fn note(&self, entry: Entry) {
+        self.journal.entry(&self.config.name, entry);
+    }
+
     /// Why the device could not start, if so.
     pub(crate) fn failed(&self) -> Option<&str> {
         self.unprovable.as_deref().or(self.pair.failed())
@@ -226,6 +231,10 @@ impl Device {
     pub(crate) fn accept(&mut self, now: Nanos, poller: &Poller) {
         let Some(listener) = &self.listener else { return };
         let Ok(socket) = rustix::net::accept_with(listener, SocketFlags::CLOEXEC) else { return };
+        // A VMM that reconnects at once is seen before the end of its last connection.
+        if self.vmm.as_ref().is_some_and(Connection::is_hung_up) {
+            self.lose_vmm("it connected again", now, poller);
+        }
         if self.vmm.is_some() {
             let entry = Entry::warning("VmmRefused").with("reason", "another VMM is connected to this device already");
             self.journal.entry(&self.config.name, entry);

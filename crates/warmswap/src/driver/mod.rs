@@ -16,11 +16,12 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use warmswap_core::{BackendId, Nanos, Report};
+use warmswap_core::{BackendId, Entry, Nanos, Report, Value};
 
 use self::device::Device;
 use self::poller::{Interest, Poller, Source, Token};
 use self::spawner::Spawner;
+use crate::cgroup::Janitor;
 use crate::config::DeviceConfig;
 use crate::journal::JournalSender;
 use crate::process::Process;
@@ -29,6 +30,9 @@ use crate::process::Process;
 const COMMANDS_MAX: usize = 64;
 /// How long the rings of the last session may take to come to rest when the program ends.
 const SHUTDOWN_MAX: Nanos = Nanos::from_millis(3_000);
+
+/// Being later than this is an event.
+const LATE_MAX: Nanos = Nanos::from_millis(10);
 
 /// A command for the control thread.
 #[derive(Debug)]
@@ -95,6 +99,8 @@ pub(crate) struct Driver {
     signals: OwnedFd,
     tokens: Vec<Token>,
     spawner: Spawner,
+    /// When the last wait ended.
+    woken: Nanos,
 }
 
 impl Driver {
@@ -102,7 +108,7 @@ impl Driver {
     ///
     /// # Errors
     /// The system refuses an event queue or a descriptor.
-    pub(crate) fn new() -> std::io::Result<(Self, Commander)> {
+    pub(crate) fn new(janitor: Janitor) -> std::io::Result<(Self, Commander)> {
         let poller = Poller::new()?;
         let (sender, commands) = crossbeam_channel::bounded(COMMANDS_MAX);
         let waker = Arc::new(poller::waker()?);
@@ -110,9 +116,9 @@ impl Driver {
         let signals = system::take_signals()?;
         poller.add(signals.as_fd(), Token { device: 0, source: Source::Signals }, Interest::Read)?;
         let commander = Commander { commands: sender, waker: Arc::clone(&waker) };
-        let spawner = Spawner::start(commander.clone())?;
+        let spawner = Spawner::start(commander.clone(), janitor)?;
         let tokens = Vec::with_capacity(64);
-        let driver = Driver { poller, devices: Vec::new(), commands, waker, signals, tokens, spawner };
+        let driver = Driver { poller, devices: Vec::new(), commands, waker, signals, tokens, spawner, woken: Nanos(0) };
         Ok((driver, commander))
     }
 
@@ -146,12 +152,18 @@ impl Driver {
         let timeout = due.map(|due| due.since(started));
         let mut tokens = std::mem::take(&mut self.tokens);
         self.poller.wait(timeout, &mut tokens)?;
+        let woken = now();
         for token in &tokens {
             if self.dispatch(*token) {
                 return Ok(Some(Ended::Asked));
             }
         }
         self.tokens = tokens;
+        if let Some(due) = due {
+            self.note_lateness("the processor was not given in time", woken.since(due.max(started)));
+        }
+        self.note_lateness("a step took long", started.since(self.woken));
+        self.woken = woken;
         let now = now();
         for device in &mut self.devices {
             if device.next_timeout().is_some_and(|due| due <= now) {
@@ -168,6 +180,19 @@ impl Driver {
             }
         }
         Ok(None)
+    }
+
+    /// A control thread that is late may lose sight of the rings: said, with the reason, so that somebody can help.
+    fn note_lateness(&self, reason: &str, late: Nanos) {
+        if late > LATE_MAX && self.woken > Nanos(0) {
+            for device in &self.devices {
+                device.note(
+                    Entry::warning("ControlThreadLate")
+                        .with("reason", reason)
+                        .with("late_us", Value::Micros(late.as_micros())),
+                );
+            }
+        }
     }
 
     /// Handles one source; true if the program is to end.

@@ -8,6 +8,7 @@ use warmswap_core::BackendId;
 
 use super::backends::listen;
 use super::{Command, Commander};
+use crate::cgroup::Janitor;
 use crate::process::{Endpoint, Process};
 
 /// Starts that may wait. A pair has two roles, so few ever do.
@@ -33,9 +34,10 @@ pub(crate) struct Spawner {
 
 impl Spawner {
     /// Starts the thread. The results come back as commands.
-    pub(crate) fn start(commander: Commander) -> std::io::Result<Self> {
+    pub(crate) fn start(commander: Commander, janitor: Janitor) -> std::io::Result<Self> {
         let (sender, starts) = crossbeam_channel::bounded(STARTS_MAX);
-        std::thread::Builder::new().name("spawner".to_owned()).spawn(move || run(&starts, &commander))?;
+        let work = move || run(&starts, &commander, &janitor);
+        std::thread::Builder::new().name("spawner".to_owned()).spawn(work)?;
         Ok(Spawner { starts: sender })
     }
 
@@ -45,22 +47,22 @@ impl Spawner {
     }
 }
 
-fn run(starts: &Receiver<Start>, commander: &Commander) {
+fn run(starts: &Receiver<Start>, commander: &Commander, janitor: &Janitor) {
     for start in starts {
-        let process = spawn(&start);
+        let process = spawn(&start, janitor);
         if !commander.send(Command::Spawned { device: start.device, backend: start.backend, process }) {
             return;
         }
     }
 }
 
-fn spawn(start: &Start) -> Result<Process, String> {
+fn spawn(start: &Start, janitor: &Janitor) -> Result<Process, String> {
     let Start { command, path, group, .. } = start;
     let process = if command.iter().any(|argument| argument.contains("{fd}")) {
         let listener = listen(path)?;
-        Process::spawn(command, &Endpoint::Listener(listener.as_fd()), group)
+        Process::spawn(command, &Endpoint::Listener(listener.as_fd()), group, janitor)
     } else {
-        Process::spawn(command, &Endpoint::Path(path), group)
+        Process::spawn(command, &Endpoint::Path(path), group, janitor)
     };
     process.map_err(|error| format!("{}: {error}", command[0]))
 }
