@@ -55,7 +55,7 @@ pub(crate) struct Report {
     trouble: Option<String>,
     leaks: Vec<String>,
     seed: u64,
-    /// Upper bound of the failure rate the count supports, at 95 %.
+    /// Upper bound of the failure rate the count supports, at 95 %; none if there was a failure.
     bound: Option<f64>,
     blackout_us: BTreeMap<String, Times>,
     phases_us: BTreeMap<String, Times>,
@@ -118,8 +118,9 @@ impl Report {
             |lists: BTreeMap<String, Vec<u64>>| lists.into_iter().map(|(key, list)| (key, Times::of(list))).collect();
         let clean = guest_io_errors == 0 && verify_errors == 0 && findings.fsck_clean;
         let complete = incomplete.is_empty() && trouble.is_none() && leaks.is_empty() && halted == 0;
+        let ok = clean && complete && failovers + refused == settings.plan.steps.len();
         Self {
-            ok: clean && complete && failovers + refused == settings.plan.steps.len(),
+            ok,
             failovers,
             requested: settings.plan.steps.len(),
             kinds,
@@ -135,7 +136,7 @@ impl Report {
             trouble,
             leaks,
             seed: settings.orders.seed,
-            bound: bound(failovers),
+            bound: ok.then(|| bound(failovers)).flatten(),
             blackout_us: times(blackouts),
             phases_us: times(phases),
             guest_longest_us: account.longest_us(),
@@ -187,7 +188,7 @@ impl Report {
         if let Some(why) = &self.trouble {
             row("given up", why.clone());
         }
-        if let Some(bound) = self.bound.filter(|_| self.ok) {
+        if let Some(bound) = self.bound {
             row("bound", format!("0 failures in {}: rate below {bound:.4} (95 %)", self.failovers));
         }
         row("commit, time", format!("{}, {} s", self.commit, self.seconds));
