@@ -1,6 +1,5 @@
 //! A real broker process with its backends, and the three lines to it: commands, status, events.
 
-use std::collections::VecDeque;
 use std::io::{BufRead as _, BufReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -24,8 +23,8 @@ const READY_MAX: Duration = Duration::from_secs(20);
 const END_MAX: Duration = Duration::from_secs(10);
 /// While the rig waits for a state, it asks this often, and at once when an event came.
 const ASK_EVERY_NS: u64 = 2_000_000;
-/// Most events kept for the report of a failure.
-const EVENTS_MAX: usize = 60;
+/// Lines of the broker's log in the report of a failure.
+const LOG_LINES: usize = 60;
 
 /// How a broker is started.
 #[derive(Clone, Debug)]
@@ -49,7 +48,6 @@ pub(crate) struct Broker {
     commands: Lines,
     status: Lines,
     events: Lines,
-    recent: VecDeque<String>,
     latest: Option<(u64, DeviceStatus)>,
     asked_ns: u64,
     waiting: bool,
@@ -89,7 +87,6 @@ impl Broker {
             status: Lines::connect(&socket)?,
             events,
             directory,
-            recent: VecDeque::new(),
             latest: None,
             asked_ns: 0,
             waiting: false,
@@ -122,11 +119,7 @@ impl Broker {
     /// Reads what came, and asks for the status if `watch` wants to know it. Never blocks.
     pub(crate) fn tick(&mut self, watch: bool) -> anyhow::Result<()> {
         while let Some(line) = self.events.next()? {
-            self.event_came = true;
-            if self.recent.len() == EVENTS_MAX {
-                self.recent.pop_front();
-            }
-            self.recent.push_back(line);
+            self.event_came = !line.is_empty();
         }
         if let Some(line) = self.commands.next()? {
             self.answer = Some(Answer::parse(&line)?);
@@ -165,12 +158,20 @@ impl Broker {
 
     /// Ends it as an operator does and waits until it is gone.
     pub(crate) fn end(mut self) -> anyhow::Result<()> {
+        self.terminate().with_context(|| log_tail(&self.directory))
+    }
+
+    fn terminate(&mut self) -> anyhow::Result<()> {
         self.target.signal(Signal::TERM)?;
         let deadline = Instant::now() + END_MAX;
-        while self.child.try_wait()?.is_none() {
+        let status = loop {
+            if let Some(status) = self.child.try_wait()? {
+                break status;
+            }
             ensure!(Instant::now() < deadline, "the broker did not end on SIGTERM within {END_MAX:?}");
             std::thread::sleep(Duration::from_millis(1));
-        }
+        };
+        ensure!(status.success(), "on SIGTERM the broker ended with {status}");
         let left = [Broker::socket(&self.directory), self.directory.join("control").join(format!("{NAME}.sock"))];
         for socket in left {
             ensure!(!socket.exists(), "the broker left {} behind", socket.display());
@@ -178,11 +179,10 @@ impl Broker {
         Ok(())
     }
 
-    /// Last events and last lines of its log, for the report of a failure.
+    /// Its last status and the last events, as its log has them, for the report of a failure.
     pub(crate) fn last_words(&self) -> String {
-        let events: Vec<&str> = self.recent.iter().map(String::as_str).collect();
         let status = self.latest.as_ref().map(|(_, status)| format!("{status:?}")).unwrap_or_default();
-        format!("last events:\n{}\nlast status: {status}\n{}", events.join("\n"), log_tail(&self.directory))
+        format!("last status: {status}\n{}", log_tail(&self.directory))
     }
 }
 
@@ -214,5 +214,5 @@ fn wait_until_ready(child: &mut Child) -> anyhow::Result<()> {
 fn log_tail(directory: &Path) -> String {
     let log = std::fs::read_to_string(directory.join("broker.log")).unwrap_or_default();
     let lines: Vec<&str> = log.lines().collect();
-    format!("end of the broker's log:\n{}", lines[lines.len().saturating_sub(60)..].join("\n"))
+    format!("end of the broker's log:\n{}", lines[lines.len().saturating_sub(LOG_LINES)..].join("\n"))
 }

@@ -105,8 +105,8 @@ pub(crate) struct DeviceStatus {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct BackendStatus {
-    /// Process.
-    pub(crate) pid: u32,
+    /// Process, while there is one.
+    pub(crate) pid: Option<u32>,
     /// State: `ready` is what a failover needs.
     pub(crate) state: String,
     /// Why it is not ready.
@@ -162,7 +162,9 @@ pub(crate) struct Failover {
     pub(crate) result: String,
     /// planned, crash, hang.
     pub(crate) kind: String,
-    /// Why.
+    /// What set it off.
+    pub(crate) cause: Option<String>,
+    /// Why it was refused or halted.
     pub(crate) message: Option<String>,
     /// Requests the shadow was given.
     pub(crate) survivors: Option<u64>,

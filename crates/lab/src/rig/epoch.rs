@@ -15,7 +15,7 @@ use super::rng::Rng;
 use super::tally::Tally;
 use super::vmm;
 use super::world::World;
-use crate::guest::BLOCK;
+use crate::guest::{BLOCK, now_ns};
 
 /// Failovers of one guest.
 const SESSION_FAILOVERS: u64 = 50;
@@ -90,10 +90,9 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally) -> anyhow::Result<()> {
         }
     };
     broker.end()?;
-    let orphans = reap_orphans(&[])?;
-    if orphans > 0 {
-        tally.leaks += orphans as u64;
-        tally.verdict.note(|| format!("{orphans} processes were left behind by the broker"));
+    for orphan in reap_orphans()? {
+        tally.leaks += 1;
+        tally.verdict.note(|| format!("the broker left a process behind: {orphan}"));
     }
     let checked = load.check_image(&plan.image());
     tally.verdict.add(&load.verdict);
@@ -122,18 +121,20 @@ fn sessions(
         let session_end = end.min(tally.failovers + SESSION_FAILOVERS);
         while tally.failovers < session_end {
             failover::impatient(world, tally)?;
+            let started = now_ns();
             vmm::between_failovers(world, tally)?;
+            tally.waited("vmm", now_ns() - started);
             let kind = draw_kind(plan.kinds, &mut world.choices);
             failover::inject(world, kind, tally).with_context(|| {
                 format!("failover {} (of the run), kind {kind}, guest {:?}", tally.failovers + 1, world.session)
             })?;
         }
         world.shut_down()?;
-        let now = holdings(world, baseline)?;
+        let now = holdings(world, baseline.as_ref())?;
         tally.broker_rss_max_bytes = tally.broker_rss_max_bytes.max(now.rss_bytes);
-        match baseline {
+        match &baseline {
             None => baseline = Some(now),
-            Some(before) => count_leaks(before, now, tally),
+            Some(before) => count_leaks(before, &now, tally),
         }
         if tally.failovers >= end {
             return Ok(());
@@ -144,12 +145,12 @@ fn sessions(
 }
 
 /// What the broker holds without a VMM. With `baseline`, waits a while for it to come back to that.
-fn holdings(world: &mut World, baseline: Option<Holdings>) -> anyhow::Result<Holdings> {
+fn holdings(world: &mut World, baseline: Option<&Holdings>) -> anyhow::Result<Holdings> {
     let mut now = Holdings::default();
     for _ in 0..SETTLE_TRIES {
         now = Holdings::of(world.broker.pid())?;
         let settled = match baseline {
-            Some(before) => !is_more(before, now),
+            Some(before) => !is_more(before, &now),
             // Primary and shadow: the pair is whole again.
             None => now.children >= 2 && now.zombies == 0 && world.broker_is_protected()?,
         };
@@ -161,14 +162,19 @@ fn holdings(world: &mut World, baseline: Option<Holdings>) -> anyhow::Result<Hol
     Ok(now)
 }
 
-fn is_more(before: Holdings, now: Holdings) -> bool {
+fn is_more(before: &Holdings, now: &Holdings) -> bool {
     now.fds > before.fds || now.children > before.children || now.zombies > 0
 }
 
 /// Counts what the broker holds more than after the epoch's first guest.
-fn count_leaks(before: Holdings, now: Holdings, tally: &mut Tally) {
+fn count_leaks(before: &Holdings, now: &Holdings, tally: &mut Tally) {
+    // One more of a kind may be something made on first use and kept; two more are a leak.
+    let more_of_kind = now
+        .fd_kinds
+        .iter()
+        .map(|(kind, count)| count.saturating_sub(before.fd_kinds.get(kind).copied().unwrap_or(0)).saturating_sub(1));
     let more = [
-        now.fds.saturating_sub(before.fds),
+        more_of_kind.sum(),
         now.children.saturating_sub(before.children),
         now.zombies,
         usize::from(now.anonymous_bytes > before.anonymous_bytes + GROWTH_MAX_BYTES),
@@ -240,15 +246,17 @@ mod tests {
 
     #[test]
     fn more_descriptors_processes_or_memory_are_leaks() {
-        let before = Holdings { fds: 20, children: 2, ..Holdings::default() };
+        let fds = |sockets| std::collections::BTreeMap::from([("socket:[]".to_owned(), sockets)]);
+        let before = Holdings { fd_kinds: fds(20), children: 2, ..Holdings::default() };
         let leaks = |now: Holdings| {
             let mut tally = Tally::default();
-            count_leaks(before, now, &mut tally);
+            count_leaks(&before, &now, &mut tally);
             tally.leaks
         };
-        assert_eq!(leaks(before), 0);
-        assert_eq!(leaks(Holdings { fds: 22, ..before }), 2);
-        assert_eq!(leaks(Holdings { zombies: 1, children: 3, ..before }), 2);
-        assert_eq!(leaks(Holdings { anonymous_bytes: 3 << 20, ..before }), 1);
+        assert_eq!(leaks(before.clone()), 0);
+        assert_eq!(leaks(Holdings { fd_kinds: fds(21), ..before.clone() }), 0);
+        assert_eq!(leaks(Holdings { fd_kinds: fds(23), ..before.clone() }), 2);
+        assert_eq!(leaks(Holdings { zombies: 1, children: 3, ..before.clone() }), 2);
+        assert_eq!(leaks(Holdings { anonymous_bytes: 3 << 20, ..before.clone() }), 1);
     }
 }

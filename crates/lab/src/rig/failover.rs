@@ -3,7 +3,7 @@
 use anyhow::{Context, bail, ensure};
 use rustix::process::Signal;
 
-use super::control::{Answer, DeviceStatus, Failover};
+use super::control::{Answer, BackendStatus, DeviceStatus, Failover};
 use super::kind::Kind;
 use super::load::Pace;
 use super::process::Target;
@@ -18,6 +18,8 @@ const LOAD_BEFORE_NS: u64 = 3_000_000;
 /// Of 100 failovers, in how many nothing is submitted from the injection on: then no later kick or call can heal a lost
 /// one.
 const QUIET_PERCENT: u64 = 40;
+/// How often a status may name a process that is gone.
+const STALE_MAX: usize = 1000;
 /// Of 100 planned failovers, how many are asked for without waiting for the shadow.
 const IMPATIENT_PERCENT: u64 = 5;
 
@@ -30,28 +32,62 @@ struct Before {
 }
 
 /// Waits until the device is protected: a primary that serves and a shadow that is ready.
-pub(crate) fn wait_until_protected(world: &mut World) -> anyhow::Result<DeviceStatus> {
+fn wait_until_protected(world: &mut World) -> anyhow::Result<DeviceStatus> {
     world.run_until_status("a protected device", |status| {
         let ready = status.shadow.as_ref().is_some_and(|shadow| shadow.state == "ready");
-        status.state == "protected" && ready && status.primary.is_some()
+        status.state == "protected" && ready && status.primary.as_ref().is_some_and(|primary| primary.pid.is_some())
     })
+}
+
+/// The pair, once the device is protected.
+fn wait_for_pair(world: &mut World) -> anyhow::Result<Before> {
+    for _ in 0..STALE_MAX {
+        let status = wait_until_protected(world)?;
+        let primary = Target::open(process_of(status.primary.as_ref())?);
+        let shadow = Target::open(process_of(status.shadow.as_ref())?);
+        // A process that has just ended may still be in a status.
+        if let (Ok(primary), Ok(shadow)) = (primary, shadow) {
+            return Ok(Before { primary, shadow, status });
+        }
+        world.run_for(1_000_000)?;
+    }
+    bail!("the status goes on naming processes that are gone")
+}
+
+/// The primary's process.
+pub(crate) fn primary(world: &mut World) -> anyhow::Result<Target> {
+    Ok(wait_for_pair(world)?.primary)
+}
+
+/// Waits until another primary serves than `old`.
+pub(crate) fn wait_for_another_primary(world: &mut World, old: &Target) -> anyhow::Result<()> {
+    let old = old.pid();
+    let another = |status: &DeviceStatus| status.primary.as_ref().is_some_and(|primary| primary.pid != Some(old));
+    world.run_until_status("another primary", another).map(drop)
+}
+
+fn process_of(backend: Option<&BackendStatus>) -> anyhow::Result<u32> {
+    backend.and_then(|backend| backend.pid).context("a protected device without a process")
 }
 
 /// Injects one failure of `kind` and waits for all that must follow.
 pub(crate) fn inject(world: &mut World, kind: Kind, tally: &mut Tally) -> anyhow::Result<()> {
     world.pace = Pace::Trickle;
-    let status = wait_until_protected(world)?;
-    tally.unasked += status.failovers.settled.saturating_sub(world.settled);
+    let waiting = now_ns();
+    let before = wait_for_pair(world)?;
+    tally.waited("protected", now_ns() - waiting);
+    let status = &before.status;
+    let known = if std::mem::take(&mut world.resynchronise) { status.failovers.settled } else { world.settled };
+    let unasked = status.failovers.settled.saturating_sub(known);
+    if unasked > 0 {
+        tally.unasked += unasked;
+        eprintln!("  {unasked} failovers nobody asked for; the last: {:?}", status.last_failover);
+    }
     world.settled = status.failovers.settled;
     if matches!(kind, Kind::Stop | Kind::Spin | Kind::Poison) {
         // A masked guest takes no completions: it could not tell a hang from its own deafness.
         vmm::unmask(world)?;
     }
-    let before = Before {
-        primary: Target::open(status.primary.as_ref().context("no primary")?.pid)?,
-        shadow: Target::open(status.shadow.as_ref().context("no shadow")?.pid)?,
-        status,
-    };
     let quiet = world.choices.percent(QUIET_PERCENT);
     let load_for = world.choices.below(LOAD_BEFORE_NS);
     let detail = world.choices.next();
@@ -100,8 +136,11 @@ fn strike(
         return shadow_is_replaced(world, before, tally);
     }
     let asked = matches!(kind, Kind::Planned | Kind::Now);
+    let raced = (asked || kind == Kind::Crash) && vmm::race(world, detail, tally)?;
     let ended = wait_for_end(world, before, start, asked)?;
-    after(world, Seen { kind, inflight, blackout_ns: None, report: ended }, tally)
+    tally.waited("end", now_ns() - start);
+    let timed = !raced && !vmm::any_masked(world);
+    after(world, Seen { kind, inflight, timed, blackout_ns: None, report: ended }, tally)
 }
 
 /// Waits until the broker says that the failover has ended.
@@ -147,9 +186,10 @@ fn after(world: &mut World, mut seen: Seen, tally: &mut Tally) -> anyhow::Result
     }
     world.load.generation += 1;
     world.settled += 1;
-    let masked = (0..world.guest.queues.len()).any(|queue| world.guest.is_masked(queue));
+    let settled = now_ns();
     come_back(world)?;
-    if !masked && world.load.progressed_since_gap() {
+    tally.waited("come-back", now_ns() - settled);
+    if seen.timed && world.load.progressed_since_gap() {
         seen.blackout_ns = Some(world.load.longest_gap_ns());
     }
     tally.settled(&seen);
@@ -169,10 +209,10 @@ fn come_back(world: &mut World) -> anyhow::Result<()> {
 fn shadow_is_replaced(world: &mut World, before: &Before, tally: &mut Tally) -> anyhow::Result<()> {
     let old = before.shadow.pid();
     let status = world.run_until_status("another shadow", |status| {
-        status.shadow.as_ref().is_some_and(|shadow| shadow.pid != old && shadow.state == "ready")
+        status.shadow.as_ref().is_some_and(|shadow| shadow.pid != Some(old) && shadow.state == "ready")
     })?;
     ensure!(
-        status.primary.as_ref().is_some_and(|primary| primary.pid == before.primary.pid()),
+        status.primary.as_ref().is_some_and(|primary| primary.pid == Some(before.primary.pid())),
         "the primary changed though only the shadow was killed"
     );
     tally.shadows_replaced += 1;
@@ -182,16 +222,14 @@ fn shadow_is_replaced(world: &mut World, before: &Before, tally: &mut Tally) -> 
 /// A request that kills every backend it is given to: it gets an I/O error, everything else is served.
 fn poison(world: &mut World, before: &Before, inflight: u64, tally: &mut Tally) -> anyhow::Result<()> {
     let queue = 0;
-    let submitted = world.load.submit_poison(&mut world.guest, queue);
-    // The slots are all in flight, or the ring is full: one comes back soon.
-    let slot = match submitted {
-        Some(slot) => slot,
-        None => {
-            world.pace = Pace::Quiet;
-            world.run_until("a free slot", false, |world| Ok(!world.load.idle_slots(queue).is_empty()))?;
-            world.load.submit_poison(&mut world.guest, queue).context("no room for the poisoned request")?
-        }
-    };
+    let mut slot = None;
+    world.run_until("room for the poisoned request", false, |world| {
+        slot = world.load.submit_poison(&mut world.guest, queue);
+        // Slots and descriptors are all in flight: let some come back.
+        world.pace = Pace::Quiet;
+        Ok(slot.is_some())
+    })?;
+    let slot = slot.context("run_until returned with it")?;
     world.pace = Pace::Full;
     let count = before.status.failovers.settled;
     world.run_until("the end of the poisoned request", true, |world| {
@@ -204,7 +242,7 @@ fn poison(world: &mut World, before: &Before, inflight: u64, tally: &mut Tally) 
     // One backend after the other died of it; all of these failovers were asked for.
     world.settled = status.failovers.settled - 1;
     let report = status.last_failover.context("the broker counts a failover that it does not report")?;
-    after(world, Seen { kind: Kind::Poison, inflight, blackout_ns: None, report }, tally)
+    after(world, Seen { kind: Kind::Poison, inflight, timed: true, blackout_ns: None, report }, tally)
 }
 
 /// Asks for a failover without looking whether the shadow is ready: settled or refused with a reason, both are right.
@@ -230,5 +268,5 @@ pub(crate) fn impatient(world: &mut World, tally: &mut Tally) -> anyhow::Result<
     if report.result == "settled" {
         tally.injected(Kind::Planned);
     }
-    after(world, Seen { kind: Kind::Planned, inflight, blackout_ns: None, report }, tally)
+    after(world, Seen { kind: Kind::Planned, inflight, timed: true, blackout_ns: None, report }, tally)
 }

@@ -144,6 +144,11 @@ impl Load {
         }
     }
 
+    /// Pops and judges what is complete on all queues, call or not.
+    pub(crate) fn reap_all(&mut self, guest: &mut Guest) {
+        guest.queues.iter_mut().for_each(|queue| self.reap(queue));
+    }
+
     /// As Linux' `virtblk_done`: no calls while popping, then once more if something came in between.
     fn reap(&mut self, queue: &mut BlkQueue) {
         loop {
@@ -417,6 +422,7 @@ impl Load {
                     let Pending { sequence, generation } = self.queues[index].pending[usize::from(slot)];
                     self.ledger.abandon(&request, sequence, generation);
                     self.queues[index].idle.push(slot);
+                    poison_slot(queue, slot);
                 }
             }
         }

@@ -51,6 +51,9 @@ const EPOCH_FAILOVERS: u64 = 250;
 /// Kills per rule in the control.
 const CONTROL_KILLS: u64 = 15;
 
+/// Most kills per rule until the control must have shown something.
+const CONTROL_KILLS_MAX: u64 = 150;
+
 /// Options of `lab rig`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -121,10 +124,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 /// What plain reconnecting does, judged by the same oracle.
 fn control(args: &Args, workspace: &Workspace) -> anyhow::Result<Value> {
     let kills = if args.no_guard { args.failovers } else { CONTROL_KILLS };
+    let kills_max = kills.max(CONTROL_KILLS_MAX);
     let measure = |rule| -> anyhow::Result<Damage> {
-        let damage = unguarded::measure(rule, kills, args.seed, workspace.path())
+        let damage = unguarded::measure(rule, kills, kills_max, args.seed, workspace.path())
             .with_context(|| format!("the control by the rule of {rule:?}"))?;
-        ensure!(damage.is_seen(), "the oracle has no teeth: {kills} kills by the rule of {rule:?} showed nothing");
+        ensure!(
+            damage.is_seen(),
+            "the oracle has no teeth: {kills} kills by the rule of {rule:?} showed nothing",
+            kills = damage.kills
+        );
         Ok(damage)
     };
     Ok(json!({ "qemu": measure(Rule::Qemu)?, "cloud_hypervisor": measure(Rule::CloudHypervisor)? }))

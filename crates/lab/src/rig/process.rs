@@ -1,9 +1,11 @@
 //! Processes seen from outside: /proc, pidfds, children.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use rustix::process::{Pid, PidfdFlags, Signal};
+use anyhow::Context;
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
 
 /// A process that cannot be mistaken for another, whatever happens to its number.
 #[derive(Debug)]
@@ -40,10 +42,12 @@ impl AsFd for Target {
 }
 
 /// What a process holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Holdings {
     /// Open descriptors.
     pub(crate) fds: usize,
+    /// What they are, without their numbers, with their counts.
+    pub(crate) fd_kinds: BTreeMap<String, usize>,
     /// Mappings.
     pub(crate) mappings: usize,
     /// Resident private memory in bytes.
@@ -67,8 +71,10 @@ impl Holdings {
         for child in children_of(pid)? {
             if is_zombie(child) { zombies += 1 } else { children += 1 }
         }
+        let fd_kinds = fd_kinds(pid)?;
         Ok(Holdings {
-            fds: std::fs::read_dir(format!("/proc/{pid}/fd"))?.count(),
+            fds: fd_kinds.values().sum(),
+            fd_kinds,
             mappings: read("maps")?.lines().count(),
             anonymous_bytes: kilobytes(&status, "RssAnon:")?,
             rss_bytes: kilobytes(&status, "VmRSS:")?,
@@ -76,6 +82,18 @@ impl Holdings {
             zombies,
         })
     }
+}
+
+/// Descriptors by what they are: `socket:[]`, `anon_inode:[eventfd]`, a file's path.
+fn fd_kinds(pid: u32) -> anyhow::Result<BTreeMap<String, usize>> {
+    let mut kinds = BTreeMap::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        // It may be closed meanwhile.
+        let Ok(target) = std::fs::read_link(entry?.path()) else { continue };
+        let kind: String = target.to_string_lossy().chars().filter(|letter| !letter.is_ascii_digit()).collect();
+        *kinds.entry(kind).or_default() += 1;
+    }
+    Ok(kinds)
 }
 
 fn kilobytes(status: &str, field: &str) -> anyhow::Result<u64> {
@@ -113,18 +131,33 @@ pub(crate) fn adopt_orphans() -> anyhow::Result<()> {
     rustix::process::set_child_subreaper(Some(rustix::process::getpid())).context("PR_SET_CHILD_SUBREAPER")
 }
 
-/// Kills and reaps children of ours that are not in `keep`, and says how many there were.
-pub(crate) fn reap_orphans(keep: &[u32]) -> anyhow::Result<usize> {
-    let ours = std::process::id();
-    let orphans: Vec<u32> = children_of(ours)?.into_iter().filter(|child| !keep.contains(child)).collect();
-    for orphan in &orphans {
-        let pid = Pid::from_raw(orphan.cast_signed()).context("pid zero")?;
-        // It may end by itself meanwhile; what counts is that it was there.
-        let _ = rustix::process::kill_process(pid, Signal::KILL);
-        let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+/// How long processes may take to end after their broker has.
+const ORPHANS_MAX: Duration = Duration::from_secs(1);
+
+/// Reaps what became our child when its parent ended. What does not end by itself is killed; returns the command lines of
+/// these. We have no other children then.
+pub(crate) fn reap_orphans() -> anyhow::Result<Vec<String>> {
+    let deadline = Instant::now() + ORPHANS_MAX;
+    loop {
+        while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
+        let orphans = children_of(std::process::id())?;
+        if orphans.is_empty() {
+            return Ok(Vec::new());
+        }
+        if Instant::now() > deadline {
+            return orphans.into_iter().map(kill_orphan).collect();
+        }
+        std::thread::sleep(Duration::from_millis(2));
     }
-    ensure!(children_of(ours)?.iter().all(|child| keep.contains(child)), "a child could not be reaped");
-    Ok(orphans.len())
+}
+
+fn kill_orphan(orphan: u32) -> anyhow::Result<String> {
+    let command = std::fs::read_to_string(format!("/proc/{orphan}/cmdline")).unwrap_or_default().replace('\0', " ");
+    let pid = Pid::from_raw(orphan.cast_signed()).context("pid zero")?;
+    // It may end by itself meanwhile; what counts is that it was there.
+    let _ = rustix::process::kill_process(pid, Signal::KILL);
+    rustix::process::waitpid(Some(pid), WaitOptions::empty()).context("reaping a process the broker left behind")?;
+    Ok(command)
 }
 
 #[cfg(test)]

@@ -48,6 +48,8 @@ pub(crate) struct Seen {
     pub(crate) kind: Kind,
     /// Requests in flight at that instant.
     pub(crate) inflight: u64,
+    /// Whether the guest did nothing else at that time, so that its waiting means something.
+    pub(crate) timed: bool,
     /// Longest time without a completion, where it means something.
     pub(crate) blackout_ns: Option<u64>,
     /// The broker's report.
@@ -76,6 +78,7 @@ pub(crate) struct Tally {
     recovery: BTreeMap<String, u64>,
     fence: BTreeMap<String, u64>,
     behaviours: BTreeMap<&'static str, u64>,
+    waits: BTreeMap<&'static str, Histogram<u64>>,
     /// Descriptors, processes, mappings or memory that were not given back.
     pub(crate) leaks: u64,
     /// Largest resident memory of a broker seen.
@@ -118,6 +121,12 @@ impl Tally {
         *self.refusals.entry(reason.to_owned()).or_default() += 1;
     }
 
+    /// Records how long the rig waited for something.
+    pub(crate) fn waited(&mut self, what: &'static str, nanoseconds: u64) {
+        let new = || Histogram::new_with_bounds(1, 60_000_000, 3).expect("the bounds are valid");
+        self.waits.entry(what).or_insert_with(new).saturating_record(nanoseconds / 1000);
+    }
+
     /// Counts something the VMM did.
     pub(crate) fn behaviour(&mut self, name: &'static str) {
         *self.behaviours.entry(name).or_default() += 1;
@@ -130,6 +139,7 @@ impl Tally {
 
     /// The report.
     pub(crate) fn json(&self) -> Value {
+        let waits: BTreeMap<&str, Value> = self.waits.iter().map(|(what, times)| (*what, quantiles(times))).collect();
         let kinds: BTreeMap<&str, Value> = self.kinds.iter().map(|(kind, seen)| (kind.name(), seen.json())).collect();
         // The rule of three holds where nothing was found.
         let bound =
@@ -156,6 +166,7 @@ impl Tally {
             "unasked_failovers": self.unasked,
             "shadows_replaced": self.shadows_replaced,
             "vmm_behaviours": self.behaviours,
+            "waits_us": waits,
             "broker_rss_max_bytes": self.broker_rss_max_bytes,
             "bound_95": bound,
             "findings": self.verdict.findings,

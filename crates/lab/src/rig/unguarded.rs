@@ -49,12 +49,16 @@ impl Damage {
     }
 }
 
-/// Kills `kills` backends under load and reconnects by `rule`.
-pub(crate) fn measure(rule: Rule, kills: u64, seed: u64, directory: &Path) -> anyhow::Result<Damage> {
+/// Kills `kills` backends under load and reconnects by `rule`; goes on up to `kills_max` where nothing was seen yet, for
+/// whether completions come out of order is up to the machine.
+pub(crate) fn measure(rule: Rule, kills: u64, kills_max: u64, seed: u64, directory: &Path) -> anyhow::Result<Damage> {
     let image = directory.join("control-image");
     let qsd = Qsd { image, queues: BACKEND_QUEUES, aio: Aio::Threads, direct: false, throttle: None };
     let mut damage = Damage::default();
-    for kill in 0..kills {
+    for kill in 0..kills_max {
+        if kill >= kills && damage.is_seen() {
+            break;
+        }
         let mut rng = Rng::new(seed, u64::MAX - 2 * kill - rule as u64);
         // A new image each time: what one kill broke is counted once.
         std::fs::File::create(&qsd.image)?.set_len(BLOCKS * BLOCK as u64)?;

@@ -1,7 +1,9 @@
 //! What a VMM and its guest do between two failovers.
 
 use anyhow::ensure;
+use rustix::process::Signal;
 
+use super::failover;
 use super::load::Pace;
 use super::tally::Tally;
 use super::world::World;
@@ -23,10 +25,12 @@ enum Behaviour {
     Killed,
     /// Memory is plugged, used, and taken away.
     Hotplug,
+    /// The primary dies while the VMM has the rings stopped.
+    CrashWhileStopped,
 }
 
 impl Behaviour {
-    const ALL: [(Behaviour, u64, &'static str); 7] = [
+    const ALL: [(Behaviour, u64, &'static str); 8] = [
         (Behaviour::ReplaceCall, 6, "replace-call"),
         (Behaviour::Mask, 6, "mask"),
         (Behaviour::Pause, 3, "pause"),
@@ -34,6 +38,7 @@ impl Behaviour {
         (Behaviour::Reconnect, 2, "reconnect"),
         (Behaviour::Killed, 2, "vmm-killed"),
         (Behaviour::Hotplug, 3, "hotplug"),
+        (Behaviour::CrashWhileStopped, 2, "crash-while-stopped"),
     ];
 }
 
@@ -60,13 +65,8 @@ fn play(world: &mut World, behaviour: Behaviour, detail: u64) -> anyhow::Result<
             world.guest.replace_call(queue)
         }
         Behaviour::Mask => world.guest.mask(queue),
-        Behaviour::Pause => pause(world),
-        Behaviour::Reboot => {
-            world.quiesce()?;
-            world.guest.stop()?;
-            look(world)?;
-            world.guest.start()
-        }
+        Behaviour::Pause => pause(world, detail.is_multiple_of(2)),
+        Behaviour::Reboot => reboot(world, detail.is_multiple_of(2)),
         Behaviour::Reconnect => {
             world.quiesce()?;
             world.guest.stop()?;
@@ -77,6 +77,7 @@ fn play(world: &mut World, behaviour: Behaviour, detail: u64) -> anyhow::Result<
         }
         Behaviour::Killed => killed(world),
         Behaviour::Hotplug => hotplug(world, queue),
+        Behaviour::CrashWhileStopped => crash_while_stopped(world, detail.is_multiple_of(2)),
     }
 }
 
@@ -92,13 +93,58 @@ fn look(world: &mut World) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn pause(world: &mut World) -> anyhow::Result<()> {
-    world.quiesce()?;
+/// Stops the rings. What the device took it must have completed by now; what it did not take stays in the ring.
+fn stop(world: &mut World) -> anyhow::Result<Vec<u16>> {
     let bases = world.guest.stop()?;
     for (queue, base) in world.guest.queues.iter().zip(&bases) {
         let used = queue.vring().used_idx();
         ensure!(used == *base, "queue {}: the stop says {base}, used.idx is {used}", queue.index());
     }
+    Ok(bases)
+}
+
+/// The VM is paused, idle or in the middle of its work, and continued.
+fn pause(world: &mut World, busy: bool) -> anyhow::Result<()> {
+    if busy {
+        world.pace = Pace::Full;
+        world.run_for(500_000)?;
+    } else {
+        world.quiesce()?;
+    }
+    let bases = stop(world)?;
+    world.guest.start_from(&bases)
+}
+
+/// The guest is reset, idle or in the middle of its work. What was in flight may have been executed or not.
+fn reboot(world: &mut World, busy: bool) -> anyhow::Result<()> {
+    world.pace = Pace::Full;
+    world.run_for(300_000)?;
+    if !busy || !world.load.may_abandon(&world.guest) {
+        world.quiesce()?;
+    }
+    stop(world)?;
+    // What was completed before the stop counts, seen by an interrupt or not.
+    world.load.reap_all(&mut world.guest);
+    world.load.abandon(&world.guest);
+    look(world)?;
+    world.pace = Pace::Trickle;
+    world.guest.start()
+}
+
+/// The primary dies around the moment at which the VMM stops the idle rings; then they are started again.
+fn crash_while_stopped(world: &mut World, stop_first: bool) -> anyhow::Result<()> {
+    let primary = failover::primary(world)?;
+    world.quiesce()?;
+    world.resynchronise = true;
+    let bases = if stop_first {
+        let bases = stop(world)?;
+        primary.signal(Signal::KILL)?;
+        bases
+    } else {
+        primary.signal(Signal::KILL)?;
+        stop(world)?
+    };
+    failover::wait_for_another_primary(world, &primary)?;
     world.guest.start_from(&bases)
 }
 
@@ -113,6 +159,28 @@ fn killed(world: &mut World) -> anyhow::Result<()> {
     world.load.abandon(&world.guest);
     world.pace = Pace::Trickle;
     world.boot_again()
+}
+
+/// What a VMM may be doing in the very moment of a failover. True: something was done.
+pub(crate) fn race(world: &mut World, detail: u64, tally: &mut Tally) -> anyhow::Result<bool> {
+    let queue = (detail / 100 % world.guest.queues.len() as u64) as usize;
+    match detail % 100 {
+        0..10 if !world.guest.is_masked(queue) => {
+            tally.behaviour("race-replace-call");
+            world.guest.replace_call(queue)?;
+        }
+        10..14 if !any_masked(world) => {
+            tally.behaviour("race-hotplug");
+            hotplug(world, queue)?;
+        }
+        _ => return Ok(false),
+    }
+    Ok(true)
+}
+
+/// Whether an interrupt is masked.
+pub(crate) fn any_masked(world: &World) -> bool {
+    (0..world.guest.queues.len()).any(|queue| world.guest.is_masked(queue))
 }
 
 /// Memory is plugged under load; half of a queue's buffers move there; they move back, and it is taken away.

@@ -45,6 +45,8 @@ pub(crate) struct World {
     pub(crate) session: SessionChoices,
     /// Settled failovers the rig knows of.
     pub(crate) settled: u64,
+    /// A backend was killed where it need not lead to a failover: take the broker's count as it is next time.
+    pub(crate) resynchronise: bool,
     looked_ns: u64,
 }
 
@@ -58,7 +60,17 @@ impl World {
         socket: PathBuf,
     ) -> anyhow::Result<Self> {
         let guest = boot(&session, &mut load, socket)?;
-        Ok(World { broker, guest, load, pace: Pace::Trickle, choices, session, settled: 0, looked_ns: now_ns() })
+        Ok(World {
+            broker,
+            guest,
+            load,
+            pace: Pace::Trickle,
+            choices,
+            session,
+            settled: 0,
+            resynchronise: false,
+            looked_ns: now_ns(),
+        })
     }
 
     /// Boots another guest in the place of the one that is gone.
@@ -125,6 +137,8 @@ impl World {
         while now_ns() < until {
             self.turn(false, until)?;
         }
+        // The last turn ended with a sleep: a real driver would have answered by now what woke it.
+        self.load.service(&mut self.guest, self.pace);
         Ok(())
     }
 
