@@ -15,20 +15,20 @@
 
 mod block;
 mod broker;
-mod control;
+pub(crate) mod control;
 mod epoch;
 mod failover;
 mod kind;
 mod ledger;
 mod load;
 mod options;
-mod process;
+pub(crate) mod process;
 pub(crate) mod qsd;
-mod rng;
-mod sys;
+pub(crate) mod rng;
+pub(crate) mod sys;
 mod tally;
 mod trap;
-mod unguarded;
+pub(crate) mod unguarded;
 mod verdict;
 mod vmm;
 mod world;

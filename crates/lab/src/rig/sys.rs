@@ -8,8 +8,13 @@ use rustix::process::Signal;
 
 /// Has the kernel kill the child when the thread that started it ends: no exit path of the rig leaves a process behind.
 pub(crate) fn die_with_parent(command: &mut Command) -> &mut Command {
+    signal_with_parent(command, Signal::KILL)
+}
+
+/// Has the kernel send `signal` to the child when the thread that started it ends.
+pub(crate) fn signal_with_parent(command: &mut Command, signal: Signal) -> &mut Command {
     // SAFETY: between fork and exec the closure makes one system call and touches no memory but its own.
-    unsafe { command.pre_exec(|| Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?)) }
+    unsafe { command.pre_exec(move || Ok(rustix::process::set_parent_process_death_signal(Some(signal))?)) }
 }
 
 /// `jmp .`, in a word as PTRACE_POKETEXT writes it.
