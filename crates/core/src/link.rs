@@ -114,6 +114,7 @@ pub(crate) struct Link {
     pub(crate) protocol: ProtocolFeatures,
     pub(crate) private: Option<PrivateEvents>,
     pub(crate) started_at: Nanos,
+    pub(crate) warming_at: Nanos,
     pub(crate) heard_at: Nanos,
     pub(crate) pinged_at: Option<Nanos>,
     /// It has been given a ring once: it may have touched guest memory.
@@ -143,6 +144,7 @@ impl Link {
             protocol: ProtocolFeatures::empty(),
             private: None,
             started_at: now,
+            warming_at: now,
             heard_at: now,
             pinged_at: None,
             touched: false,

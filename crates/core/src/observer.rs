@@ -225,10 +225,10 @@ impl Observer {
         self.completions
     }
 
-    /// Entries that may pass between two observations. A driver or device that publishes in batches writes slots ahead of its
-    /// index, so a quarter of the ring is kept as distance.
+    /// Entries that may pass between two observations. Both sides write slots ahead of the index they publish: Linux and
+    /// libvhost-user one, others a batch. A sixteenth of the ring is kept as distance.
     fn reach(&self) -> u16 {
-        self.layout.size() - self.layout.size() / 4
+        self.layout.size() - (self.layout.size() / 16).max(1)
     }
 
     /// Reads the ring once.

@@ -182,8 +182,10 @@ impl Pair {
         for (index, ring) in (0_u32..).zip(&self.session.rings) {
             script.extend(ring.size.map(|value| Request::SetVringNum(VringState { index, value })));
         }
+        let now = step.now;
         let Some(link) = self.link_mut(backend) else { return };
         link.state = LinkState::Warming;
+        link.warming_at = now;
         for request in &script {
             link.tell(request, step.out);
         }
@@ -217,12 +219,33 @@ impl Pair {
             let entry = Entry::info("ShadowReady").with("backend", backend.0);
             step.out.journal(entry.with("took_us", crate::journal::Value::Micros(took.as_micros())));
             self.shadow_became_ready(backend, step);
+            self.promote_instead_of_waiting(step);
         }
         if self.primary == Some(backend) {
             let entry = Entry::info("PrimaryReady").with("backend", backend.0);
             step.out.journal(entry.with("took_us", crate::journal::Value::Micros(took.as_micros())));
             self.serve_waiting_rings(step);
         }
+    }
+
+    /// A shadow that is ready before a primary that has served nothing yet takes its place: the guest need not wait for a slow
+    /// start.
+    fn promote_instead_of_waiting(&mut self, step: &mut Step<'_>) {
+        if self.failover.is_some() || self.closing {
+            return;
+        }
+        let waiting = |link: &crate::link::Link| {
+            !matches!(link.state, LinkState::Ready | LinkState::Active | LinkState::Ended) && !link.touched
+        };
+        let (Some(slow), Some(ready)) = (self.primary, self.shadow) else { return };
+        if !self.link(slow).is_some_and(waiting) {
+            return;
+        }
+        self.primary = Some(ready);
+        self.shadow = Some(slow);
+        self.shadow_note = "starting".to_owned();
+        step.out.push(Action::Assign { backend: ready, primary: true });
+        step.out.push(Action::Assign { backend: slow, primary: false });
     }
 
     /// A backend's link or process is gone, whatever the reason.
@@ -306,9 +329,13 @@ impl Pair {
         let limits = self.config.limits;
         let mut silent = None;
         for link in &mut self.links {
-            let starting = matches!(link.state, LinkState::Starting | LinkState::Negotiating | LinkState::Warming);
+            let starting = matches!(link.state, LinkState::Starting | LinkState::Negotiating);
             if starting && step.now.since(link.started_at) > limits.start_max {
                 silent = Some((link.id, format!("it was not ready within {}", limits.start_max)));
+            }
+            if link.state == LinkState::Warming && step.now.since(link.warming_at) > limits.hang.max(limits.ping_every)
+            {
+                silent = Some((link.id, "it does not answer while the session is replayed to it".to_owned()));
             }
             if !matches!(link.state, LinkState::Ready | LinkState::Active) {
                 continue;
@@ -346,7 +373,8 @@ impl Pair {
         let limits = &self.config.limits;
         self.links.iter().fold(None, |next, link| {
             let due = match link.state {
-                LinkState::Starting | LinkState::Negotiating | LinkState::Warming => link.started_at + limits.start_max,
+                LinkState::Starting | LinkState::Negotiating => link.started_at + limits.start_max,
+                LinkState::Warming => link.warming_at + limits.hang.max(limits.ping_every) + Nanos(1),
                 LinkState::Ready | LinkState::Active => match link.pinged_at {
                     Some(at) => at + limits.hang,
                     None => link.heard_at + limits.ping_every,
@@ -359,7 +387,7 @@ impl Pair {
 
     /// Roles that are empty are filled: the shadow becomes primary where there is none, a new shadow is started.
     pub(crate) fn fill_roles(&mut self, step: &mut Step<'_>) {
-        if self.failover.is_some() || self.closing || self.failed.is_some() {
+        if self.failover.is_some() || self.closing || self.ending || self.failed.is_some() {
             return;
         }
         if self.primary.is_none() {

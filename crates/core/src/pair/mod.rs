@@ -55,6 +55,8 @@ pub struct Pair {
     vmm_connected: bool,
     /// The VMM is gone and its rings are being brought to rest.
     closing: bool,
+    /// Nothing is started any more.
+    ending: bool,
     ticket: Option<Ticket>,
     tickets: u64,
     halted: Option<String>,
@@ -87,6 +89,7 @@ impl Pair {
             failover: None,
             vmm_connected: false,
             closing: false,
+            ending: false,
             ticket: None,
             tickets: 0,
             halted: None,
@@ -126,6 +129,11 @@ impl Pair {
     #[must_use]
     pub fn wants_request(&self) -> bool {
         self.ticket.is_none() && !self.closing && self.offer.is_some()
+    }
+
+    /// Nothing new is started from here on: the program is ending.
+    pub fn end(&mut self) {
+        self.ending = true;
     }
 
     /// Whether the rings of a VMM that has gone are still being brought to rest.

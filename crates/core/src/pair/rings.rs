@@ -14,6 +14,12 @@ use crate::memory::RingPlace;
 use crate::observer::{Knowledge, Observation, Observer};
 use crate::time::Nanos;
 
+/// A ring is looked at as if requests could come at this rate from one moment to the next, per second, with a third of the ring as
+/// distance.
+const BURST_RATE: f64 = 100_000.0;
+/// A peak of the rate is remembered for this long, in seconds, before it counts half.
+const RATE_MEMORY_S: f64 = 0.05;
+
 /// What the broker knows of a ring beyond what the VMM said.
 #[derive(Debug, Default)]
 pub(crate) struct RingState {
@@ -311,7 +317,7 @@ impl Pair {
         }
     }
 
-    /// The next look comes before a quarter of the ring can have passed, however busy it is; an idle ring is watched by its
+    /// The next look comes before a sixth of the ring can have passed, however busy it is; an idle ring is watched by its
     /// kick, and looked at rarely.
     fn schedule(&mut self, index: u32, seen: &Observation, step: &mut Step<'_>) {
         let limits = self.config.limits;
@@ -323,17 +329,18 @@ impl Pair {
         let elapsed = now.since(ring.observed_at).0.max(1) as f64 / 1e9;
         ring.observed_at = now;
         let moved = f64::from(seen.submitted.max(seen.completed));
-        ring.rate = (moved / elapsed).max(ring.rate * 0.9);
+        ring.rate = (moved / elapsed).max(ring.rate * (-elapsed / RATE_MEMORY_S).exp2());
         let waited = failover_began.or(ring.drain.map(|drain| drain.began));
         if let Some(began) = waited {
             ring.observe_at = now + limits.poll_interval(now.since(began));
             return;
         }
+        let size = f64::from(ring.size().map_or(1, Layout::size));
         let quiet = moved == 0.0 && seen.outstanding == 0;
         if !quiet {
             ring.idle_since = None;
-            let size = f64::from(ring.size().map_or(1, Layout::size));
-            let period = Nanos((size / 6.0 / ring.rate.max(1.0) * 1e9) as u64);
+            let period = (size / 6.0 / ring.rate.max(1.0)).min(size / BURST_RATE / 3.0);
+            let period = Nanos((period * 1e9) as u64);
             ring.observe_at = now + period.clamp(limits.observe_min, limits.observe_max);
             return;
         }
@@ -348,7 +355,10 @@ impl Pair {
                 ring.observe_at = now + limits.observe_min;
                 step.out.push(Action::WatchKick { ring: index, kick });
             }
-            _ => ring.observe_at = now + limits.observe_max,
+            _ => {
+                let burst = Nanos((size / BURST_RATE / 3.0 * 1e9) as u64);
+                ring.observe_at = now + burst.clamp(limits.observe_min, limits.observe_max);
+            }
         }
     }
 

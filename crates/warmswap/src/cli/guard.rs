@@ -10,7 +10,7 @@ use super::{Control, Failure};
 use crate::cgroup::Janitor;
 use crate::config::{DeviceConfig, Source};
 use crate::control;
-use crate::driver::{Driver, Ended, listen};
+use crate::driver::{Driver, Ended, listen, take_signals};
 use crate::journal::Journal;
 
 /// Options of `warmswap guard`.
@@ -101,8 +101,9 @@ pub(super) fn run(args: Args) -> Result<u8, Failure> {
     let journal_file = args.journal.clone();
     let quiet = args.quiet;
     let config = configure(args)?;
+    let signals = take_signals()?;
     let (janitor, cleaning) = Janitor::start()?;
-    let (mut driver, commander) = Driver::new(janitor)?;
+    let (mut driver, commander) = Driver::new(signals, janitor)?;
     let (journal, sender, thread) = Journal::start(journal_file.as_deref(), quiet)?;
     std::fs::create_dir_all(&config.control_dir)?;
     let control_socket = config.control_socket();

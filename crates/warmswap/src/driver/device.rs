@@ -51,6 +51,8 @@ pub(crate) struct Device {
     run_dir: RunDir,
     journal: JournalSender,
     spawner: Spawner,
+    /// Starts that have not come back from the spawner yet.
+    starting: usize,
     inspect_at: Nanos,
     /// When the processes that were ended are looked at again.
     retire_at: Nanos,
@@ -86,6 +88,7 @@ impl Device {
             run_dir,
             journal,
             spawner,
+            starting: 0,
             inspect_at: now + INSPECT_EVERY,
             retire_at: now,
             vmm_readable: false,
@@ -127,7 +130,7 @@ impl Device {
 
     /// Whether no backend process of ours is left.
     pub(crate) fn is_empty(&self) -> bool {
-        self.backends.is_empty() && self.fences.is_empty() && self.retired.is_empty()
+        self.starting == 0 && self.backends.is_empty() && self.fences.is_empty() && self.retired.is_empty()
     }
 
     // --- time --------------------------------------------------------------------------------------------------------------
@@ -307,6 +310,7 @@ impl Device {
     /// Brings the rings to rest as if the VMM had disconnected.
     pub(crate) fn shut_down(&mut self, now: Nanos, poller: &Poller) {
         self.listener = None;
+        self.pair.end();
         self.vmm_gone("warmswap is ending", poller);
         self.run(now, poller);
     }
@@ -369,6 +373,7 @@ impl Device {
                 if !self.spawner.spawn(start) {
                     return Err("too many processes wait to be started".to_owned());
                 }
+                self.starting += 1;
                 self.backends.push(Backend::new(id, path, None));
             }
             Source::External { primary, shadow } => {
@@ -382,6 +387,7 @@ impl Device {
 
     /// A process that was asked for is there, or is not.
     pub(crate) fn spawned(&mut self, id: BackendId, process: Result<Process, String>, now: Nanos, poller: &Poller) {
+        self.starting -= 1;
         let at = self.backends.iter().position(|backend| backend.id == id);
         match (process, at) {
             (Ok(process), Some(at)) => {

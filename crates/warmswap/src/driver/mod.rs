@@ -8,11 +8,11 @@ mod spawner;
 mod system;
 
 pub(crate) use device::DeviceStatus;
+pub(crate) use system::take_signals;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -104,16 +104,15 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
-    /// Makes the control thread's state. Signals are taken over from here on, so it is called before other threads are started.
+    /// Makes the control thread's state. `signals` is what [`take_signals`] returned.
     ///
     /// # Errors
     /// The system refuses an event queue or a descriptor.
-    pub(crate) fn new(janitor: Janitor) -> std::io::Result<(Self, Commander)> {
+    pub(crate) fn new(signals: OwnedFd, janitor: Janitor) -> std::io::Result<(Self, Commander)> {
         let poller = Poller::new()?;
         let (sender, commands) = crossbeam_channel::bounded(COMMANDS_MAX);
         let waker = Arc::new(poller::waker()?);
         poller.add(waker.as_fd(), Token { device: 0, source: Source::Commands }, Interest::Read)?;
-        let signals = system::take_signals()?;
         poller.add(signals.as_fd(), Token { device: 0, source: Source::Signals }, Interest::Read)?;
         let commander = Commander { commands: sender, waker: Arc::clone(&waker) };
         let spawner = Spawner::start(commander.clone(), janitor)?;
@@ -252,23 +251,26 @@ impl Driver {
             device.shut_down(now(), &self.poller);
         }
         while now() < until && self.devices.iter().any(Device::is_closing) {
-            let mut tokens = std::mem::take(&mut self.tokens);
-            self.poller.wait(Some(Nanos::from_micros(200)), &mut tokens)?;
-            for token in &tokens {
-                if token.source != Source::Signals {
-                    self.dispatch(*token);
-                }
-            }
-            self.tokens = tokens;
-            self.devices.iter_mut().for_each(|device| device.tick(now(), &self.poller));
+            self.last_steps()?;
         }
-        while now() < until + SHUTDOWN_MAX {
+        let until = now() + SHUTDOWN_MAX;
+        while now() < until && !self.devices.iter().all(Device::is_empty) {
             self.devices.iter_mut().for_each(|device| device.kill_all(&self.poller));
-            if self.devices.iter().all(Device::is_empty) {
-                break;
-            }
-            std::thread::sleep(Duration::from_micros(300));
+            self.last_steps()?;
         }
+        Ok(())
+    }
+
+    fn last_steps(&mut self) -> std::io::Result<()> {
+        let mut tokens = std::mem::take(&mut self.tokens);
+        self.poller.wait(Some(Nanos::from_micros(200)), &mut tokens)?;
+        for token in &tokens {
+            if token.source != Source::Signals {
+                self.dispatch(*token);
+            }
+        }
+        self.tokens = tokens;
+        self.devices.iter_mut().for_each(|device| device.tick(now(), &self.poller));
         Ok(())
     }
 }

@@ -3,8 +3,9 @@
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
-/// Takes SIGTERM and SIGINT over into a descriptor, and becomes the parent of orphaned descendants.
-pub(super) fn take_signals() -> io::Result<OwnedFd> {
+/// Takes SIGTERM and SIGINT over into a descriptor, and becomes the parent of orphaned descendants. Called before any thread is
+/// started, for a thread that does not block a signal would take it the old way.
+pub(crate) fn take_signals() -> io::Result<OwnedFd> {
     // SAFETY: plain calls on local values; the descriptor that signalfd returns is new and owned by nobody else.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
