@@ -94,6 +94,11 @@ impl Fence {
         }
         match &self.basis {
             FenceBasis::Exit => Ok((FenceLevel::Reaped, format!("{exit}; it did no I/O that outlives a process"))),
+            // The laboratory shows with it what the next step is for; the program that is shipped has no such switch.
+            #[cfg(feature = "lab")]
+            FenceBasis::Locks if std::env::var_os("WARMSWAP_LAB_TRUST_EXIT").is_some() => {
+                Ok((FenceLevel::Reaped, format!("{exit}; SABOTAGED: its storage descriptions were not looked at")))
+            }
             FenceBasis::Locks => {
                 self.locks.is_released(living)?;
                 let after = now.since(gone_at);
