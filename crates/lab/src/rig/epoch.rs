@@ -13,7 +13,7 @@ use super::options::{EpochChoices, Fixed, SessionChoices};
 use super::process::{Holdings, reap_orphans};
 use super::rng::Rng;
 use super::tally::Tally;
-use super::vmm;
+use super::vmm::{self, Behaviour};
 use super::world::World;
 use crate::guest::{BLOCK, now_ns};
 
@@ -35,6 +35,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) failovers: u64,
     /// Kinds to inject.
     pub(crate) kinds: &'a [Kind],
+    /// What the VMM may do.
+    pub(crate) behaviours: &'a [Behaviour],
     /// Values the command line fixes.
     pub(crate) fixed: Fixed,
     /// Directory for image and sockets.
@@ -77,7 +79,7 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally) -> anyhow::Result<()> {
     let session = next_session(plan, &mut options, &choices)?;
     let load = Load::new(Ledger::new(device, blocks), plan.stream(2), session.mix(false));
     let socket = Broker::socket(plan.directory);
-    let mut world = World::new(broker, load, plan.stream(1), session, socket)?;
+    let mut world = World::new(broker, load, plan.stream(1), session, plan.behaviours, socket)?;
     let ended = sessions(plan, &choices, &mut options, &mut world, tally);
     tally.requests += world.load.completed;
     let World { broker, mut load, .. } = match ended {

@@ -411,18 +411,22 @@ impl Load {
                 self.verdict.note(|| format!("queue {index}: {}", queue.vring().describe()));
             }
         }
-        self.abandon(guest);
+        self.abandon(guest, false);
     }
 
-    /// Forgets every request in flight: its guest is shut off. Their blocks may hold either content from now on.
-    pub(crate) fn abandon(&mut self, guest: &Guest) {
+    /// Forgets every request in flight: its guest is shut off. Their blocks may hold either content from now on. Where the
+    /// rings were `stopped`, nothing may be executed any more and the buffers are poisoned; a killed guest's memory stays as
+    /// it is, for its requests may still be executed.
+    pub(crate) fn abandon(&mut self, guest: &Guest, stopped: bool) {
         for (index, queue) in guest.queues.iter().enumerate() {
             for slot in 0..queue.shape().depth {
                 if let Some((request, _)) = queue.in_flight(slot) {
                     let Pending { sequence, generation } = self.queues[index].pending[usize::from(slot)];
                     self.ledger.abandon(&request, sequence, generation);
                     self.queues[index].idle.push(slot);
-                    poison_slot(queue, slot);
+                    if stopped {
+                        poison_slot(queue, slot);
+                    }
                 }
             }
         }

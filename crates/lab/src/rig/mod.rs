@@ -45,6 +45,7 @@ use self::kind::Kind;
 use self::options::Fixed;
 use self::tally::Tally;
 use self::unguarded::{Damage, Rule};
+use self::vmm::Behaviour;
 
 /// Failovers of one broker, before the next epoch begins with other options.
 const EPOCH_FAILOVERS: u64 = 250;
@@ -66,6 +67,9 @@ pub(crate) struct Args {
     /// Kinds of failures.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = ALL_KINDS)]
     kinds: Vec<Kind>,
+    /// What the VMM may do besides.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Behaviour::ALL)]
+    vmm: Vec<Behaviour>,
     /// Print the report as JSON.
     #[arg(long)]
     json: bool,
@@ -150,6 +154,7 @@ fn epochs(args: &Args, workspace: &Workspace, tally: &mut Tally) -> anyhow::Resu
             epoch,
             failovers: EPOCH_FAILOVERS.min(args.failovers - tally.failovers),
             kinds: &args.kinds,
+            behaviours: &args.vmm,
             fixed: Fixed { queues: args.queues, size: args.size, depth: args.depth },
             directory: &directory,
             direct_possible,
@@ -212,6 +217,10 @@ fn command(args: &Args) -> String {
         if let Some(value) = value {
             command.push_str(&format!(" --{name} {value}"));
         }
+    }
+    if args.vmm != Behaviour::ALL {
+        let behaviours: Vec<&str> = args.vmm.iter().map(|behaviour| behaviour.name()).collect();
+        command.push_str(&format!(" --vmm {}", behaviours.join(",")));
     }
     if args.no_guard {
         command.push_str(" --no-guard");

@@ -113,7 +113,7 @@ fn one_kill(
     wait_for_silence(&mut guest, load);
     damage.lost += load.outstanding(&guest);
     drop(backend);
-    load.abandon(&guest);
+    load.abandon(&guest, false);
     load.check_image(&qsd.image)?;
     damage.duplicated += load.verdict.duplicated;
     damage.corrupted += load.verdict.corrupted;

@@ -1,6 +1,9 @@
 //! What a VMM and its guest do between two failovers.
 
-use anyhow::ensure;
+use std::fmt;
+
+use anyhow::{Context, ensure};
+use clap::ValueEnum;
 use rustix::process::Signal;
 
 use super::failover;
@@ -9,75 +12,165 @@ use super::tally::Tally;
 use super::world::World;
 
 /// A thing a VMM does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Behaviour {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Behaviour {
+    /// Nothing but I/O.
+    Nothing,
     /// The interrupt's eventfd is replaced for good.
     ReplaceCall,
     /// The interrupt is masked over the next failover.
     Mask,
-    /// The VM is paused and continued: rings stopped, started where they were.
-    Pause,
-    /// The guest reboots: rings stopped, made new, started.
-    Reboot,
+    /// The idle VM is paused and continued: rings stopped, started where they were.
+    PauseIdle,
+    /// As before, with requests in flight.
+    PauseBusy,
+    /// The idle guest is reset: rings stopped, made new, started.
+    RebootIdle,
+    /// As before, with requests in flight, which are forgotten.
+    RebootBusy,
     /// The VMM ends in order and another one starts.
     Reconnect,
     /// The VMM is killed with requests in flight, and another one starts with new memory.
-    Killed,
+    VmmKilled,
     /// Memory is plugged, used, and taken away.
     Hotplug,
-    /// The primary dies while the VMM has the rings stopped.
-    CrashWhileStopped,
+    /// The primary dies just after the rings were stopped.
+    CrashAfterStop,
+    /// The primary dies just before the rings are stopped.
+    CrashBeforeStop,
+    /// The interrupt's eventfd is replaced in the moment of the failover.
+    RaceReplaceCall,
+    /// Memory is plugged, used, and taken away in the moment of the failover.
+    RaceHotplug,
 }
 
 impl Behaviour {
-    const ALL: [(Behaviour, u64, &'static str); 8] = [
-        (Behaviour::ReplaceCall, 6, "replace-call"),
-        (Behaviour::Mask, 6, "mask"),
-        (Behaviour::Pause, 3, "pause"),
-        (Behaviour::Reboot, 3, "reboot"),
-        (Behaviour::Reconnect, 2, "reconnect"),
-        (Behaviour::Killed, 2, "vmm-killed"),
-        (Behaviour::Hotplug, 3, "hotplug"),
-        (Behaviour::CrashWhileStopped, 2, "crash-while-stopped"),
+    /// All of them.
+    pub(crate) const ALL: [Behaviour; 14] = [
+        Behaviour::Nothing,
+        Behaviour::ReplaceCall,
+        Behaviour::Mask,
+        Behaviour::PauseIdle,
+        Behaviour::PauseBusy,
+        Behaviour::RebootIdle,
+        Behaviour::RebootBusy,
+        Behaviour::Reconnect,
+        Behaviour::VmmKilled,
+        Behaviour::Hotplug,
+        Behaviour::CrashAfterStop,
+        Behaviour::CrashBeforeStop,
+        Behaviour::RaceReplaceCall,
+        Behaviour::RaceHotplug,
     ];
+
+    /// The name on the command line and in reports.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Behaviour::Nothing => "nothing",
+            Behaviour::ReplaceCall => "replace-call",
+            Behaviour::Mask => "mask",
+            Behaviour::PauseIdle => "pause-idle",
+            Behaviour::PauseBusy => "pause-busy",
+            Behaviour::RebootIdle => "reboot-idle",
+            Behaviour::RebootBusy => "reboot-busy",
+            Behaviour::Reconnect => "reconnect",
+            Behaviour::VmmKilled => "vmm-killed",
+            Behaviour::Hotplug => "hotplug",
+            Behaviour::CrashAfterStop => "crash-after-stop",
+            Behaviour::CrashBeforeStop => "crash-before-stop",
+            Behaviour::RaceReplaceCall => "race-replace-call",
+            Behaviour::RaceHotplug => "race-hotplug",
+        }
+    }
+
+    /// Out of a hundred failovers, before how many it is played; for those that race, during how many.
+    fn percent(self) -> u64 {
+        match self {
+            Behaviour::Nothing => 0,
+            Behaviour::RaceReplaceCall => 10,
+            Behaviour::ReplaceCall | Behaviour::Mask => 6,
+            Behaviour::RaceHotplug => 4,
+            Behaviour::Hotplug => 3,
+            Behaviour::PauseIdle | Behaviour::RebootIdle | Behaviour::Reconnect | Behaviour::VmmKilled => 2,
+            Behaviour::PauseBusy | Behaviour::RebootBusy | Behaviour::CrashAfterStop | Behaviour::CrashBeforeStop => 1,
+        }
+    }
+
+    /// Whether it is played in the moment of a failover.
+    fn races(self) -> bool {
+        matches!(self, Behaviour::RaceReplaceCall | Behaviour::RaceHotplug)
+    }
+
+    /// The behaviour that `draw`, below a hundred, falls on.
+    fn choose(allowed: &[Behaviour], races: bool, mut draw: u64) -> Option<Behaviour> {
+        for behaviour in allowed.iter().filter(|behaviour| behaviour.races() == races) {
+            if draw < behaviour.percent() {
+                return Some(*behaviour);
+            }
+            draw -= behaviour.percent();
+        }
+        None
+    }
+}
+
+impl fmt::Display for Behaviour {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// Plays one behaviour, or none.
 pub(crate) fn between_failovers(world: &mut World, tally: &mut Tally) -> anyhow::Result<()> {
-    let mut draw = world.choices.below(100);
+    let draw = world.choices.below(100);
     let detail = world.choices.next();
-    for (behaviour, weight, name) in Behaviour::ALL {
-        if draw < weight {
-            tally.behaviour(name);
-            return play(world, behaviour, detail);
-        }
-        draw -= weight;
+    let Some(behaviour) = Behaviour::choose(&world.behaviours, false, draw) else { return Ok(()) };
+    tally.behaviour(behaviour.name());
+    play(world, behaviour, detail).with_context(|| format!("the VMM's {behaviour}"))
+}
+
+/// What the VMM does in the very moment of a failover. True: something was done.
+pub(crate) fn race(world: &mut World, detail: u64, tally: &mut Tally) -> anyhow::Result<bool> {
+    let Some(behaviour) = Behaviour::choose(&world.behaviours, true, detail % 100) else { return Ok(false) };
+    if any_masked(world) {
+        return Ok(false);
     }
-    Ok(())
+    tally.behaviour(behaviour.name());
+    play(world, behaviour, detail / 100).with_context(|| format!("the VMM's {behaviour}"))?;
+    Ok(true)
+}
+
+/// Whether an interrupt is masked.
+pub(crate) fn any_masked(world: &World) -> bool {
+    (0..world.guest.queues.len()).any(|queue| world.guest.is_masked(queue))
 }
 
 fn play(world: &mut World, behaviour: Behaviour, detail: u64) -> anyhow::Result<()> {
     let queue = (detail % world.guest.queues.len() as u64) as usize;
     match behaviour {
+        Behaviour::Nothing => Ok(()),
         Behaviour::ReplaceCall => {
             world.pace = Pace::Full;
             world.run_for(500_000)?;
             world.guest.replace_call(queue)
         }
+        Behaviour::RaceReplaceCall => world.guest.replace_call(queue),
         Behaviour::Mask => world.guest.mask(queue),
-        Behaviour::Pause => pause(world, detail.is_multiple_of(2)),
-        Behaviour::Reboot => reboot(world, detail.is_multiple_of(2)),
+        Behaviour::PauseIdle => pause(world, false),
+        Behaviour::PauseBusy => pause(world, true),
+        Behaviour::RebootIdle => reboot(world, false),
+        Behaviour::RebootBusy => reboot(world, true),
         Behaviour::Reconnect => {
             world.quiesce()?;
-            world.guest.stop()?;
+            stop(world)?;
             look(world)?;
             world.guest.disconnect();
             world.guest.connect()?;
             world.guest.start()
         }
-        Behaviour::Killed => killed(world),
-        Behaviour::Hotplug => hotplug(world, queue),
-        Behaviour::CrashWhileStopped => crash_while_stopped(world, detail.is_multiple_of(2)),
+        Behaviour::VmmKilled => killed(world),
+        Behaviour::Hotplug | Behaviour::RaceHotplug => hotplug(world, queue),
+        Behaviour::CrashAfterStop => crash_around_stop(world, true),
+        Behaviour::CrashBeforeStop => crash_around_stop(world, false),
     }
 }
 
@@ -125,14 +218,14 @@ fn reboot(world: &mut World, busy: bool) -> anyhow::Result<()> {
     stop(world)?;
     // What was completed before the stop counts, seen by an interrupt or not.
     world.load.reap_all(&mut world.guest);
-    world.load.abandon(&world.guest);
+    world.load.abandon(&world.guest, true);
     look(world)?;
     world.pace = Pace::Trickle;
     world.guest.start()
 }
 
 /// The primary dies around the moment at which the VMM stops the idle rings; then they are started again.
-fn crash_while_stopped(world: &mut World, stop_first: bool) -> anyhow::Result<()> {
+fn crash_around_stop(world: &mut World, stop_first: bool) -> anyhow::Result<()> {
     let primary = failover::primary(world)?;
     world.quiesce()?;
     world.resynchronise = true;
@@ -156,31 +249,9 @@ fn killed(world: &mut World) -> anyhow::Result<()> {
         world.quiesce()?;
     }
     world.guest.disconnect();
-    world.load.abandon(&world.guest);
+    world.load.abandon(&world.guest, false);
     world.pace = Pace::Trickle;
     world.boot_again()
-}
-
-/// What a VMM may be doing in the very moment of a failover. True: something was done.
-pub(crate) fn race(world: &mut World, detail: u64, tally: &mut Tally) -> anyhow::Result<bool> {
-    let queue = (detail / 100 % world.guest.queues.len() as u64) as usize;
-    match detail % 100 {
-        0..10 if !world.guest.is_masked(queue) => {
-            tally.behaviour("race-replace-call");
-            world.guest.replace_call(queue)?;
-        }
-        10..14 if !any_masked(world) => {
-            tally.behaviour("race-hotplug");
-            hotplug(world, queue)?;
-        }
-        _ => return Ok(false),
-    }
-    Ok(true)
-}
-
-/// Whether an interrupt is masked.
-pub(crate) fn any_masked(world: &World) -> bool {
-    (0..world.guest.queues.len()).any(|queue| world.guest.is_masked(queue))
 }
 
 /// Memory is plugged under load; half of a queue's buffers move there; they move back, and it is taken away.
@@ -215,4 +286,21 @@ fn hotplug(world: &mut World, queue: usize) -> anyhow::Result<()> {
         world.run_for(200_000)?;
     }
     world.guest.unplug_memory().map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_behaviour_is_drawn_and_the_rest_is_none() {
+        for races in [false, true] {
+            let drawn: Vec<_> = (0..100).filter_map(|draw| Behaviour::choose(&Behaviour::ALL, races, draw)).collect();
+            for behaviour in Behaviour::ALL.into_iter().filter(|behaviour| behaviour.races() == races) {
+                let count = drawn.iter().filter(|drawn| **drawn == behaviour).count() as u64;
+                assert_eq!(count, behaviour.percent(), "{behaviour}");
+            }
+        }
+        assert_eq!(Behaviour::choose(&[Behaviour::Nothing], false, 0), None);
+    }
 }

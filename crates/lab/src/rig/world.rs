@@ -12,6 +12,7 @@ use super::control::DeviceStatus;
 use super::load::{Load, Pace};
 use super::options::SessionChoices;
 use super::rng::Rng;
+use super::vmm::Behaviour;
 use crate::guest::{Guest, now_ns};
 
 /// A request in flight for longer is lost.
@@ -43,6 +44,8 @@ pub(crate) struct World {
     pub(crate) choices: Rng,
     /// The guest's choices.
     pub(crate) session: SessionChoices,
+    /// What its VMM may do.
+    pub(crate) behaviours: Vec<Behaviour>,
     /// Settled failovers the rig knows of.
     pub(crate) settled: u64,
     /// A backend was killed where it need not lead to a failover: take the broker's count as it is next time.
@@ -57,6 +60,7 @@ impl World {
         mut load: Load,
         choices: Rng,
         session: SessionChoices,
+        behaviours: &[Behaviour],
         socket: PathBuf,
     ) -> anyhow::Result<Self> {
         let guest = boot(&session, &mut load, socket)?;
@@ -67,6 +71,7 @@ impl World {
             pace: Pace::Trickle,
             choices,
             session,
+            behaviours: behaviours.to_vec(),
             settled: 0,
             resynchronise: false,
             looked_ns: now_ns(),
