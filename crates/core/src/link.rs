@@ -10,8 +10,8 @@
 use std::collections::VecDeque;
 
 use warmswap_wire::{
-    ConfigSpace, DeviceType, Error, FdSlot, Header, HeaderFlags, ProtocolFeatures, Reply, ReplyKind, Request,
-    RequestCode, VirtioFeatures,
+    ConfigSpace, DeviceType, Error, FdSlot, Header, HeaderFlags, InflightDescription, ProtocolFeatures, Reply,
+    ReplyKind, Request, RequestCode, VirtioFeatures,
 };
 
 use crate::event::{Action, Actions, BackendId, PrivateEvents};
@@ -93,6 +93,7 @@ pub(crate) enum Purpose {
     Handed,
     Isolated,
     Ping,
+    Inflight,
     /// An answer nobody waits for.
     Nobody,
 }
@@ -119,9 +120,20 @@ pub(crate) struct Link {
     pub(crate) pinged_at: Option<Nanos>,
     /// It has been given a ring once: it may have touched guest memory.
     pub(crate) touched: bool,
+    /// The in-flight region it keeps, where it keeps one.
+    pub(crate) region: Region,
+    may_have_region: bool,
     backend_req: Option<FdSlot>,
     pending: VecDeque<Pending>,
     config_size: usize,
+}
+
+/// A backend's in-flight region, in its own layout. It is a witness when the backend dies, and is never given to another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Region {
+    None,
+    Asked,
+    Set { description: InflightDescription, fd: FdSlot },
 }
 
 /// What a message from a backend meant.
@@ -136,7 +148,7 @@ pub(crate) enum Answered {
 }
 
 impl Link {
-    pub(crate) fn new(id: BackendId, now: Nanos) -> Self {
+    pub(crate) fn new(id: BackendId, may_have_region: bool, now: Nanos) -> Self {
         Link {
             id,
             state: LinkState::Starting,
@@ -148,6 +160,8 @@ impl Link {
             heard_at: now,
             pinged_at: None,
             touched: false,
+            region: Region::None,
+            may_have_region,
             backend_req: None,
             pending: VecDeque::new(),
             config_size: 0,
@@ -186,6 +200,33 @@ impl Link {
         for fd in self.backend_req.take().into_iter().chain(private) {
             out.push(Action::Close(fd));
         }
+    }
+
+    /// Closes what was kept of it beyond its end: the region is read after the death of the backend.
+    pub(crate) fn forget(&mut self, out: &mut Actions) {
+        self.end(out);
+        if let Region::Set { fd, .. } = std::mem::replace(&mut self.region, Region::None) {
+            out.push(Action::Close(fd));
+        }
+    }
+
+    /// Whether rings may be given to it: a backend with in-flight tracking must have its region first. Asks for one if need be.
+    pub(crate) fn region_is_set(&mut self, queues: u16, queue_size: u16, out: &mut Actions) -> bool {
+        if !self.protocol.contains(ProtocolFeatures::INFLIGHT_SHMFD) {
+            return true;
+        }
+        if self.region == Region::None {
+            self.region = Region::Asked;
+            let wanted = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: queues, queue_size };
+            self.ask(&Request::GetInflightFd(wanted), Purpose::Inflight, out);
+        }
+        matches!(self.region, Region::Set { .. })
+    }
+
+    /// The backend has made a region: it gets it back, fresh.
+    pub(crate) fn region_made(&mut self, description: InflightDescription, fd: FdSlot, out: &mut Actions) {
+        self.region = Region::Set { description, fd };
+        self.tell(&Request::SetInflightFd { region: description, fd }, out);
     }
 
     /// Sends a message that nobody waits for.
@@ -310,7 +351,7 @@ impl Link {
 
     fn settle_protocol(&mut self, device: DeviceType, bits: u64, out: &mut Actions) {
         self.offer.protocol = bits;
-        self.protocol = ProtocolFeatures::from_bits_truncate(bits) & device.link_features();
+        self.protocol = ProtocolFeatures::from_bits_truncate(bits) & device.link_features(self.may_have_region);
         if self.backend_req.is_none() {
             self.protocol.remove(ProtocolFeatures::BACKEND_REQ);
         }

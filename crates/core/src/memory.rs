@@ -113,6 +113,8 @@ pub trait GuestMemory {
     fn set_avail_event(&mut self, ring: u32, index: u16);
     /// Appends an entry to the used ring at `index` and publishes `index + 1`.
     fn push_used(&mut self, ring: u32, index: u16, entry: UsedElem);
+    /// Copies a part of an in-flight region; none if it is not all there.
+    fn read_region(&self, fd: FdSlot, offset: u64, length: u64) -> Option<Vec<u8>>;
     /// Prepares a ring in memory of the broker's own, with `head` as its only request, and says where it lies. The descriptor
     /// table stays the guest's.
     ///

@@ -54,6 +54,8 @@ pub(crate) struct PlainMemory {
     pub(crate) regions: Vec<MemoryRegion>,
     pub(crate) private: Option<(u16, Option<UsedElem>)>,
     pub(crate) faulted: bool,
+    /// In-flight regions by descriptor.
+    pub(crate) in_flight: HashMap<FdSlot, Vec<u8>>,
     pub(crate) written: Vec<u64>,
     /// Called before each read.
     pub(crate) on_read: Option<std::cell::RefCell<Hook>>,
@@ -142,6 +144,10 @@ impl GuestMemory for PlainMemory {
         let slot = ring.layout.slot(index);
         ring.used[usize::from(slot)] = entry.id;
         ring.used_idx = index.wrapping_add(1);
+    }
+    fn read_region(&self, fd: FdSlot, offset: u64, length: u64) -> Option<Vec<u8>> {
+        let bytes = self.in_flight.get(&fd)?;
+        bytes.get(usize::try_from(offset).ok()?..usize::try_from(offset + length).ok()?).map(<[u8]>::to_vec)
     }
     fn make_private_ring(&mut self, _layout: Layout, head: u16) -> Result<PrivateRing, MemoryError> {
         self.private = Some((head, None));

@@ -146,7 +146,7 @@ impl Process {
 
     /// The kernel's one-letter state, for people.
     pub(crate) fn state_hint(&self) -> String {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
         let letter = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
         match letter {
             Some('T' | 't') => " (it is stopped)".to_owned(),
@@ -234,7 +234,7 @@ pub(crate) struct RunDir {
 impl RunDir {
     pub(crate) fn create(base: &Path, name: &str) -> io::Result<Self> {
         let path = base.join(format!("{name}.{}", std::process::id()));
-        std::fs::create_dir_all(&path)?;
+        fs::create_dir_all(&path)?;
         Ok(RunDir { path })
     }
 
@@ -246,6 +246,6 @@ impl RunDir {
 impl Drop for RunDir {
     fn drop(&mut self) {
         // Only sockets of backends that are gone are in it.
-        let _leftover = std::fs::remove_dir_all(&self.path);
+        let _leftover = fs::remove_dir_all(&self.path);
     }
 }

@@ -334,6 +334,20 @@ impl GuestMemory for MemoryAccess<'_> {
         }
     }
 
+    fn read_region(&self, fd: FdSlot, offset: u64, length: u64) -> Option<Vec<u8>> {
+        // Read, not mapped: its writer is dead, and a copy cannot change under the reader.
+        let fd = self.fds.get(fd)?;
+        let mut bytes = vec![0; usize::try_from(length).ok()?];
+        let mut done = 0;
+        while done < bytes.len() {
+            match rustix::io::pread(fd, &mut bytes[done..], offset + done as u64) {
+                Ok(0) | Err(_) => return None,
+                Ok(count) => done += count,
+            }
+        }
+        Some(bytes)
+    }
+
     fn make_private_ring(&mut self, layout: Layout, head: u16) -> Result<PrivateRing, MemoryError> {
         let refuse = |reason: String| MemoryError::Map { guest_addr: PRIVATE_ADDR, size: PRIVATE_SIZE, reason };
         if let Some((_, fd)) = self.memory.private.take() {

@@ -189,13 +189,12 @@ impl DeviceType {
         }
     }
 
-    /// Protocol features the broker may use on a link, whether or not the VMM does.
+    /// Protocol features the broker may use on a link, whether or not the VMM does. `region`: the backend may be given an
+    /// in-flight region. libvhost-user panics on one for a file system device.
     #[must_use]
-    pub fn link_features(self) -> ProtocolFeatures {
-        match self {
-            // libvhost-user panics on an in-flight region for a file system device.
-            DeviceType::Fs => self.protocol_features(),
-            _ => self.protocol_features(),
-        }
+    pub fn link_features(self, region: bool) -> ProtocolFeatures {
+        let tracked = region && self != DeviceType::Fs;
+        let region = if tracked { ProtocolFeatures::INFLIGHT_SHMFD } else { ProtocolFeatures::empty() };
+        self.protocol_features() | region
     }
 }

@@ -1,5 +1,6 @@
 //! The phases of a failover.
 
+use warmswap_wire::inflight;
 use warmswap_wire::ring::Layout;
 
 use super::vmm::Ticket;
@@ -7,7 +8,7 @@ use super::{Pair, Step};
 use crate::event::{Action, BackendId, CommandId, FenceLevel};
 use crate::failover::{Failover, Kind, Outcome, Phase, Recovery, Report};
 use crate::journal::{Entry, Value};
-use crate::link::{LinkState, Purpose};
+use crate::link::{LinkState, Purpose, Region};
 use crate::observer::Knowledge;
 use crate::policy::Survivors;
 use crate::time::Nanos;
@@ -164,6 +165,8 @@ impl Pair {
         if step.memory.used_idx(index) != used {
             return Err("used.idx moved although nothing serves the ring".to_owned());
         }
+        self.ask_region(index, used, &heads, step)?;
+        let observer = self.rings[index as usize].observer.as_ref().expect("waiting rings are observed");
         let layout = observer.layout();
         let drained = self.failover.as_ref().is_some_and(|it| it.report.recovery == Recovery::Drained);
         if drained && !slots_hold(index, layout, used, &heads, step) {
@@ -180,6 +183,27 @@ impl Pair {
             place(index, layout, used, &heads, step);
         }
         Ok(owed)
+    }
+
+    /// Asks the second witness, where the victim kept an in-flight region: it marks what had been taken from the ring, so it may know
+    /// less than the ring, but nothing else.
+    fn ask_region(&self, index: u32, used: u16, heads: &[u16], step: &mut Step<'_>) -> Result<(), String> {
+        let victim = self.failover.as_ref().and_then(|failover| self.link(failover.victim));
+        let Some(Region::Set { description, fd }) = victim.map(|link| link.region) else { return Ok(()) };
+        let layout = self.rings[index as usize].observer.as_ref().map(|observer| observer.layout());
+        let size = layout.map_or(0, Layout::size);
+        let stride = description.mmap_size / u64::from(description.num_queues.max(1));
+        let length = inflight::HEADER_BYTES + inflight::ENTRY_BYTES * u64::from(size);
+        if length > stride || u64::from(index) >= u64::from(description.num_queues) {
+            return Err("the in-flight region has no room for this ring".to_owned());
+        }
+        let at = description.mmap_offset.saturating_add(stride.saturating_mul(u64::from(index)));
+        let bytes = step.memory.read_region(fd, at, length).ok_or("the in-flight region cannot be read")?;
+        let region = inflight::read_split(&bytes, size, used).map_err(|error| error.to_string())?;
+        match region.heads.iter().find(|head| !heads.contains(head)) {
+            Some(head) => Err(format!("the in-flight region marks head {head}, which the rings show as completed")),
+            None => Ok(()),
+        }
     }
 
     /// Everything owed is known and lies in the rings.
@@ -206,6 +230,9 @@ impl Pair {
         }
         let ready = self.shadow.filter(|id| self.link(*id).is_some_and(|link| link.state == LinkState::Ready));
         let Some(target) = ready else { return self.ensure_target(step) };
+        if !self.waiting_rings().is_empty() && !self.has_region(target, step) {
+            return;
+        }
         let rings = self.waiting_rings();
         let owing = rings.iter().map(|index| (*index, step.memory.used_idx(*index)));
         let owing: Vec<(u32, u16)> = owing.filter(|(index, used)| step.memory.avail_idx(*index) != *used).collect();

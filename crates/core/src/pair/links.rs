@@ -68,6 +68,7 @@ impl Pair {
             }
             Purpose::Handed => self.handed(backend, value, step),
             Purpose::Isolated => self.isolation_acknowledged(backend, step),
+            Purpose::Inflight => self.region_made(backend, reply, step),
             Purpose::ConfigAgain => {
                 if let Reply::Config(Some(config)) = reply {
                     self.config_read(backend, config.bytes.clone(), step);
@@ -75,6 +76,16 @@ impl Pair {
             }
             _ => {}
         }
+    }
+
+    /// A backend has made its in-flight region. Rings that waited for it can be given now.
+    fn region_made(&mut self, backend: BackendId, reply: &Reply, step: &mut Step<'_>) {
+        let Reply::Inflight { region, fd: Some(fd) } = reply else {
+            return self.backend_lost(backend, "it offers in-flight tracking and makes no region", step);
+        };
+        let Some(link) = self.link_mut(backend) else { return };
+        link.region_made(*region, *fd, step.out);
+        self.rings_may_be_given(step);
     }
 
     /// A backend is known. The first ones fix what the VMM is offered; later ones must match it.

@@ -21,6 +21,7 @@ mod vmm;
 
 pub use status::{BackendStatus, Counters, PairState, RingStatus, Status};
 
+use crate::drain::DrainMethod;
 use crate::event::{Action, Actions, BackendId, CommandId, Event, FenceLevel, earliest};
 use crate::failover::{Failover, Kind, Phase, Report};
 use crate::journal::Entry;
@@ -230,7 +231,9 @@ impl Pair {
     fn start_backend(&mut self, now: Nanos, primary: bool, out: &mut Actions) -> BackendId {
         self.backends += 1;
         let id = BackendId(self.backends);
-        self.links.push(Link::new(id, now));
+        // A private kick would make a libvhost-user backend with a region submit everything in flight again.
+        let may_have_region = self.config.drain != DrainMethod::PrivateKick;
+        self.links.push(Link::new(id, may_have_region, now));
         out.push(Action::Start { backend: id });
         out.push(Action::Assign { backend: id, primary });
         id
@@ -238,7 +241,7 @@ impl Pair {
 
     fn forget_backend(&mut self, id: BackendId, out: &mut Actions) {
         if let Some(at) = self.links.iter().position(|link| link.id == id) {
-            self.links.remove(at).end(out);
+            self.links.remove(at).forget(out);
         }
     }
 

@@ -151,6 +151,10 @@ impl Pair {
             self.halted = None;
         }
         self.serve_waiting_rings(step);
+        if let Some(shadow) = self.shadow.filter(|id| self.link(*id).is_some_and(|link| link.mirrors())) {
+            // The shadow's region is made now, not when every microsecond counts.
+            self.has_region(shadow, step);
+        }
         Ok(())
     }
 
@@ -161,8 +165,26 @@ impl Pair {
             return;
         }
         let waiting = self.waiting_rings();
-        if !waiting.is_empty() {
+        if !waiting.is_empty() && self.has_region(serving, step) {
             self.hand_rings(serving, &waiting, Purpose::Nobody, step);
+        }
+    }
+
+    /// Whether a backend has the in-flight region it needs before it is given rings; asks for one otherwise.
+    pub(crate) fn has_region(&mut self, backend: BackendId, step: &mut Step<'_>) -> bool {
+        let queues = self.offer.as_ref().map_or(1, |offer| offer.queues);
+        let sizes = self.session.rings.iter().filter_map(|ring| ring.size);
+        let size = u16::try_from(sizes.max().unwrap_or(0)).unwrap_or(0);
+        let queues = u16::try_from(queues).unwrap_or(u16::MAX);
+        self.link_mut(backend).is_none_or(|link| link.region_is_set(queues, size, step.out))
+    }
+
+    /// A region that rings waited for is there.
+    pub(crate) fn rings_may_be_given(&mut self, step: &mut Step<'_>) {
+        match &self.failover {
+            Some(failover) if failover.phase == Phase::Handing => self.hand_over(step),
+            Some(_) => {}
+            None => self.serve_waiting_rings(step),
         }
     }
 

@@ -10,6 +10,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+/// `CLONE_INTO_CGROUP` of `linux/sched.h`: beyond the type that the libc crate gives it.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 /// What a child is given.
 pub(super) struct Child<'a> {
     pub(super) arguments: &'a [String],
@@ -89,7 +92,7 @@ fn clone_into(cgroup: Option<BorrowedFd<'_>>, prepared: &Prepared, failure: RawF
     args.pidfd = &raw mut pidfd as u64;
     args.exit_signal = libc::SIGCHLD as u64;
     if let Some(cgroup) = cgroup {
-        args.flags |= libc::CLONE_INTO_CGROUP as u64;
+        args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = cgroup.as_raw_fd() as u64;
     }
     // SAFETY: a plain fork with arguments that live on this stack. The child gets a copy of this thread alone and calls nothing but
