@@ -2,6 +2,7 @@
 //!
 //! Each subcommand is one instrument; its module says what it checks and what it does not.
 
+mod bench;
 mod guest;
 mod rig;
 mod vm;
@@ -23,6 +24,8 @@ enum Instrument {
     Vm(vm::Args),
     /// Our own guest on a guarded device: real kills at random instants, judged by an independent oracle.
     Rig(rig::Args),
+    /// What a failover costs, and what being guarded costs.
+    Bench(bench::Args),
 }
 
 fn main() -> std::process::ExitCode {
@@ -33,6 +36,7 @@ fn main() -> std::process::ExitCode {
     let outcome = match Args::parse().instrument {
         Instrument::Vm(args) => vm::run(&args),
         Instrument::Rig(args) => rig::run(&args),
+        Instrument::Bench(args) => bench::run(&args),
     };
     match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,

@@ -1,0 +1,55 @@
+//! `lab bench`: what a failover costs, and what being guarded costs, side by side with what a user would otherwise run.
+//!
+//! * `blackout`: the silence of the guest's disk: planned and crashed failovers, and cold restarts of the same backend.
+//! * `overhead`: requests per second and tail latency through a guarded device and a direct one.
+//! * `observer`: what the broker itself uses, and how fast it answers a VMM whose backend is stopped.
+//!
+//! All of them drive real qemu-storage-daemons on a tmpfs with the user-space driver of [`crate::guest`]; times are its own
+//! readings of CLOCK_MONOTONIC. A failure anywhere (a status, a broken ring, a failover that does not settle) ends the bench.
+
+mod backend;
+mod blackout;
+mod broker;
+mod cold;
+mod driver;
+mod guarded;
+mod report;
+mod spread;
+mod workspace;
+
+use std::path::PathBuf;
+
+/// Options of `lab bench`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+/// The benches.
+#[derive(Debug, clap::Subcommand)]
+enum Bench {
+    /// How long the guest's disk is silent: warmswap, and cold restarts.
+    Blackout(blackout::Args),
+}
+
+/// Options of every bench.
+#[derive(Debug, clap::Args)]
+struct Common {
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// Seed of all choices.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Directory for images and sockets; a tmpfs by default.
+    #[arg(long, default_value = "/dev/shm")]
+    image_dir: PathBuf,
+}
+
+/// Runs a bench.
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    match &args.bench {
+        Bench::Blackout(args) => blackout::run(args),
+    }
+}
