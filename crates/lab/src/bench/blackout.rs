@@ -175,7 +175,7 @@ fn guarded(args: &Args, workspace: &Workspace, memory_mib: u64) -> anyhow::Resul
     backend::make_image(&image)?;
     let qsd = backend::on_file(image, 1, args.engine);
     let broker = Broker::start(&directory, &[], &qsd.command_line("{socket}"))?;
-    let shape = Shape { socket: broker.socket(), memory_mib, queues: 1, depth: args.depth };
+    let shape = Shape { memory_mib, depth: args.depth, ..Shape::at(broker.socket()) };
     Guarded::boot(broker, &shape, Rng::new(args.common.seed, 3))
 }
 
@@ -185,7 +185,7 @@ fn unguarded(args: &Args, workspace: &Workspace) -> anyhow::Result<Unguarded> {
     backend::make_image(&image)?;
     let qsd = backend::on_file(image, 1, args.engine);
     let socket = directory.join("backend.sock");
-    let shape = Shape { socket, memory_mib: args.guest_mib, queues: 1, depth: args.depth };
+    let shape = Shape { memory_mib: args.guest_mib, depth: args.depth, ..Shape::at(socket) };
     Unguarded::boot(qsd, &shape, Rng::new(args.common.seed, 4))
 }
 

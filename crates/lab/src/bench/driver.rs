@@ -1,9 +1,11 @@
 //! The load: a driver that polls its rings and keeps each at its depth with random 4 KiB reads and writes.
 
+use std::path::PathBuf;
+
 use anyhow::{bail, ensure};
 
 use super::backend::BLOCKS;
-use crate::guest::{BLOCK, Completion, Guest, Options, QueueShape, Request, Slot, Status, Window, now_ns};
+use crate::guest::{Acks, BLOCK, Completion, Guest, Options, QueueShape, Request, Slot, Status, Window, now_ns};
 use crate::rig::rng::Rng;
 
 /// Data buffers per guest. They lie all over its memory and every request takes another one, as a page cache does.
@@ -17,13 +19,24 @@ pub(super) const SILENCE_NS: u64 = 5_000_000_000;
 #[derive(Clone, Debug)]
 pub(super) struct Shape {
     /// The vhost-user socket.
-    pub(super) socket: std::path::PathBuf,
+    pub(super) socket: PathBuf,
     /// Guest RAM in MiB, all of it present.
     pub(super) memory_mib: u64,
     /// Queues.
     pub(super) queues: u16,
     /// Requests in flight per queue.
     pub(super) depth: u16,
+    /// Messages to have acknowledged.
+    pub(super) acks: Acks,
+    /// Memory region by region, not as a table.
+    pub(super) memory_slots: bool,
+}
+
+impl Shape {
+    /// A guest with 256 MiB and one queue, sixteen requests deep, as QEMU makes it.
+    pub(super) fn at(socket: PathBuf) -> Self {
+        Shape { socket, memory_mib: 256, queues: 1, depth: 16, acks: Acks::Qemu, memory_slots: true }
+    }
 }
 
 /// A guest under load.
@@ -51,6 +64,8 @@ impl Driver {
             memory_bytes: shape.memory_mib << 20,
             queues: shape.queues,
             shape: queue,
+            acks: shape.acks,
+            memory_slots: shape.memory_slots,
             ..Options::default()
         };
         let mut guest = Guest::new(options)?;

@@ -149,7 +149,10 @@ impl Guarded {
         loop {
             let mut status = self.status()?;
             let ended = |status: &Value| {
-                ["settled", "refused", "halted"].map(|how| status["failovers"][how].as_u64().unwrap_or(0)).iter().sum::<u64>()
+                ["settled", "refused", "halted"]
+                    .map(|how| status["failovers"][how].as_u64().unwrap_or(0))
+                    .iter()
+                    .sum::<u64>()
             };
             if ended(&status) > ended(before) {
                 return Ok(status["last_failover"].take());

@@ -7,14 +7,19 @@
 //! All of them drive real qemu-storage-daemons on a tmpfs with the user-space driver of [`crate::guest`]; times are its own
 //! readings of CLOCK_MONOTONIC. A failure anywhere (a status, a broken ring, a failover that does not settle) ends the bench.
 
+mod answers;
 mod backend;
 mod blackout;
 mod broker;
 mod cold;
 mod driver;
 mod guarded;
+mod observer;
+mod overhead;
 mod report;
 mod spread;
+mod throughput;
+mod usage;
 mod workspace;
 
 use std::path::PathBuf;
@@ -31,6 +36,10 @@ pub(crate) struct Args {
 enum Bench {
     /// How long the guest's disk is silent: warmswap, and cold restarts.
     Blackout(blackout::Args),
+    /// What being guarded costs: requests per second and p99.9, guarded over direct.
+    Overhead(overhead::Args),
+    /// What the broker uses, and how fast it answers while its backend is stopped.
+    Observer(observer::Args),
 }
 
 /// Options of every bench.
@@ -51,5 +60,7 @@ struct Common {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     match &args.bench {
         Bench::Blackout(args) => blackout::run(args),
+        Bench::Overhead(args) => overhead::run(args),
+        Bench::Observer(args) => observer::run(args),
     }
 }
