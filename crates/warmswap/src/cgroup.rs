@@ -1,7 +1,7 @@
 //! Process groups that can be killed and counted as a whole: version 2 control groups, which need no controller for it.
 //!
 //! Making, killing and removing a group waits for locks that other users of control groups may hold for tens of milliseconds, so
-//! none of it is done by the control thread, except killing a group that outlived its first process.
+//! none of it is done by the control thread.
 
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -10,20 +10,34 @@ use std::path::{Path, PathBuf};
 
 use crossbeam_channel::{Receiver, Sender};
 
-/// Removes groups on a thread of its own.
+/// Kills and removes groups on a thread of its own.
 #[derive(Clone, Debug)]
 pub(crate) struct Janitor {
-    groups: Sender<PathBuf>,
+    chores: Sender<Chore>,
+}
+
+#[derive(Debug)]
+enum Chore {
+    /// Kill what is left in a group whose first process is gone.
+    Kill(PathBuf),
+    Remove(PathBuf),
 }
 
 impl Janitor {
     /// Starts the thread. It ends when the last janitor and the last group are gone; wait for it then.
     pub(crate) fn start() -> io::Result<(Self, std::thread::JoinHandle<()>)> {
-        let (sender, groups): (_, Receiver<PathBuf>) = crossbeam_channel::unbounded();
+        let (sender, chores): (_, Receiver<Chore>) = crossbeam_channel::unbounded();
         let thread = std::thread::Builder::new().name("janitor".to_owned()).spawn(move || {
-            groups.iter().for_each(|path| remove(&path));
+            sweep();
+            for chore in chores {
+                match chore {
+                    // Kernels before 5.14 lack cgroup.kill: then it is the operator who must end them.
+                    Chore::Kill(path) => drop(fs::write(path.join("cgroup.kill"), "1")),
+                    Chore::Remove(path) => remove(&path),
+                }
+            }
         })?;
-        Ok((Janitor { groups: sender }, thread))
+        Ok((Janitor { chores: sender }, thread))
     }
 }
 
@@ -58,9 +72,10 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
-    /// Kills every process in the group.
-    pub(crate) fn kill(&self) -> io::Result<()> {
-        fs::write(self.path.join("cgroup.kill"), "1")
+    /// Has every process in the group killed, soon.
+    pub(crate) fn kill(&self) {
+        // Without a janitor the program is ending, and what is left dies with its parent.
+        let _janitor_gone = self.janitor.chores.send(Chore::Kill(self.path.clone()));
     }
 
     /// Whether no living process is left in the group.
@@ -75,7 +90,7 @@ impl Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         // Without a janitor the directory stays, empty, and is found by its name.
-        let _janitor_gone = self.janitor.groups.send(std::mem::take(&mut self.path));
+        let _janitor_gone = self.janitor.chores.send(Chore::Remove(std::mem::take(&mut self.path)));
     }
 }
 
@@ -87,6 +102,19 @@ fn remove(path: &Path) {
                 std::thread::sleep(std::time::Duration::from_micros(200));
             }
             _ => return,
+        }
+    }
+}
+
+/// Removes what brokers that were killed have left behind: empty groups whose broker is gone. Occupied ones refuse.
+fn sweep() {
+    let Ok(entries) = own_path().and_then(fs::read_dir) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let broker = name.strip_prefix("warmswap.").and_then(|rest| rest.rsplit('.').nth(1)?.parse::<u32>().ok());
+        if broker.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            // A group that is not empty belongs to somebody.
+            let _occupied = fs::remove_dir(entry.path());
         }
     }
 }

@@ -16,6 +16,9 @@ use crate::cgroup::{Cgroup, Janitor};
 /// Lines of a backend's output that are kept to explain its end.
 const TAIL_LINES: usize = 12;
 
+/// After so many looks at a group without its first process the rest of it is killed.
+const OCCUPIED_LOOKS: u32 = 4;
+
 /// A backend process.
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -27,6 +30,8 @@ pub(crate) struct Process {
     stderr: Option<fs::File>,
     tail: Tail,
     exited: Option<String>,
+    /// Looks at which the group was occupied although the process was gone.
+    looks_occupied: u32,
 }
 
 /// What a command line's placeholders stand for.
@@ -67,13 +72,22 @@ impl Process {
         };
         let (pid, pidfd) = child.launch()?;
         let stderr = Some(fs::File::from(stderr));
-        Ok(Process { pid, pidfd, child: true, cgroup, stderr, tail: Tail::default(), exited: None })
+        Ok(Process { pid, pidfd, child: true, cgroup, stderr, tail: Tail::default(), exited: None, looks_occupied: 0 })
     }
 
     /// Watches a process somebody else started.
     pub(crate) fn adopt(pid: u32) -> io::Result<Self> {
         let pidfd = open_pidfd(pid)?;
-        Ok(Process { pid, pidfd, child: false, cgroup: None, stderr: None, tail: Tail::default(), exited: None })
+        Ok(Process {
+            pid,
+            pidfd,
+            child: false,
+            cgroup: None,
+            stderr: None,
+            tail: Tail::default(),
+            exited: None,
+            looks_occupied: 0,
+        })
     }
 
     pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
@@ -135,8 +149,11 @@ impl Process {
         }
         match self.cgroup.as_mut().map(Cgroup::is_empty) {
             Some(Ok(false)) => {
-                // Kernels before 5.14 lack cgroup.kill: then it is the operator who must end them.
-                let _unsupported = self.cgroup.as_ref().map(Cgroup::kill);
+                // The count of a group lags a little behind the exit of its last process; what is still there then is killed.
+                if self.looks_occupied == OCCUPIED_LOOKS {
+                    self.cgroup.iter().for_each(Cgroup::kill);
+                }
+                self.looks_occupied = self.looks_occupied.saturating_add(1);
                 Err(format!("processes that {} started are still alive", self.pid))
             }
             Some(Err(error)) => Err(format!("its control group cannot be read: {error}")),
