@@ -3,6 +3,7 @@
 //! Each subcommand is one instrument; its module says what it checks and what it does not.
 
 mod bench;
+mod fence;
 mod guest;
 mod rig;
 mod vm;
@@ -26,6 +27,8 @@ enum Instrument {
     Rig(rig::Args),
     /// What a failover costs, and what being guarded costs.
     Bench(bench::Args),
+    /// The late write of a killed backend, and the fence that holds it off.
+    Fence(fence::Args),
 }
 
 fn main() -> std::process::ExitCode {
@@ -37,6 +40,7 @@ fn main() -> std::process::ExitCode {
         Instrument::Vm(args) => vm::run(&args),
         Instrument::Rig(args) => rig::run(&args),
         Instrument::Bench(args) => bench::run(&args),
+        Instrument::Fence(args) => fence::run(&args),
     };
     match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,

@@ -1,0 +1,121 @@
+//! `lab fence`: the late write, and the fence that holds it off.
+//!
+//! A killed process is not a quiet one: what it had submitted through io_uring goes on, into guest memory and onto the disk,
+//! after it was reaped. Here qemu-storage-daemon serves a loop block device, throttled for the primary alone, and is killed
+//! with reads and writes in flight. The shadow, which is not throttled, serves them again; the guest gives the buffers of
+//! completed requests another content and writes some blocks anew. Every buffer and block has a stamp of its generation, and
+//! the memory of both is watched: a stamp of the past is a late write.
+//!
+//! Two arms in one run: the broker as shipped, which must show none, and the broker without its storage proof, which must
+//! show some, or the instrument has no teeth and fails. Besides: engines whose exit waits; the backend whose death could not
+//! be proved harmless, which must be refused at the start; the cost of the proof when nothing is in flight.
+//!
+//! Not shown: network storage, file systems, other kernels than the one it runs on.
+
+mod backend;
+mod broker;
+mod disk;
+mod interrupt;
+mod loop_device;
+mod oracle;
+mod probe;
+mod report;
+mod round;
+mod stamp;
+mod throttle;
+mod workspace;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::ensure;
+
+use self::backend::{Engine, command_line};
+use self::broker::{Arm, Broker};
+use self::disk::Disk;
+use self::probe::Cost;
+use self::report::{Refused, Report};
+use self::round::{Plan, Round};
+use self::workspace::Workspace;
+use crate::rig::rng::Rng;
+
+/// Rounds of the engines whose exit waits.
+const EXIT_WAITS_ROUNDS: u64 = 1;
+
+/// Options of `lab fence`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Rounds of each arm.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    rounds: u64,
+    /// Seed of all choices.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// How long a primary serves before it gets the requests it dies with, in milliseconds.
+    #[arg(long, default_value_t = 0)]
+    age_ms: u64,
+    /// Idle primaries of each kind to kill for the cost of the proof.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    probes: u64,
+    /// Directory for sockets and logs.
+    #[arg(long, default_value = "/dev/shm")]
+    run_dir: PathBuf,
+}
+
+/// Runs the instrument.
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    interrupt::note_signals();
+    let workspace = Workspace::new(&args.run_dir)?;
+    let report = Report {
+        guarded: rounds(args, &workspace, Engine::IoUring, Arm::Guarded, args.rounds)?,
+        sabotaged: rounds(args, &workspace, Engine::IoUring, Arm::Sabotaged, args.rounds)?,
+        native: rounds(args, &workspace, Engine::Native, Arm::Guarded, EXIT_WAITS_ROUNDS)?,
+        threads: rounds(args, &workspace, Engine::Threads, Arm::Guarded, EXIT_WAITS_ROUNDS)?,
+        refused: refused(&workspace.path().join("unlocked"))?,
+        cost: cost(args, &workspace)?,
+    };
+    report.print(args);
+    report.verdict()
+}
+
+fn rounds(args: &Args, workspace: &Workspace, engine: Engine, arm: Arm, count: u64) -> anyhow::Result<Vec<Round>> {
+    let age = Duration::from_millis(args.age_ms);
+    (0..count)
+        .map(|number| {
+            let name = format!("{}-{arm:?}-{number}", engine.name()).to_lowercase();
+            let directory = workspace.path().join(&name);
+            // Both arms draw the same requests.
+            let mut rng = Rng::new(args.seed, number);
+            let round = round::run(Plan { directory: &directory, engine, arm, age }, &mut rng)?;
+            eprintln!("{name}: {}", report::line(&round));
+            Ok(round)
+        })
+        .collect()
+}
+
+/// Starts a broker whose backends do I/O that outlives them and lock nothing.
+fn refused(directory: &Path) -> anyhow::Result<Refused> {
+    std::fs::create_dir_all(directory)?;
+    let disk = Disk::new()?;
+    let backend = command_line(disk.path(), Engine::IoUring, false);
+    Ok(match Broker::start(directory, Arm::Guarded, &backend)? {
+        Ok(broker) => {
+            broker.end()?;
+            Refused { refused: false, code: None, message: "the broker accepted it".into() }
+        }
+        Err(refusal) => Refused {
+            refused: refusal.status.code().is_some_and(|code| code != 0),
+            code: refusal.status.code(),
+            message: refusal.log.lines().last().unwrap_or_default().to_owned(),
+        },
+    })
+}
+
+fn cost(args: &Args, workspace: &Workspace) -> anyhow::Result<Cost> {
+    let cost = probe::measure(&workspace.path().join("probe"), args.probes)?;
+    ensure!(!cost.locks.is_empty(), "no primary was killed");
+    Ok(cost)
+}

@@ -1,0 +1,167 @@
+//! What was found, for people and for programs, and whether it is good.
+
+use std::process::Command;
+
+use anyhow::ensure;
+use serde_json::{Value, json};
+
+use super::Args;
+use super::probe::Cost;
+use super::round::{Round, tenths};
+
+/// How the broker met a backend whose death could not be proved harmless.
+#[derive(Debug)]
+pub(super) struct Refused {
+    /// It did not start.
+    pub(super) refused: bool,
+    /// Its exit code.
+    pub(super) code: Option<i32>,
+    /// The last line it printed.
+    pub(super) message: String,
+}
+
+/// Everything a run showed.
+#[derive(Debug)]
+pub(super) struct Report {
+    /// io_uring, the broker as shipped.
+    pub(super) guarded: Vec<Round>,
+    /// io_uring, the storage proof skipped.
+    pub(super) sabotaged: Vec<Round>,
+    /// Linux AIO.
+    pub(super) native: Vec<Round>,
+    /// Threads.
+    pub(super) threads: Vec<Round>,
+    /// Without locks.
+    pub(super) refused: Refused,
+    /// Cost of the proof.
+    pub(super) cost: Cost,
+}
+
+impl Report {
+    /// Prints it as `args` wants.
+    pub(super) fn print(&self, args: &Args) {
+        let report = self.json(args);
+        if args.json {
+            println!("{report}");
+        } else {
+            println!("{report:#}");
+        }
+    }
+
+    fn json(&self, args: &Args) -> Value {
+        let waits: Vec<f64> = self.guarded.iter().map(Round::fence_wait_ms).collect();
+        let details = |rounds: &[Round]| rounds.iter().map(Round::json).collect::<Vec<_>>();
+        json!({
+            "late_writes": self.late_writes(),
+            "late_writes_sabotaged": late(&self.sabotaged),
+            "fence_wait_ms": { "p50": tenths(median(&waits)), "max": tenths(max(&waits)) },
+            "probe_cost_us": tenths(median(&self.cost.locks) - median(&self.cost.unproved)),
+            "refused_without_locks": self.refused.refused,
+            "refusal": { "exit_code": self.refused.code, "message": self.refused.message },
+            "fencing_us": {
+                "io_uring_locks": tenths(median(&self.cost.locks)),
+                "io_uring_unproved": tenths(median(&self.cost.unproved)),
+                "threads": tenths(median(&self.cost.threads)),
+                "n": self.cost.locks.len(),
+                "evidence": self.cost.evidence,
+            },
+            "exit_waits": {
+                "native": { "late_writes": late(&self.native), "rounds": details(&self.native) },
+                "threads": { "late_writes": late(&self.threads), "rounds": details(&self.threads) },
+            },
+            "guarded": details(&self.guarded),
+            "sabotaged": details(&self.sabotaged),
+            "store": "loop device over memory, throttled for the primary by blkio",
+            "rounds": args.rounds,
+            "seed": args.seed,
+            "commit": commit(),
+            "command": format!("cargo run -rq -p lab -- fence --rounds {} --seed {} --age-ms {} --probes {} --json",
+                args.rounds, args.seed, args.age_ms, args.probes),
+        })
+    }
+
+    /// Late writes past the broker as shipped, with whatever engine.
+    fn late_writes(&self) -> usize {
+        late(&self.guarded) + late(&self.native) + late(&self.threads)
+    }
+
+    /// Fails if a promise was broken, or if the control shows that it was never at stake.
+    pub(super) fn verdict(&self) -> anyhow::Result<()> {
+        let shipped = || self.guarded.iter().chain(&self.native).chain(&self.threads);
+        let wrong: Vec<&String> = shipped().flat_map(|round| &round.findings.wrong).collect();
+        ensure!(
+            late(&self.sabotaged) > 0,
+            "the instrument has no teeth here: without the storage proof nothing was late either, so nothing is proved"
+        );
+        ensure!(self.late_writes() == 0, "the fence does not hold: {} late writes", self.late_writes());
+        ensure!(wrong.is_empty(), "requests ended wrongly: {wrong:?}");
+        ensure!(
+            self.refused.refused,
+            "a backend that does I/O through io_uring and locks nothing was not refused: {}",
+            self.refused.message
+        );
+        ensure!(
+            self.cost.evidence.contains("locks"),
+            "the probe whose cost was to be measured was not made: {}",
+            self.cost.evidence
+        );
+        Ok(())
+    }
+}
+
+/// One round in one line.
+pub(super) fn line(round: &Round) -> String {
+    format!(
+        "{} in flight, ended after {:.1} ms, fence waited {:.1} ms more, guest silent {:.1} ms, {} late; {}",
+        round.in_flight,
+        round.exit_ms,
+        round.fence_wait_ms(),
+        round.findings.first_completion_ms.unwrap_or_default(),
+        round.findings.late.len(),
+        round.failover["evidence"].as_str().unwrap_or_default()
+    )
+}
+
+fn late(rounds: &[Round]) -> usize {
+    rounds.iter().map(|round| round.findings.late.len()).sum()
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => 0.0,
+        length if length % 2 == 1 => sorted[middle],
+        _ => f64::midpoint(sorted[middle - 1], sorted[middle]),
+    }
+}
+
+fn max(values: &[f64]) -> f64 {
+    values.iter().copied().fold(0.0, f64::max)
+}
+
+/// The commit the sources are at, with a mark where they differ from it.
+fn commit() -> String {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(arguments).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    match git(&["rev-parse", "--short=12", "HEAD"]) {
+        Some(commit) if git(&["status", "--porcelain"]).is_some_and(|changes| changes.is_empty()) => commit,
+        Some(commit) => format!("{commit}+changes"),
+        None => "unknown".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        assert!((median(&[3.0, 1.0, 2.0]) - 2.0).abs() < 1e-9);
+        assert!((median(&[4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < 1e-9);
+        assert!(median(&[]).abs() < 1e-9);
+    }
+}
