@@ -121,6 +121,8 @@ pub trait GuestMemory {
     /// # Errors
     /// The memory cannot be had.
     fn make_private_ring(&mut self, layout: Layout, head: u16) -> Result<PrivateRing, MemoryError>;
+    /// Gives the private ring's memory back.
+    fn drop_private_ring(&mut self);
     /// The private ring's completion, once there is one.
     fn private_used(&self) -> Option<UsedElem>;
 

@@ -154,6 +154,9 @@ impl GuestMemory for PlainMemory {
         let region = MemoryRegion { guest_addr: 1 << 46, size: 1 << 20, user_addr: 1 << 46, mmap_offset: 0 };
         Ok(PrivateRing { region, fd: FdSlot(9_999), available: 1 << 46, used: (1 << 46) + (1 << 19) })
     }
+    fn drop_private_ring(&mut self) {
+        self.private = None;
+    }
     fn private_used(&self) -> Option<UsedElem> {
         self.private.and_then(|(_, used)| used)
     }

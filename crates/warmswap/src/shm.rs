@@ -350,9 +350,7 @@ impl GuestMemory for MemoryAccess<'_> {
 
     fn make_private_ring(&mut self, layout: Layout, head: u16) -> Result<PrivateRing, MemoryError> {
         let refuse = |reason: String| MemoryError::Map { guest_addr: PRIVATE_ADDR, size: PRIVATE_SIZE, reason };
-        if let Some((_, fd)) = self.memory.private.take() {
-            self.fds.close(fd);
-        }
+        self.drop_private_ring();
         let fd = rustix::fs::memfd_create("warmswap-ring", rustix::fs::MemfdFlags::CLOEXEC)
             .and_then(|fd| rustix::fs::ftruncate(&fd, PRIVATE_SIZE).map(|()| fd))
             .map_err(|error| refuse(error.to_string()))?;
@@ -373,6 +371,12 @@ impl GuestMemory for MemoryAccess<'_> {
             available: PRIVATE_ADDR,
             used: PRIVATE_ADDR + PRIVATE_USED,
         })
+    }
+
+    fn drop_private_ring(&mut self) {
+        if let Some((_, fd)) = self.memory.private.take() {
+            self.fds.close(fd);
+        }
     }
 
     fn private_used(&self) -> Option<UsedElem> {

@@ -175,15 +175,16 @@ impl DeviceType {
         transport.bits() | device
     }
 
-    /// Protocol features that may be offered to the VMM, if both backends have them.
+    /// Protocol features that may be offered to the VMM, if both backends have them. RESET_DEVICE is not among them: a VMM without
+    /// it stops rings one by one, and a stop has an answer that can be verified.
     #[must_use]
     pub fn protocol_features(self) -> ProtocolFeatures {
         use ProtocolFeatures as P;
-        let common = P::MQ | P::LOG_SHMFD | P::REPLY_ACK | P::RESET_DEVICE | P::CONFIGURE_MEM_SLOTS;
+        let common = P::MQ | P::LOG_SHMFD | P::REPLY_ACK | P::CONFIGURE_MEM_SLOTS;
         match self {
             DeviceType::Blk => common | P::BACKEND_REQ | P::CONFIG,
             DeviceType::Scsi => common | P::BACKEND_REQ,
-            DeviceType::Net => (common - P::RESET_DEVICE) | P::RARP | P::MTU | P::BACKEND_REQ,
+            DeviceType::Net => common | P::RARP | P::MTU | P::BACKEND_REQ,
             DeviceType::Fs => common | P::DEVICE_STATE,
             DeviceType::Rng | DeviceType::Console | DeviceType::Input => common | P::CONFIG,
         }

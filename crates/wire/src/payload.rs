@@ -180,7 +180,8 @@ pub struct InflightDescription {
 }
 
 impl InflightDescription {
-    /// The structure is 20 bytes of fields; front-ends also send it padded to 24 (`sizeof` in C).
+    /// The structure is 20 bytes of fields, which peers send padded to 24 (`sizeof` in C): QEMU, DPDK and rust-vmm's `vhost` take no
+    /// other length.
     pub(crate) fn decode(request: &'static str, payload: &[u8]) -> Result<Self, Error> {
         if payload.len() != 20 && payload.len() != 24 {
             return Err(Error::Length { request, expected: 20, found: payload.len() });
@@ -199,6 +200,7 @@ impl InflightDescription {
         out.put_u64(self.mmap_offset);
         out.put_u16(self.num_queues);
         out.put_u16(self.queue_size);
+        out.put_u32(0);
     }
 }
 

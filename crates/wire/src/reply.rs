@@ -2,7 +2,7 @@
 
 use crate::bytes::{Put, Reader};
 use crate::header::frame;
-use crate::payload::{ConfigSpace, FdSlot, InflightDescription, VringState, at_most_one_fd, no_fds};
+use crate::payload::{ConfigSpace, FdSlot, InflightDescription, LogRegion, VringState, at_most_one_fd, no_fds};
 use crate::{Error, Header, HeaderFlags};
 
 /// The shape of a reply.
@@ -12,7 +12,7 @@ pub enum ReplyKind {
     Ack,
     /// One number.
     U64,
-    /// SET_LOG_BASE: one number or nothing; implementations differ.
+    /// SET_LOG_BASE: nothing, one number (libvhost-user) or the log's description (rust-vmm's `vhost`); implementations differ.
     Log,
     /// Ring and base.
     VringState,
@@ -35,6 +35,8 @@ pub enum Reply {
     U64(u64),
     /// Nothing.
     Empty,
+    /// The dirty log as it was described in the request.
+    Log(LogRegion),
     /// Ring and base.
     VringState(VringState),
     /// Part of the configuration space. `None`: the back-end could not serve the request.
@@ -83,10 +85,15 @@ impl Reply {
         match kind {
             ReplyKind::Ack | ReplyKind::U64 => number().map(Reply::U64),
             ReplyKind::Log if payload.is_empty() => Ok(Reply::Empty),
+            ReplyKind::Log if payload.len() == 16 => LogRegion::decode(name, payload).map(Reply::Log),
             ReplyKind::Log => number().map(Reply::U64),
             ReplyKind::VringState => VringState::decode(name, payload).map(Reply::VringState),
             ReplyKind::Config if payload.is_empty() => Ok(Reply::Config(None)),
-            ReplyKind::Config => ConfigSpace::decode(name, payload).map(|config| Reply::Config(Some(config))),
+            // rust-vmm's `vhost` says that it failed with a description of no bytes.
+            ReplyKind::Config => {
+                let config = ConfigSpace::decode(name, payload)?;
+                Ok(Reply::Config(Some(config).filter(|config| !config.bytes.is_empty())))
+            }
             ReplyKind::Inflight => Ok(Reply::Inflight {
                 region: InflightDescription::decode(name, payload)?,
                 fd: at_most_one_fd(name, fds)?,
@@ -104,6 +111,7 @@ impl Reply {
         frame(out, request, HeaderFlags::REPLY, |out| match self {
             Reply::U64(value) => out.put_u64(*value),
             Reply::Empty | Reply::Config(None) => {}
+            Reply::Log(region) => region.encode(out),
             Reply::VringState(state) => state.encode(out),
             Reply::Config(Some(config)) => config.encode(out),
             Reply::Inflight { region, .. } => region.encode(out),

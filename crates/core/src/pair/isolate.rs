@@ -212,6 +212,7 @@ impl Pair {
         }
         self.forget_backend(backend, step.out);
         self.complete_for_guest(trial, used, step);
+        step.memory.drop_private_ring();
         self.next_trial(step);
     }
 

@@ -128,8 +128,6 @@ impl Pair {
         }
         offer.features &= device.virtio_features();
         offer.protocol &= device.protocol_features().bits();
-        // The VMM stops rings one by one instead: a stop has an answer to verify, a reset has none.
-        offer.protocol &= !ProtocolFeatures::RESET_DEVICE.bits();
         self.offer = Some(offer);
         for (id, _) in offers {
             self.admit(id, step);
