@@ -15,7 +15,7 @@ use super::cold::{Reconnect, Restart, Unguarded};
 use super::driver::Shape;
 use super::guarded::{Blackout, Guarded};
 use super::report::Report;
-use super::spread::{Samples, Spread, rounded};
+use super::spread::{Samples, Spread, header, line, rounded};
 use super::workspace::Workspace;
 use crate::rig::rng::Rng;
 use crate::rig::unguarded::{self, Rule};
@@ -290,10 +290,7 @@ fn report(
 
 /// The report for people.
 fn table(report: &Value) -> String {
-    let line = |name: &str, spread: &Value| {
-        format!("{name:<34} {:>10} {:>10} {:>10} {:>6}\n", spread["p50"], spread["p99"], spread["max"], spread["n"])
-    };
-    let mut text = format!("{:<34} {:>10} {:>10} {:>10} {:>6}\n", "silence of the disk, us", "p50", "p99", "max", "n");
+    let mut text = header("silence of the disk, us");
     text += &line("warmswap, planned", &report["planned_us"]);
     text += &line("warmswap, crash", &report["crash_us"]);
     text += &line("cold restart, reconnect at once", &report["cold_restart_us"]);

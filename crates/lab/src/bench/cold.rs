@@ -86,9 +86,7 @@ impl Unguarded {
         self.backend.kill()?;
         let hang_up = self.wait_for_the_end()?;
         let mut restart = Restart { reaped_ns: since(), inflight: self.driver.outstanding(), ..Restart::default() };
-        self.driver.guest.disconnect();
-        let _ = std::fs::remove_file(&self.socket);
-        self.backend = backend::start(&self.qsd.command_line(&self.socket.display().to_string()))?;
+        self.start_backend()?;
         restart.started_ns = since();
         self.connect(how, hang_up)?;
         restart.connected_ns = since();
@@ -134,6 +132,13 @@ impl Unguarded {
                 attempt += RECONNECT_NS;
                 sleep_until(attempt);
             }
+            // An attempt that fails is not free here; a look whether it can succeed is.
+            if how == Reconnect::AtOnce && !self.socket.exists() {
+                ensure!(now_ns() < deadline, "the backend does not listen");
+                self.backend.must_live()?;
+                pause();
+                continue;
+            }
             match self.driver.guest.connect() {
                 Ok(()) => return Ok(()),
                 Err(error) if is_absent(&error) && now_ns() < deadline => self.backend.must_live()?,
@@ -163,7 +168,7 @@ impl Unguarded {
         }
     }
 
-    /// Waits for what is left, counts what does not come, and boots the guest again, for its rings may be broken.
+    /// Waits for what is left, counts what does not come, and begins anew.
     fn count_damage(&mut self, restart: &mut Restart) -> anyhow::Result<()> {
         let duplicated = self.driver.duplicated;
         self.driver.busy = false;
@@ -176,9 +181,26 @@ impl Unguarded {
         }
         restart.lost = self.driver.outstanding();
         restart.duplicated = self.driver.duplicated - duplicated;
-        self.driver.guest.disconnect();
-        self.driver.guest.connect()?;
+        self.begin_anew()
+    }
+
+    /// Another backend and a guest that was just booted: neither rings nor backend remember what went wrong.
+    fn begin_anew(&mut self) -> anyhow::Result<()> {
+        self.backend.kill()?;
+        while !self.backend.is_reaped()? {
+            pause();
+        }
+        self.start_backend()?;
+        self.connect(Reconnect::AtOnce, now_ns())?;
         self.driver.start()
+    }
+
+    /// Starts a backend in the place of one that is gone.
+    fn start_backend(&mut self) -> anyhow::Result<()> {
+        self.driver.guest.disconnect();
+        let _ = std::fs::remove_file(&self.socket);
+        self.backend = backend::start(&self.qsd.command_line(&self.socket.display().to_string()))?;
+        Ok(())
     }
 }
 

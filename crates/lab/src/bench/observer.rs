@@ -16,7 +16,7 @@ use super::backend;
 use super::broker::Broker;
 use super::driver::{Driver, Shape};
 use super::report::Report;
-use super::spread::rounded;
+use super::spread::{header, line, rounded};
 use super::throughput::{self, Waiting};
 use super::usage;
 use super::workspace::Workspace;
@@ -143,10 +143,7 @@ fn table(report: &Value) -> String {
         report["rss_bytes"],
         report["rss_peak_bytes"]
     );
-    let line = |name: &str, spread: &Value| {
-        format!("{name:<20} {:>10} {:>10} {:>10} {:>6}\n", spread["p50"], spread["p99"], spread["max"], spread["n"])
-    };
-    text += &format!("{:<20} {:>10} {:>10} {:>10} {:>6}\n", "answers, stopped, us", "p50", "p99", "max", "n");
+    text += &header("answers while stopped, us");
     text += &line("all", &report["control_answer_us"]);
     for (request, spread) in report["control_answer_by_request_us"].as_object().into_iter().flatten() {
         text += &line(request, spread);

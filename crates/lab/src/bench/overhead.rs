@@ -213,27 +213,30 @@ impl Pairs {
 
 /// The report for people.
 fn table(report: &Value) -> String {
-    let mut text = format!(
-        "{:>6} {:>4} {:>10} {:>22} {:>10} {:>10} {:>22} {:>10} {:>12} {:>12}\n",
-        "queues", "qd", "iops", "range", "(same)", "p99.9", "range", "(same)", "direct/s", "p99.9 us"
-    );
+    const COLUMNS: [(&str, &str); 10] = [
+        ("queues", "queues"),
+        ("qd", "qd"),
+        ("iops", "iops_ratio"),
+        ("range", "iops_ratio_range"),
+        ("(same)", "same_iops_ratio"),
+        ("p99.9", "p999_ratio"),
+        ("range", "p999_ratio_range"),
+        ("(same)", "same_p999_ratio"),
+        ("direct/s", "iops_direct"),
+        ("direct p99.9 us", "p999_direct_us"),
+    ];
+    let mut text: String = COLUMNS.iter().map(|(title, _)| format!("{title:>16}")).collect();
     for cell in report["cells"].as_array().into_iter().flatten() {
-        let range = |name: &str| format!("{}..{}", cell[name][0], cell[name][1]);
-        text += &format!(
-            "{:>6} {:>4} {:>10} {:>22} {:>10} {:>10} {:>22} {:>10} {:>12} {:>12}\n",
-            cell["queues"],
-            cell["qd"],
-            cell["iops_ratio"],
-            range("iops_ratio_range"),
-            cell["same_iops_ratio"],
-            cell["p999_ratio"],
-            range("p999_ratio_range"),
-            cell["same_p999_ratio"],
-            cell["iops_direct"],
-            cell["p999_direct_us"]
-        );
+        text += "\n";
+        for (_, field) in COLUMNS {
+            let value = match &cell[field] {
+                Value::Array(range) => format!("{}..{}", range[0], range[1]),
+                value => value.to_string(),
+            };
+            text += &format!("{value:>16}");
+        }
     }
-    text
+    text + "\n"
 }
 
 #[cfg(test)]

@@ -39,7 +39,8 @@ impl Report {
             println!("{}", self.fields);
         } else {
             print!("{}", table());
-            println!("seed {} commit {}\n{}", self.fields["seed"], self.fields["commit"], self.fields["command"]);
+            let text = |name: &str| self.fields[name].as_str().unwrap_or_default().to_owned();
+            println!("seed {}, commit {}\n{}", self.fields["seed"], text("commit"), text("command"));
         }
     }
 }

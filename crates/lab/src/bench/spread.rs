@@ -61,6 +61,17 @@ impl Samples {
     }
 }
 
+/// The header of a table of spreads.
+pub(super) fn header(title: &str) -> String {
+    format!("{title:<34} {:>10} {:>10} {:>10} {:>6}\n", "p50", "p99", "max", "n")
+}
+
+/// A line of a table of spreads, from a report.
+pub(super) fn line(name: &str, spread: &serde_json::Value) -> String {
+    let [p50, p99, max, n] = ["p50", "p99", "max", "n"].map(|field| spread[field].to_string());
+    format!("{name:<34} {p50:>10} {p99:>10} {max:>10} {n:>6}\n")
+}
+
 /// Rounded to tenths: more digits would claim more than was measured.
 fn tenths(value: f64) -> f64 {
     (value * 10.0).round() / 10.0
