@@ -70,6 +70,7 @@ struct Felt {
     planned_fenced: u32,
     phases: BTreeMap<(&'static str, &'static str), Samples>,
     survivors: u64,
+    waited_for_observer: u32,
 }
 
 /// Restarts of the unguarded device.
@@ -141,6 +142,7 @@ fn side_by_side(args: &Args, workspace: &Workspace) -> anyhow::Result<(Felt, Res
         }
     }
     guarded.shut_down()?;
+    felt.waited_for_observer = guarded.inexact;
     Ok((felt, restarts))
 }
 
@@ -276,6 +278,7 @@ fn report(
     report.set("cold_over_planned", &rounded(cold.p50 / planned.p50, 2))?;
     report.set("planned_drained_us", &felt.planned_drained.spread())?;
     report.set("planned_fenced", &felt.planned_fenced)?;
+    report.set("crash_waited_for_observer", &felt.waited_for_observer)?;
     report.set("crash_survivors", &felt.survivors)?;
     report.set("phases_us", &json!({ "planned": felt.phases("planned"), "crash": felt.phases("crash") }))?;
     report.set("cold_steps_us", &restarts.steps())?;
@@ -308,8 +311,11 @@ fn table(report: &Value) -> String {
         text += &line(&format!("  crash, {} MiB", row["mib"]), &row["crash_us"]);
     }
     text += &format!(
-        "cold / crash {} (p50), cold / planned {}; planned but fenced: {}\n",
-        report["cold_over_crash"], report["cold_over_planned"], report["planned_fenced"]
+        "cold / crash {} (p50), cold / planned {}; planned but fenced: {}; crashes put off because the observer was inexact: {}\n",
+        report["cold_over_crash"],
+        report["cold_over_planned"],
+        report["planned_fenced"],
+        report["crash_waited_for_observer"]
     );
     text += &format!("lost by rule: {}\nlost in these restarts: {}\n", report["lost_by_rule"], report["lost_here"]);
     text
