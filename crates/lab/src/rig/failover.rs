@@ -18,6 +18,10 @@ const LOAD_BEFORE_NS: u64 = 3_000_000;
 /// Of 100 failovers, in how many nothing is submitted from the injection on: then no later kick or call can heal a lost
 /// one.
 const QUIET_PERCENT: u64 = 40;
+/// Of 100 crashes, how many come between a completion and its call.
+const SWALLOW_PERCENT: u64 = 30;
+/// How long a process may take to stop.
+const STOPPED_NS: u64 = 5_000_000;
 /// How often a status may name a process that is gone.
 const STALE_MAX: usize = 1000;
 /// Of 100 planned failovers, how many are asked for without waiting for the shadow.
@@ -112,7 +116,13 @@ fn strike(
     let crash_too = detail.is_multiple_of(2);
     match kind {
         Kind::Planned | Kind::Now => world.broker.ask_failover(kind == Kind::Now)?,
-        Kind::Crash => before.primary.signal(Signal::KILL)?,
+        Kind::Crash => {
+            if detail / 10_000 % 100 < SWALLOW_PERCENT && !vmm::any_masked(world) {
+                swallow_calls(world, &before.primary)?;
+                tally.behaviour("swallow-calls");
+            }
+            before.primary.signal(Signal::KILL)?;
+        }
         Kind::Stop => before.primary.signal(Signal::STOP)?,
         Kind::Spin => make_it_spin(before.primary.pid()).context("making the primary spin")?,
         Kind::Shadow => {
@@ -141,6 +151,18 @@ fn strike(
     tally.waited("end", now_ns() - start);
     let timed = !raced && !vmm::any_masked(world);
     after(world, Seen { kind, inflight, timed, blackout_ns: None, report: ended }, tally)
+}
+
+/// Makes the primary die between publishing completions and calling: it is stopped first, and calls it has sent already are
+/// taken away unseen.
+fn swallow_calls(world: &mut World, primary: &Target) -> anyhow::Result<()> {
+    primary.signal(Signal::STOP)?;
+    let deadline = now_ns() + STOPPED_NS;
+    while !primary.is_stopped() && now_ns() < deadline {
+        std::hint::spin_loop();
+    }
+    world.guest.queues.iter().for_each(|queue| drop(queue.call_fd().take()));
+    Ok(())
 }
 
 /// Waits until the broker says that the failover has ended.

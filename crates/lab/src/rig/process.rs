@@ -28,6 +28,11 @@ impl Target {
         self.pid
     }
 
+    /// Whether SIGSTOP has taken effect.
+    pub(crate) fn is_stopped(&self) -> bool {
+        stat(self.pid).is_some_and(|(state, _)| state == 'T')
+    }
+
     /// Sends a signal.
     pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         rustix::process::pidfd_send_signal(&self.pidfd, signal)
