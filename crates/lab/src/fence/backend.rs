@@ -22,6 +22,11 @@ impl Engine {
             Engine::Threads => "threads",
         }
     }
+
+    /// Whether every request goes to the kernel at once. A thread pool keeps those for which it has no thread to itself.
+    pub(super) fn submits_at_once(self) -> bool {
+        self != Engine::Threads
+    }
 }
 
 /// The command line for `warmswap guard`.

@@ -123,9 +123,10 @@ impl<'a> Oracle<'a> {
         Ok(())
     }
 
-    /// Completions that the dead primary still made do not end the silence.
-    pub(super) fn forget_first_completion(&mut self) {
+    /// What was completed or landed so far was so before the kill.
+    pub(super) fn begin_silence(&mut self) {
         self.first_completion_ms = None;
+        self.items.iter_mut().for_each(|item| item.landed_ms = None);
     }
 
     fn complete(&mut self, completion: &Completion, queue: &mut BlkQueue) {
@@ -184,6 +185,9 @@ impl<'a> Oracle<'a> {
 
     /// What arrives while its request is in flight is not late; the last of it is what the fence has to wait for.
     fn look_for_landings(&mut self, queue: &BlkQueue, after_kill_ms: f64) {
+        if self.first_completion_ms.is_some() {
+            return;
+        }
         for (slot, item) in (0..).zip(&mut self.items) {
             if item.done || item.landed_ms.is_some() {
                 continue;
@@ -219,7 +223,7 @@ impl<'a> Oracle<'a> {
         Findings {
             late: self.settled.into_iter().filter_map(|settled| settled.late).collect(),
             wrong: self.wrong,
-            landed_in_time: landed.len(),
+            landed: landed.len(),
             last_landing_ms: landed.into_iter().fold(0.0, f64::max),
             first_completion_ms: self.first_completion_ms,
         }
@@ -233,8 +237,9 @@ pub(super) struct Findings {
     pub(super) late: Vec<LateWrite>,
     /// Other mistakes: statuses, contents of reads.
     pub(super) wrong: Vec<String>,
-    /// Requests whose data was seen to arrive while they were in flight.
-    pub(super) landed_in_time: usize,
+    /// Requests whose data was seen to arrive after the kill and before any completion. All of the dead primary's, where the
+    /// fence holds; some of the shadow's are among them, for a look may fall between its data and its completion.
+    pub(super) landed: usize,
     /// When the last of these arrived, after the kill.
     pub(super) last_landing_ms: f64,
     /// When the guest got the first completion after the kill.

@@ -17,15 +17,24 @@ use crate::guest::Guest;
 /// A failover that takes longer does not work.
 const FAILOVER_MAX: Duration = Duration::from_secs(10);
 
-/// Lengths of the phase Fencing in microseconds.
+/// One failover in microseconds.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sample {
+    /// The phase Fencing: what of the proof was not done at the first look.
+    pub(super) fencing: f64,
+    /// All phases: the proof's own time is in the one that follows it.
+    pub(super) blackout: f64,
+}
+
+/// Failovers of each kind, in turn.
 #[derive(Debug, Default)]
 pub(super) struct Cost {
     /// io_uring, locks watched.
-    pub(super) locks: Vec<f64>,
+    pub(super) locks: Vec<Sample>,
     /// io_uring, proof skipped.
-    pub(super) unproved: Vec<f64>,
+    pub(super) unproved: Vec<Sample>,
     /// Threads.
-    pub(super) threads: Vec<f64>,
+    pub(super) threads: Vec<Sample>,
     /// The evidence of the last failover with locks.
     pub(super) evidence: String,
 }
@@ -68,15 +77,18 @@ impl Subject {
         Ok(Subject { guest, broker, _disk: disk, evidence: String::new() })
     }
 
-    /// Kills an idle primary that has served, and returns how long the fence took.
-    fn kill(&mut self) -> anyhow::Result<f64> {
+    /// Kills an idle primary that has served, and returns how long the failover took.
+    fn kill(&mut self) -> anyhow::Result<Sample> {
         let primary = self.broker.protected_primary()?;
         read_once(&mut self.guest.queues[0])?;
         let last = self.broker.status()?["last_failover"]["id"].take();
         primary.signal(Signal::KILL)?;
         let failover = self.next_failover(&last).with_context(|| self.broker.last_words())?;
         failover["evidence"].as_str().unwrap_or_default().clone_into(&mut self.evidence);
-        failover["phases_us"]["Fencing"].as_f64().context("a failover without the phase Fencing")
+        Ok(Sample {
+            fencing: failover["phases_us"]["Fencing"].as_f64().context("a failover without the phase Fencing")?,
+            blackout: failover["blackout_us"].as_f64().context("a failover without its length")?,
+        })
     }
 
     fn next_failover(&mut self, last: &Value) -> anyhow::Result<Value> {

@@ -6,7 +6,7 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use super::Args;
-use super::probe::Cost;
+use super::probe::{Cost, Sample};
 use super::round::{Round, tenths};
 
 /// How the broker met a backend whose death could not be proved harmless.
@@ -55,13 +55,13 @@ impl Report {
             "late_writes": self.late_writes(),
             "late_writes_sabotaged": late(&self.sabotaged),
             "fence_wait_ms": { "p50": tenths(median(&waits)), "max": tenths(max(&waits)) },
-            "probe_cost_us": tenths(median(&self.cost.locks) - median(&self.cost.unproved)),
+            "probe_cost_us": self.probe_cost_us(),
             "refused_without_locks": self.refused.refused,
             "refusal": { "exit_code": self.refused.code, "message": self.refused.message },
-            "fencing_us": {
-                "io_uring_locks": tenths(median(&self.cost.locks)),
-                "io_uring_unproved": tenths(median(&self.cost.unproved)),
-                "threads": tenths(median(&self.cost.threads)),
+            "idle_kills": {
+                "io_uring_locks": medians(&self.cost.locks),
+                "io_uring_unproved": medians(&self.cost.unproved),
+                "threads": medians(&self.cost.threads),
                 "n": self.cost.locks.len(),
                 "evidence": self.cost.evidence,
             },
@@ -78,6 +78,13 @@ impl Report {
             "command": format!("cargo run -rq -p lab -- fence --rounds {} --seed {} --age-ms {} --probes {} --json",
                 args.rounds, args.seed, args.age_ms, args.probes),
         })
+    }
+
+    /// What the proof adds to the blackout: the same engine with and without it, killed one after the other.
+    fn probe_cost_us(&self) -> f64 {
+        let pairs = self.cost.locks.iter().zip(&self.cost.unproved);
+        let added: Vec<f64> = pairs.map(|(proved, unproved)| proved.blackout - unproved.blackout).collect();
+        tenths(median(&added))
     }
 
     /// Late writes past the broker as shipped, with whatever engine.
@@ -120,6 +127,11 @@ pub(super) fn line(round: &Round) -> String {
         round.findings.late.len(),
         round.failover["evidence"].as_str().unwrap_or_default()
     )
+}
+
+fn medians(samples: &[Sample]) -> Value {
+    let of = |value: fn(&Sample) -> f64| tenths(median(&samples.iter().map(value).collect::<Vec<_>>()));
+    json!({ "fencing_us": of(|sample| sample.fencing), "blackout_us": of(|sample| sample.blackout) })
 }
 
 fn late(rounds: &[Round]) -> usize {

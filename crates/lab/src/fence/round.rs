@@ -74,7 +74,7 @@ impl Round {
             "wrong": findings.wrong,
             "exit_ms": tenths(self.exit_ms),
             "fence_wait_ms": tenths(self.fence_wait_ms()),
-            "landed_in_time": findings.landed_in_time,
+            "landed_before_completion": findings.landed,
             "last_landing_ms": tenths(findings.last_landing_ms),
             "guest_blackout_ms": findings.first_completion_ms.map(tenths),
             "failover": self.failover,
@@ -116,7 +116,8 @@ fn kill_and_watch(
     let oracle = Oracle::new(disk, each, rng);
     let drain = Duration::from_secs_f64(f64::from(each) * EXTENT as f64 / RATE as f64);
     let mut watch = Watch { queue: &mut guest.queues[0], oracle, primary, drain };
-    watch.load(&throttle)?;
+    let expected = if plan.engine.submits_at_once() { watch.oracle.bytes() } else { EXTENT as u64 };
+    watch.load(&throttle, expected)?;
     pause(Duration::from_micros(rng.below(KILL_DELAY_MAX_US)))?;
     let round = watch.kill(broker)?;
     Ok((round, throttle))
@@ -157,11 +158,11 @@ struct Watch<'a> {
 }
 
 impl Watch<'_> {
-    /// Submits everything and waits until all of it is in the kernel, behind the throttle.
-    fn load(&mut self, throttle: &Throttle) -> anyhow::Result<()> {
+    /// Submits everything and waits until `expected` bytes of it are in the kernel, behind the throttle.
+    fn load(&mut self, throttle: &Throttle, expected: u64) -> anyhow::Result<()> {
         ensure!(self.oracle.submit(self.queue), "the ring is full");
         let deadline = Instant::now() + ROUND_MAX;
-        while throttle.arrived()? < self.oracle.bytes() {
+        while throttle.arrived()? < expected {
             self.oracle.step(self.queue, 0.0)?;
             ensure!(Instant::now() < deadline, "only {} bytes came to the throttle", throttle.arrived()?);
             pause(LOOK_EVERY)?;
@@ -173,7 +174,7 @@ impl Watch<'_> {
         self.oracle.step(self.queue, 0.0)?;
         let in_flight = self.oracle.in_flight();
         ensure!(in_flight > 0, "nothing was in flight: the disk is too fast");
-        self.oracle.forget_first_completion();
+        self.oracle.begin_silence();
         self.primary.signal(Signal::KILL)?;
         let killed = Instant::now();
         let exit_ms = self.watch(killed)?;
