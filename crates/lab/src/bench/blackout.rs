@@ -67,6 +67,8 @@ struct Felt {
     planned: Samples,
     planned_drained: Samples,
     crash: Samples,
+    crash_ended: Samples,
+    crash_rest: Samples,
     planned_fenced: u32,
     phases: BTreeMap<(&'static str, &'static str), Samples>,
     survivors: u64,
@@ -210,6 +212,8 @@ impl Felt {
 
     fn add_crash(&mut self, blackout: &Blackout) {
         self.crash.push_ns(blackout.felt_ns);
+        self.crash_ended.push_ns(blackout.ended_ns);
+        self.crash_rest.push_ns(blackout.felt_ns - blackout.ended_ns);
         self.survivors += blackout.report["survivors"].as_u64().unwrap_or(0);
         self.add_phases("crash", blackout);
     }
@@ -281,6 +285,8 @@ fn report(
     report.set("crash_waited_for_observer", &felt.waited_for_observer)?;
     report.set("crash_survivors", &felt.survivors)?;
     report.set("phases_us", &json!({ "planned": felt.phases("planned"), "crash": felt.phases("crash") }))?;
+    let crash_steps = json!({ "ended": felt.crash_ended.spread(), "first_completion": felt.crash_rest.spread() });
+    report.set("crash_steps_us", &crash_steps)?;
     report.set("cold_steps_us", &restarts.steps())?;
     report.set("memory", &memory)?;
     report.set("lost_by_rule", lost_by_rule)?;
@@ -302,6 +308,9 @@ fn table(report: &Value) -> String {
         for phase in PHASES {
             text += &line(&format!("  {kind}: {phase}"), &report["phases_us"][kind][phase]);
         }
+    }
+    for step in ["ended", "first_completion"] {
+        text += &line(&format!("  crash: {step}"), &report["crash_steps_us"][step]);
     }
     for step in ["reaped", "executed", "connected", "first_completion"] {
         text += &line(&format!("  cold: {step}"), &report["cold_steps_us"][step]);

@@ -140,12 +140,23 @@ impl Unguarded {
                 continue;
             }
             match self.driver.guest.connect() {
-                Ok(()) => return Ok(()),
+                Ok(()) => return self.give_calls(),
                 Err(error) if is_absent(&error) && now_ns() < deadline => self.backend.must_live()?,
                 Err(error) => return Err(error).context("reconnecting"),
             }
             pause();
         }
+    }
+
+    /// QEMU gives call descriptors when it connects, before anything runs (`vhost_virtqueue_init`). A backend that found a
+    /// kick before its call would give up.
+    fn give_calls(&mut self) -> anyhow::Result<()> {
+        let queues = std::mem::take(&mut self.driver.guest.queues);
+        let given = queues.iter().try_for_each(|queue| {
+            self.driver.guest.front().and_then(|front| front.set_call(queue.index(), queue.call_fd()))
+        });
+        self.driver.guest.queues = queues;
+        given
     }
 
     /// QEMU's rule (`virtio_queue_split_restore_last_avail_idx`). It kicks what may be waiting.

@@ -43,6 +43,8 @@ pub(super) struct Guarded {
 pub(super) struct Blackout {
     /// What the guest felt.
     pub(super) felt_ns: u64,
+    /// Of this, until the last thread of a killed primary was gone.
+    pub(super) ended_ns: u64,
     /// The broker's report.
     pub(super) report: Value,
 }
@@ -128,7 +130,7 @@ impl Guarded {
             self.turn(&mut |at| silence.broken(at))?;
             ensure!(now_ns() < asked + SILENCE_NS, "no completion\n{}", self.broker.last_words());
         }
-        Ok(Blackout { felt_ns: silence.longest_ns, report })
+        Ok(Blackout { felt_ns: silence.longest_ns, ended_ns: 0, report })
     }
 
     /// A primary that is killed after `load_ns` of load.
@@ -144,6 +146,7 @@ impl Guarded {
             self.turn(&mut |_| {})?;
             ensure!(now_ns() < killed + SILENCE_NS, "process {pid} survives SIGKILL");
         }
+        let ended_ns = now_ns() - killed;
         // What it completed last.
         self.driver.poll(&mut |_| {})?;
         let mut first = None;
@@ -156,7 +159,7 @@ impl Guarded {
         let report = self.report_after(&before)?;
         self.must_be_settled(&report, "crash")?;
         let felt_ns = first.expect("the loop waited for it") - killed;
-        Ok(Blackout { felt_ns, report })
+        Ok(Blackout { felt_ns, ended_ns, report })
     }
 
     /// The report of the failover that ended since the status `before`.
