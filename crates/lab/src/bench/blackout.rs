@@ -190,7 +190,7 @@ fn unguarded(args: &Args, workspace: &Workspace) -> anyhow::Result<Unguarded> {
     let qsd = backend::on_file(image, 1, args.engine);
     let socket = directory.join("backend.sock");
     let shape = Shape { memory_mib: args.guest_mib, depth: args.depth, ..Shape::at(socket) };
-    Unguarded::boot(qsd, &shape, Rng::new(args.common.seed, 4))
+    Unguarded::boot(qsd, &shape, &Rng::new(args.common.seed, 4))
 }
 
 fn shuffle(kinds: &mut [Kind], choices: &mut Rng) {

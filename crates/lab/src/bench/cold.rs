@@ -62,7 +62,7 @@ pub(super) struct Unguarded {
 
 impl Unguarded {
     /// Starts `qsd` and boots a guest of `shape` on it.
-    pub(super) fn boot(qsd: Qsd, shape: &Shape, rng: Rng) -> anyhow::Result<Self> {
+    pub(super) fn boot(qsd: Qsd, shape: &Shape, rng: &Rng) -> anyhow::Result<Self> {
         let socket = shape.socket.clone();
         let _ = std::fs::remove_file(&socket);
         let mut backend = backend::start(&qsd.command_line(&socket.display().to_string()))?;

@@ -138,7 +138,7 @@ impl Devices {
 
 fn measure(args: &Args, devices: &mut Devices, queues: u16, depth: u16, choices: &mut Rng) -> anyhow::Result<Cell> {
     let shape = |socket| Shape { memory_mib: GUEST_MIB, queues, depth, ..Shape::at(socket) };
-    let mut direct = devices.direct.boot(&shape(devices.direct.socket.clone()), Rng::new(args.common.seed, 2))?;
+    let mut direct = devices.direct.boot(&shape(devices.direct.socket.clone()), &Rng::new(args.common.seed, 2))?;
     let guarded = Driver::boot(&shape(devices.broker.socket()), Rng::new(args.common.seed, 2));
     let mut guarded = guarded.with_context(|| devices.broker.last_words())?;
     let mut pairs = Pairs::default();
@@ -166,7 +166,7 @@ fn measure(args: &Args, devices: &mut Devices, queues: u16, depth: u16, choices:
 
 impl Direct {
     /// Boots a guest. QSD takes one client at a time, so it is tried until the last one is forgotten.
-    fn boot(&mut self, shape: &Shape, rng: Rng) -> anyhow::Result<Driver> {
+    fn boot(&mut self, shape: &Shape, rng: &Rng) -> anyhow::Result<Driver> {
         let deadline = now_ns() + SILENCE_NS;
         loop {
             match Driver::boot(shape, rng.clone()) {

@@ -59,7 +59,10 @@ pub(super) fn measure(driver: &mut Driver, waiting: Waiting, seconds: f64) -> an
 /// Sleeps until any queue calls, at most 10 ms.
 fn wait_for_call(driver: &mut Driver) -> anyhow::Result<()> {
     let queues = &mut driver.guest.queues;
-    let quiet = queues.iter_mut().fold(true, |quiet, queue| queue.enable_calls() && quiet);
+    let mut quiet = true;
+    for queue in queues.iter_mut() {
+        quiet &= queue.enable_calls();
+    }
     if quiet {
         let mut fds: Vec<PollFd<'_>> =
             queues.iter().map(|queue| PollFd::from_borrowed_fd(queue.call_fd().as_fd(), PollFlags::IN)).collect();
