@@ -1,7 +1,8 @@
 //! This codec against rust-vmm's `vhost` crate, over real sockets, in both directions and on both channels.
 //!
 //! Where the two differ on purpose the test says so: `vhost` sends an eight-byte SET_LOG_BASE where LOG_SHMFD is not negotiated
-//! (QEMU sends sixteen), and attaches a descriptor to SHARED_OBJECT_LOOKUP.
+//! (QEMU sends sixteen), and attaches a descriptor to SHARED_OBJECT_LOOKUP. Not tried is the empty reply that refuses GET_CONFIG:
+//! its front-end waits for ever for the length it asked for, whatever the header says, its own back-end's refusal included.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -34,7 +35,7 @@ struct Peer {
 
 impl Peer {
     fn new(stream: UnixStream) -> Self {
-        stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a socket has a timeout");
+        stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a socket has a timeout");
         Peer { stream, fds: Vec::new() }
     }
 
@@ -124,6 +125,7 @@ struct Front {
 impl Front {
     fn new(need_reply: bool) -> Self {
         let (theirs, ours) = UnixStream::pair().expect("a pair of sockets");
+        theirs.set_read_timeout(Some(Duration::from_secs(10))).expect("a socket has a timeout");
         let mut front = Front { theirs: Frontend::from_stream(theirs, 4), ours: Peer::new(ours) };
         let all = ProtocolFeatures::all().bits();
         let (got, _) = front.exchange(|it| it.get_features(), Some(Reply::U64(FEATURES)));
@@ -247,8 +249,6 @@ fn our_replies_are_understood_by_their_front_end() {
         let ask = |it: &mut Frontend| it.get_config(8, 4, VhostUserConfigFlags::empty(), &[0; 4]);
         let (got, request) = front.exchange(ask, Some(Reply::Config(Some(config))));
         assert_eq!((got.expect("bytes").1, request), (vec![1, 2, 3, 4], Request::GetConfig(wanted)));
-        let (got, _) = front.exchange(ask, Some(Reply::Config(None)));
-        assert!(got.is_err(), "no bytes are a failure");
         let slot = front.ours.slot(file());
         let region = InflightDescription { mmap_size: 8192, mmap_offset: 0, num_queues: 2, queue_size: 128 };
         let asked = VhostUserInflight::new(0, 0, 2, 128);
