@@ -199,7 +199,8 @@ impl FrontEnd {
         if !self.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
             let fds: Vec<BorrowedFd<'_>> = memory.table().map(|(_, fd)| fd).collect();
             let table = memory.table().enumerate().map(|(index, (region, _))| (region, FdSlot(index as u32))).collect();
-            return self.acknowledged(&Request::SetMemTable(table), &fds);
+            self.acknowledged(&Request::SetMemTable(table), &fds)?;
+            return self.settle_memory();
         }
         let wanted: Vec<MemoryRegion> = memory.table().map(|(region, _)| region).collect();
         for region in self.shared.iter().filter(|region| !wanted.contains(region)).copied().collect::<Vec<_>>() {
@@ -209,7 +210,12 @@ impl FrontEnd {
             self.acknowledged(&Request::AddMemReg { region, fd: Some(FdSlot(0)) }, &[fd])?;
         }
         self.shared = wanted;
-        Ok(())
+        self.settle_memory()
+    }
+
+    /// Without acknowledgements a request into new memory could reach the device before the memory does.
+    fn settle_memory(&mut self) -> anyhow::Result<()> {
+        if self.wanted.acks == Acks::None { self.synchronise() } else { Ok(()) }
     }
 
     /// Sets up one ring and starts it: NUM, BASE, ADDR, KICK, CALL.

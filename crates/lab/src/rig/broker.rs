@@ -71,7 +71,7 @@ impl Broker {
         let log = std::fs::File::create(directory.join("broker.log"))?;
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         let mut child = die_with_parent(&mut command).spawn().context("starting the broker")?;
-        let ready = wait_until_ready(&mut child).with_context(|| log_tail(&directory));
+        let ready = wait_until_ready(&mut child).with_context(|| log_tail(&directory, LOG_LINES));
         if let Err(error) = ready {
             let _ = child.kill();
             let _ = child.wait();
@@ -158,7 +158,7 @@ impl Broker {
 
     /// Ends it as an operator does and waits until it is gone.
     pub(crate) fn end(mut self) -> anyhow::Result<()> {
-        self.terminate().with_context(|| log_tail(&self.directory))
+        self.terminate().with_context(|| log_tail(&self.directory, LOG_LINES))
     }
 
     fn terminate(&mut self) -> anyhow::Result<()> {
@@ -179,10 +179,15 @@ impl Broker {
         Ok(())
     }
 
+    /// The last few events.
+    pub(crate) fn last_events(&self) -> String {
+        log_tail(&self.directory, LOG_LINES / 3)
+    }
+
     /// Its last status and the last events, as its log has them, for the report of a failure.
     pub(crate) fn last_words(&self) -> String {
         let status = self.latest.as_ref().map(|(_, status)| format!("{status:?}")).unwrap_or_default();
-        format!("last status: {status}\n{}", log_tail(&self.directory))
+        format!("last status: {status}\n{}", log_tail(&self.directory, LOG_LINES))
     }
 }
 
@@ -211,8 +216,8 @@ fn wait_until_ready(child: &mut Child) -> anyhow::Result<()> {
     }
 }
 
-fn log_tail(directory: &Path) -> String {
+fn log_tail(directory: &Path, count: usize) -> String {
     let log = std::fs::read_to_string(directory.join("broker.log")).unwrap_or_default();
     let lines: Vec<&str> = log.lines().collect();
-    format!("end of the broker's log:\n{}", lines[lines.len().saturating_sub(LOG_LINES)..].join("\n"))
+    format!("end of the broker's log:\n{}", lines[lines.len().saturating_sub(count)..].join("\n"))
 }

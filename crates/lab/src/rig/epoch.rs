@@ -45,7 +45,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) direct_possible: bool,
     /// More options for `guard`.
     pub(crate) guard: &'a [String],
-    /// Say the options of every guest.
+    /// Say the options of every guest and everything that is done.
     pub(crate) verbose: bool,
 }
 
@@ -79,7 +79,7 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally) -> anyhow::Result<()> {
     let session = next_session(plan, &mut options, &choices)?;
     let load = Load::new(Ledger::new(device, blocks), plan.stream(2), session.mix(false));
     let socket = Broker::socket(plan.directory);
-    let mut world = World::new(broker, load, plan.stream(1), session, plan.behaviours, socket)?;
+    let mut world = World::new(broker, load, plan.stream(1), session, plan.behaviours, plan.verbose, socket)?;
     let ended = sessions(plan, &choices, &mut options, &mut world, tally);
     tally.requests += world.load.completed;
     let World { broker, mut load, .. } = match ended {
@@ -146,17 +146,14 @@ fn sessions(
     }
 }
 
-/// What the broker holds without a VMM. With `baseline`, waits a while for it to come back to that.
+/// What the broker holds without a VMM, once its pair is whole again. With `baseline`, waits a while for it to come back to
+/// that.
 fn holdings(world: &mut World, baseline: Option<&Holdings>) -> anyhow::Result<Holdings> {
     let mut now = Holdings::default();
     for _ in 0..SETTLE_TRIES {
+        let whole = world.broker_is_protected()?;
         now = Holdings::of(world.broker.pid())?;
-        let settled = match baseline {
-            Some(before) => !is_more(before, &now),
-            // Primary and shadow: the pair is whole again.
-            None => now.children >= 2 && now.zombies == 0 && world.broker_is_protected()?,
-        };
-        if settled {
+        if whole && now.zombies == 0 && baseline.is_none_or(|before| excess(before, &now) == 0) {
             break;
         }
         std::thread::sleep(std::time::Duration::from_millis(5));
@@ -164,27 +161,23 @@ fn holdings(world: &mut World, baseline: Option<&Holdings>) -> anyhow::Result<Ho
     Ok(now)
 }
 
-fn is_more(before: &Holdings, now: &Holdings) -> bool {
-    now.fds > before.fds || now.children > before.children || now.zombies > 0
-}
-
-/// Counts what the broker holds more than after the epoch's first guest.
-fn count_leaks(before: &Holdings, now: &Holdings, tally: &mut Tally) {
-    // One more of a kind may be something made on first use and kept; two more are a leak.
+/// How many things more a broker holds than before. One more descriptor of a kind may be something made on first use and kept;
+/// two more are a leak.
+fn excess(before: &Holdings, now: &Holdings) -> usize {
     let more_of_kind = now
         .fd_kinds
         .iter()
         .map(|(kind, count)| count.saturating_sub(before.fd_kinds.get(kind).copied().unwrap_or(0)).saturating_sub(1));
-    let more = [
-        more_of_kind.sum(),
-        now.children.saturating_sub(before.children),
-        now.zombies,
-        usize::from(now.anonymous_bytes > before.anonymous_bytes + GROWTH_MAX_BYTES),
-    ];
-    let leaks: usize = more.iter().sum();
+    let grown = now.anonymous_bytes > before.anonymous_bytes + GROWTH_MAX_BYTES;
+    more_of_kind.sum::<usize>() + now.children.saturating_sub(before.children) + now.zombies + usize::from(grown)
+}
+
+/// Counts what the broker holds more than after the epoch's first guest.
+fn count_leaks(before: &Holdings, now: &Holdings, tally: &mut Tally) {
+    let leaks = excess(before, now);
     if leaks > 0 {
         tally.leaks += leaks as u64;
-        tally.verdict.note(|| format!("the broker holds more than before: {before:?}, now {now:?}"));
+        tally.verdict.note(|| format!("the broker holds more than before: {now:?}, before {before:?}"));
     }
 }
 

@@ -85,7 +85,7 @@ pub(crate) fn inject(world: &mut World, kind: Kind, tally: &mut Tally) -> anyhow
     let unasked = status.failovers.settled.saturating_sub(known);
     if unasked > 0 {
         tally.unasked += unasked;
-        eprintln!("  {unasked} failovers nobody asked for; the last: {:?}", status.last_failover);
+        eprintln!("  {unasked} failovers nobody asked for; {}", world.broker.last_events());
     }
     world.settled = status.failovers.settled;
     if matches!(kind, Kind::Stop | Kind::Spin | Kind::Poison) {
@@ -113,6 +113,7 @@ fn strike(
     let start = now_ns();
     world.load.start_gap(start);
     let inflight = world.held_by_device();
+    world.say(format_args!("{kind}: {inflight} in flight, primary {}", before.primary.pid()));
     let crash_too = detail.is_multiple_of(2);
     match kind {
         Kind::Planned | Kind::Now => world.broker.ask_failover(kind == Kind::Now)?,
@@ -161,7 +162,9 @@ fn swallow_calls(world: &mut World, primary: &Target) -> anyhow::Result<()> {
     while !primary.is_stopped() && now_ns() < deadline {
         std::hint::spin_loop();
     }
-    world.guest.queues.iter().for_each(|queue| drop(queue.call_fd().take()));
+    for queue in &world.guest.queues {
+        queue.call_fd().take();
+    }
     Ok(())
 }
 

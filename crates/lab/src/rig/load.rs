@@ -447,11 +447,6 @@ impl Load {
         }
     }
 
-    /// Slots of a queue that are idle now.
-    pub(crate) fn idle_slots(&self, queue: usize) -> &[Slot] {
-        &self.queues[queue].idle
-    }
-
     /// Compares the whole image with the ledger.
     pub(crate) fn check_image(&mut self, image: &std::path::Path) -> anyhow::Result<()> {
         use std::io::Read as _;

@@ -91,7 +91,7 @@ pub(crate) struct Args {
     /// Only the control: no broker, kills, reconnect by the VMMs' rules.
     #[arg(long)]
     no_guard: bool,
-    /// Print the options of every guest.
+    /// Print the options of every guest and everything that is done.
     #[arg(long, short)]
     verbose: bool,
     /// One more option for `warmswap guard`; may be repeated.

@@ -125,6 +125,7 @@ pub(crate) fn between_failovers(world: &mut World, tally: &mut Tally) -> anyhow:
     let detail = world.choices.next();
     let Some(behaviour) = Behaviour::choose(&world.behaviours, false, draw) else { return Ok(()) };
     tally.behaviour(behaviour.name());
+    world.say(behaviour);
     play(world, behaviour, detail).with_context(|| format!("the VMM's {behaviour}"))
 }
 
@@ -135,6 +136,7 @@ pub(crate) fn race(world: &mut World, detail: u64, tally: &mut Tally) -> anyhow:
         return Ok(false);
     }
     tally.behaviour(behaviour.name());
+    world.say(behaviour);
     play(world, behaviour, detail / 100).with_context(|| format!("the VMM's {behaviour}"))?;
     Ok(true)
 }

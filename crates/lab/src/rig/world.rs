@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use warmswap_wire::VirtioFeatures;
 
 use super::broker::Broker;
-use super::control::DeviceStatus;
+use super::control::{BackendStatus, DeviceStatus};
 use super::load::{Load, Pace};
 use super::options::SessionChoices;
 use super::rng::Rng;
@@ -46,6 +46,8 @@ pub(crate) struct World {
     pub(crate) session: SessionChoices,
     /// What its VMM may do.
     pub(crate) behaviours: Vec<Behaviour>,
+    /// Say everything that is done.
+    verbose: bool,
     /// Settled failovers the rig knows of.
     pub(crate) settled: u64,
     /// A backend was killed where it need not lead to a failover: take the broker's count as it is next time.
@@ -61,6 +63,7 @@ impl World {
         choices: Rng,
         session: SessionChoices,
         behaviours: &[Behaviour],
+        verbose: bool,
         socket: PathBuf,
     ) -> anyhow::Result<Self> {
         let guest = boot(&session, &mut load, socket)?;
@@ -72,10 +75,19 @@ impl World {
             choices,
             session,
             behaviours: behaviours.to_vec(),
+            verbose,
             settled: 0,
             resynchronise: false,
             looked_ns: now_ns(),
         })
+    }
+
+    /// Says what is done, with the time, where that is wanted.
+    pub(crate) fn say(&self, what: impl std::fmt::Display) {
+        if self.verbose {
+            let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+            eprintln!("  {:02}.{:06} {what}", now.tv_sec % 60, now.tv_nsec / 1000);
+        }
     }
 
     /// Boots another guest in the place of the one that is gone.
@@ -189,7 +201,9 @@ impl World {
             std::thread::sleep(std::time::Duration::from_micros(200));
         }
         let status = self.broker.status_since(since).expect("the loop waited for it");
-        Ok(status.shadow.as_ref().is_some_and(|shadow| shadow.state == "ready"))
+        let has_process = |backend: &Option<BackendStatus>| backend.as_ref().is_some_and(|it| it.pid.is_some());
+        let ready = status.shadow.as_ref().is_some_and(|shadow| shadow.state == "ready");
+        Ok(ready && has_process(&status.primary))
     }
 
     /// Requests the device holds at this instant, by the indices in the rings.
