@@ -210,6 +210,8 @@ pub(crate) struct Trial {
     pub(crate) began: Nanos,
     /// The backend is being fenced; the verdict follows.
     pub(crate) over: bool,
+    /// The VMM has stopped the ring: the verdict concerns nobody any more.
+    pub(crate) abandoned: bool,
 }
 
 impl Failover {

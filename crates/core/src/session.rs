@@ -114,6 +114,13 @@ impl Session {
         MemoryTable { regions: self.memory.iter().map(|(region, _)| *region).collect() }
     }
 
+    /// Whether a write to the configuration space can still be recorded: it replaces one at the same place, or there is room.
+    #[must_use]
+    pub fn has_room_for(&self, config: &ConfigSpace) -> bool {
+        let same = |old: &ConfigSpace| old.offset == config.offset && old.bytes.len() == config.bytes.len();
+        self.config_writes.len() < codec::CONFIG_WRITES_MAX as usize || self.config_writes.iter().any(same)
+    }
+
     /// Records a request that only changes the record. Descriptors that it replaces are closed.
     ///
     /// Requests that ask, start, stop or end something are not recorded here; the pair handles them.

@@ -1,6 +1,6 @@
 //! Guest memory made of plain bytes, for tests of this crate.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use warmswap_wire::ring::{Descriptor, Layout, UsedElem};
 use warmswap_wire::{FdSlot, LogRegion, MemoryRegion};
@@ -52,6 +52,8 @@ impl PlainRing {
 pub(crate) struct PlainMemory {
     pub(crate) rings: HashMap<u32, PlainRing>,
     pub(crate) regions: Vec<MemoryRegion>,
+    /// Rings that were forgotten: they read as zero.
+    pub(crate) detached: HashSet<u32>,
     pub(crate) private: Option<(u16, Option<UsedElem>)>,
     pub(crate) faulted: bool,
     /// In-flight regions by descriptor.
@@ -79,12 +81,25 @@ impl PlainMemory {
                 return get(ring);
             }
         }
-        self.rings.get(&ring).map_or(none, get)
+        self.rings.get(&ring).filter(|_| !self.detached.contains(&ring)).map_or(none, get)
+    }
+
+    fn write(&mut self, ring: u32, set: impl FnOnce(&mut PlainRing)) {
+        if !self.detached.contains(&ring) {
+            set(self.ring(ring));
+        }
     }
 }
 
 impl GuestMemory for PlainMemory {
     fn map(&mut self, region: &MemoryRegion, _fd: FdSlot) -> Result<(), MemoryError> {
+        let overlaps = |known: &MemoryRegion| {
+            known.guest_addr < region.guest_addr + region.size && region.guest_addr < known.guest_addr + known.size
+        };
+        if self.regions.iter().any(overlaps) {
+            let reason = "it overlaps another region".to_owned();
+            return Err(MemoryError::Map { guest_addr: region.guest_addr, size: region.size, reason });
+        }
         self.regions.push(*region);
         Ok(())
     }
@@ -99,10 +114,18 @@ impl GuestMemory for PlainMemory {
         if !inside {
             return Err(MemoryError::Ring { ring, part: "available ring", addr: place.available });
         }
-        self.rings.entry(ring).or_insert_with(|| PlainRing::new(place.layout.size(), 0));
+        let plain = self.rings.entry(ring).or_insert_with(|| PlainRing::new(place.layout.size(), 0));
+        if plain.layout != place.layout {
+            plain.layout = place.layout;
+            plain.avail.resize(usize::from(place.layout.size()), 0);
+            plain.used.resize(usize::from(place.layout.size()), 0);
+        }
+        self.detached.remove(&ring);
         Ok(())
     }
-    fn detach(&mut self, _ring: u32) {}
+    fn detach(&mut self, ring: u32) {
+        self.detached.insert(ring);
+    }
     fn faulted(&mut self) -> bool {
         std::mem::take(&mut self.faulted)
     }
@@ -131,19 +154,20 @@ impl GuestMemory for PlainMemory {
         true
     }
     fn set_avail_slot(&mut self, ring: u32, slot: u16, head: u16) {
-        self.ring(ring).avail[usize::from(slot)] = head;
+        self.write(ring, |it| it.avail[usize::from(slot)] = head);
     }
     fn set_used_flags(&mut self, ring: u32, flags: u16) {
-        self.ring(ring).used_flags = flags;
+        self.write(ring, |it| it.used_flags = flags);
     }
     fn set_avail_event(&mut self, ring: u32, index: u16) {
-        self.ring(ring).avail_event = index;
+        self.write(ring, |it| it.avail_event = index);
     }
     fn push_used(&mut self, ring: u32, index: u16, entry: UsedElem) {
-        let ring = self.ring(ring);
-        let slot = ring.layout.slot(index);
-        ring.used[usize::from(slot)] = entry.id;
-        ring.used_idx = index.wrapping_add(1);
+        self.write(ring, |it| {
+            let slot = it.layout.slot(index);
+            it.used[usize::from(slot)] = entry.id;
+            it.used_idx = index.wrapping_add(1);
+        });
     }
     fn read_region(&self, fd: FdSlot, offset: u64, length: u64) -> Option<Vec<u8>> {
         let bytes = self.in_flight.get(&fd)?;

@@ -5,8 +5,8 @@
 //! - `journal`: events, on a thread of its own
 //! - `cli`: the command line
 //!
-//! `unsafe` is confined to `shm` (memory shared with a guest), `process` (between fork and exec) and `driver::system` (signals and
-//! scheduling).
+//! `unsafe` is confined to `shm` (memory shared with a guest), `process::launch` (between fork and exec), `storage::mark` (locks on
+//! open file descriptions) and `driver::system` (signals and scheduling).
 
 mod cgroup;
 pub mod cli;

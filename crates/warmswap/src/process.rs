@@ -142,8 +142,8 @@ impl Process {
         }
     }
 
-    /// Whether the process and everything in its group is gone. Reaps first.
-    pub(crate) fn is_gone(&mut self) -> Result<(), String> {
+    /// Whether the process and everything in its group is gone, and how that is known. Reaps first.
+    pub(crate) fn is_gone(&mut self) -> Result<String, String> {
         if self.reap().is_none() {
             return Err(format!("process {} has not ended{}", self.pid, self.state_hint()));
         }
@@ -157,7 +157,9 @@ impl Process {
                 Err(format!("processes that {} started are still alive", self.pid))
             }
             Some(Err(error)) => Err(format!("its control group cannot be read: {error}")),
-            Some(Ok(true)) | None => Ok(()),
+            Some(Ok(true)) => Ok(format!("process {} reaped, its control group empty", self.pid)),
+            None if self.child => Ok(format!("process {} reaped", self.pid)),
+            None => Ok(format!("process {} ended", self.pid)),
         }
     }
 

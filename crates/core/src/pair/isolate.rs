@@ -113,7 +113,7 @@ impl Pair {
         let failover = self.failover.as_mut().expect("only a failover isolates");
         let isolation = failover.isolation.as_mut().expect("the phase has begun");
         let Some((ring, head)) = isolation.queue.pop_front() else { return };
-        isolation.trial = Some(Trial { ring, head, backend, began: step.now, over: false });
+        isolation.trial = Some(Trial { ring, head, backend, began: step.now, over: false, abandoned: false });
         failover.target = Some(backend);
         if let Err(reason) = self.send_trial(backend, ring, head, step) {
             self.halt(&format!("a request kills every backend and cannot be isolated: {reason}"), step);

@@ -1,6 +1,8 @@
 //! Backends: coming, negotiating, warming, going.
 
-use warmswap_wire::{BackendRequest, FdSlot, Header, HeaderFlags, ProtocolFeatures, Reply, Request, VringState};
+use warmswap_wire::{
+    BackendRequest, FdSlot, Header, HeaderFlags, ProtocolFeatures, Reply, Request, VringFd, VringState,
+};
 
 use super::{Pair, Step};
 use crate::event::{Action, Actions, BackendId, PrivateEvents, earliest};
@@ -189,7 +191,10 @@ impl Pair {
         script.extend(self.session.config_writes.iter().cloned().map(Request::SetConfig));
         script.extend(self.session.mtu.map(Request::NetSetMtu));
         for (index, ring) in (0_u32..).zip(&self.session.rings) {
+            let fd = |fd| VringFd { index, fd: Some(fd) };
             script.extend(ring.size.map(|value| Request::SetVringNum(VringState { index, value })));
+            script.extend(ring.call.map(|call| Request::SetVringCall(fd(call))));
+            script.extend(ring.err.map(|err| Request::SetVringErr(fd(err))));
         }
         let now = step.now;
         let Some(link) = self.link_mut(backend) else { return };

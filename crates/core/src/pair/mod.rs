@@ -202,11 +202,21 @@ impl Pair {
     /// When the next [`Event::Tick`] is due.
     #[must_use]
     pub fn next_timeout(&self) -> Option<Nanos> {
-        let mut next = self.restart_at;
+        let mut next = self.restart_at.filter(|_| self.may_restart());
         next = earliest(next, self.next_observation());
         next = earliest(next, self.next_failover_poll());
         next = earliest(next, self.next_link_check());
         earliest(next, self.ticket.as_ref().map(Ticket::deadline))
+    }
+
+    /// Whether a shadow would be started now if it were time. While nobody may start one its time must not wake anybody.
+    fn may_restart(&self) -> bool {
+        let target_wanted = |phase| matches!(phase, Phase::Handing | Phase::Isolating);
+        self.shadow.is_none()
+            && match &self.failover {
+                Some(failover) => target_wanted(failover.phase),
+                None => self.config.shadow && self.offer.is_some() && self.failed.is_none() && !self.closing,
+            }
     }
 
     pub(crate) fn link(&self, id: BackendId) -> Option<&Link> {

@@ -86,6 +86,11 @@ impl Pair {
                 result
             }
             Request::SetVringBase(_) | Request::SetVringAddr(_) => Ok(()),
+            // Call and error descriptors start nothing: every backend has them, so that a failover need not send them.
+            Request::SetVringCall(_) | Request::SetVringErr(_) => {
+                self.links.iter_mut().filter(|link| link.mirrors()).for_each(|link| link.tell(request, step.out));
+                Ok(())
+            }
             _ => {
                 self.forward_ring_request(index, request, step);
                 Ok(())
@@ -242,12 +247,6 @@ impl Pair {
         if let Some(addr) = ring.addr {
             link.tell(&Request::SetVringAddr(addr), step.out);
         }
-        if let Some(call) = ring.call {
-            link.tell(&Request::SetVringCall(fd(Some(call))), step.out);
-        }
-        if let Some(err) = ring.err {
-            link.tell(&Request::SetVringErr(fd(Some(err))), step.out);
-        }
         link.tell(&Request::SetVringKick(fd(ring.kick)), step.out);
         let enable = Request::SetVringEnable(VringState { index, value: enabled });
         if purpose == Purpose::Nobody {
@@ -271,6 +270,7 @@ impl Pair {
     /// Forgets a ring: the VMM has stopped it.
     pub(crate) fn release_ring(&mut self, index: u32, step: &mut Step<'_>) {
         self.unwatch(index, step);
+        self.abandon_trials(index);
         step.memory.detach(index);
         *self.ring_state(index) = RingState::default();
         self.session.ring_mut(index).started = false;

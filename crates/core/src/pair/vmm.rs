@@ -60,7 +60,8 @@ impl Pair {
                 self.change_memory(&request, need_reply, step);
             }
             Request::SetLogBase { region, fd } => self.set_log(&Request::SetLogBase { region, fd }, need_reply, step),
-            Request::SetLogFd(_) | Request::NetSetMtu(_) | Request::SetVringNum(_) => {
+            Request::SetVringNum(state) => self.set_ring_size(state, need_reply, step),
+            Request::SetLogFd(_) | Request::NetSetMtu(_) => {
                 self.session.record(&request, step.out);
                 self.mirror(&request, need_reply, step);
             }
@@ -145,14 +146,28 @@ impl Pair {
         }
     }
 
+    /// Maps the recorded table again, after another one was refused.
+    fn restore_memory(&mut self, step: &mut Step<'_>) {
+        for (region, fd) in &self.session.memory {
+            if let Err(error) = step.memory.map(region, *fd) {
+                step.out.journal(Entry::error("MemoryLost").with("reason", error.to_string()));
+            }
+        }
+        self.reattach_rings(step);
+    }
+
     fn map_change(&mut self, request: &Request, step: &mut Step<'_>) -> Result<(), String> {
         match request {
             Request::SetMemTable(regions) => {
                 for (old, _) in &self.session.memory {
                     step.memory.unmap(old.guest_addr);
                 }
-                for (region, fd) in regions {
-                    step.memory.map(region, *fd).map_err(|error| error.to_string())?;
+                for (at, (region, fd)) in regions.iter().enumerate() {
+                    if let Err(error) = step.memory.map(region, *fd) {
+                        regions[..at].iter().for_each(|(mapped, _)| step.memory.unmap(mapped.guest_addr));
+                        self.restore_memory(step);
+                        return Err(error.to_string());
+                    }
                 }
             }
             Request::AddMemReg { region, fd } => {
@@ -180,12 +195,30 @@ impl Pair {
             return;
         }
         // With LOG_SHMFD the message has a reply of its own.
-        let shmfd = ProtocolFeatures::LOG_SHMFD.bits();
-        let replies = self.session.protocol_features.is_some_and(|bits| bits & shmfd != 0);
-        self.mirror(request, need_reply || replies, step);
+        self.mirror(request, need_reply || self.logs_by_descriptor(), step);
+    }
+
+    /// The parts of a running ring lie where its size says: it cannot change under the observer and the backend.
+    fn set_ring_size(&mut self, state: VringState, need_reply: bool, step: &mut Step<'_>) {
+        let queues = self.offer.as_ref().map_or(0, |offer| offer.queues);
+        let started = self.session.ring(state.index).is_some_and(|ring| ring.started);
+        let reason = if u64::from(state.index) >= queues {
+            format!("the VMM uses ring {}, the backends serve {queues}", state.index)
+        } else if started {
+            format!("ring {} is running", state.index)
+        } else {
+            let request = Request::SetVringNum(state);
+            self.session.record(&request, step.out);
+            return self.mirror(&request, need_reply, step);
+        };
+        self.refuse_request(RequestCode::SetVringNum, &reason, need_reply, step);
     }
 
     fn set_config(&mut self, config: ConfigSpace, need_reply: bool, step: &mut Step<'_>) {
+        if !self.session.has_room_for(&config) {
+            let reason = "too many different writes to the configuration space";
+            return self.refuse_request(RequestCode::SetConfig, reason, need_reply, step);
+        }
         if let Some(offer) = &mut self.offer {
             let at = config.offset as usize;
             if let Some(bytes) = offer.config.get_mut(at..at + config.bytes.len()) {
@@ -230,7 +263,10 @@ impl Pair {
 
     /// A backend has acknowledged a mirrored change. Only the primary's refusal is the VMM's business.
     pub(crate) fn mirrored(&mut self, backend: BackendId, number: u64, value: u64, step: &mut Step<'_>) {
-        if value != 0 && self.primary != Some(backend) {
+        if value != 0 && self.failover.as_ref().is_some_and(|failover| failover.target == Some(backend)) {
+            // It has been given rings: it is fenced before anybody else is.
+            self.backend_lost(backend, "it refused a change that the VMM made", step);
+        } else if value != 0 && self.primary != Some(backend) {
             self.lose_shadow(backend, "it refused a change that the VMM made", step);
         }
         let primary = self.primary == Some(backend);
@@ -331,7 +367,17 @@ impl Pair {
     }
 
     fn answer_ack(&mut self, code: RequestCode, value: u64, step: &mut Step<'_>) {
-        self.reply(code, &Reply::U64(value), step);
+        // With LOG_SHMFD a front-end waits for as many bytes as it sent (rust-vmm's `vhost`) or takes any number (QEMU).
+        let reply = match self.session.log {
+            Some((region, _)) if code == RequestCode::SetLogBase && self.logs_by_descriptor() => Reply::Log(region),
+            _ => Reply::U64(value),
+        };
+        self.reply(code, &reply, step);
+    }
+
+    fn logs_by_descriptor(&self) -> bool {
+        let shmfd = ProtocolFeatures::LOG_SHMFD.bits();
+        self.session.protocol_features.is_some_and(|bits| bits & shmfd != 0)
     }
 
     pub(crate) fn reply_base(&mut self, ring: u32, base: u16, step: &mut Step<'_>) {

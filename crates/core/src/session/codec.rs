@@ -12,7 +12,8 @@ const MAGIC: &[u8; 4] = b"WSSN";
 const VERSION: u16 = 1;
 /// Most memory regions of a session (rust-vmm and libvhost-user stop at 509, QEMU at 512).
 const REGIONS_MAX: u32 = 512;
-const CONFIG_WRITES_MAX: u32 = 256;
+/// Most writes to the configuration space that are kept.
+pub(super) const CONFIG_WRITES_MAX: u32 = 256;
 
 /// A descriptor of a session and its name in the table, such as `mem-40000000` or `ring-2-kick`.
 pub type NamedFd = (FdSlot, String);

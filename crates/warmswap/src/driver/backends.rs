@@ -97,10 +97,8 @@ impl Backend {
 
     /// Looks at what the process has open.
     pub(crate) fn inspect(&mut self) {
-        if let Some(process) = &self.process
-            && let Ok(storage) = Storage::inspect(process.pid, process.pidfd())
-        {
-            self.storage = storage;
+        if let Some(process) = &self.process {
+            self.storage.inspect(process.pid, process.pidfd());
         }
     }
 }

@@ -23,7 +23,7 @@ use crate::journal::JournalSender;
 use crate::process::{Process, RunDir};
 use crate::shm::{MemoryAccess, SharedMemory};
 use crate::socket::{Connection, ConnectionError, Message};
-use crate::storage::{FenceBasis, Storage};
+use crate::storage::FenceBasis;
 
 /// Backends are looked at for what they have open this often.
 const INSPECT_EVERY: Nanos = Nanos::from_millis(5_000);
@@ -59,6 +59,21 @@ pub(crate) struct Device {
     /// The VMM's socket may have something to read.
     vmm_readable: bool,
     unprovable: Option<String>,
+}
+
+/// Messages to one backend that leave together. Descriptors belong to the message that starts with the bytes they travel with, so
+/// one with descriptors begins a batch.
+#[derive(Debug, Default)]
+struct Batch {
+    backend: Option<BackendId>,
+    bytes: Vec<u8>,
+    fds: Vec<FdSlot>,
+}
+
+impl Batch {
+    fn takes(&self, backend: BackendId, fds: &[FdSlot]) -> bool {
+        self.backend == Some(backend) && fds.is_empty()
+    }
 }
 
 impl Device {
@@ -177,8 +192,8 @@ impl Device {
         }
         if let FenceBasis::Unprovable(reason) = after {
             let entry = Entry::error("FenceUnprovable").with("backend", backend.id.0).with("reason", reason);
-            let next = "use an engine whose I/O ends with the process (aio=threads, aio=native), let it lock its image \
-                        (locking=on), or give --fence-command; a crash would wait for an operator";
+            let next = "use local storage, an engine whose I/O ends with the process (aio=threads, aio=native), or give \
+                        --fence-command; a crash would wait for an operator";
             self.journal.entry(&self.config.name, entry.with("next", next));
         }
     }
@@ -197,9 +212,24 @@ impl Device {
 
     pub(crate) fn act(&mut self, now: Nanos, poller: &Poller) {
         let mut actions = std::mem::take(&mut self.actions);
+        let mut batch = Batch::default();
         for action in actions.drain() {
-            self.carry_out(action, now, poller);
+            match action {
+                Action::SendLink { backend, bytes, fds } => {
+                    if !batch.takes(backend, &fds) {
+                        self.send_link(&mut batch, poller);
+                        batch.backend = Some(backend);
+                        batch.fds = fds;
+                    }
+                    batch.bytes.extend_from_slice(&bytes);
+                }
+                other => {
+                    self.send_link(&mut batch, poller);
+                    self.carry_out(other, now, poller);
+                }
+            }
         }
+        self.send_link(&mut batch, poller);
         self.actions = actions;
     }
 
@@ -208,7 +238,7 @@ impl Device {
             Action::SendVmm { bytes, fds } => self.send_vmm(&bytes, &fds, poller),
             Action::SendVmmBackend { channel, bytes } => self.send_vmm_backend(channel, &bytes),
             Action::DropVmm => self.vmm_gone("it sent what cannot be answered", poller),
-            Action::SendLink { backend, bytes, fds } => self.send_link(backend, &bytes, &fds, poller),
+            Action::SendLink { .. } => unreachable!("messages to backends are sent in batches"),
             Action::SendLinkBackend { backend, bytes } => self.answer_backend(backend, &bytes),
             Action::Close(slot) => self.fds.close(slot),
             Action::Signal(slot) => self.signal(slot),
@@ -445,8 +475,8 @@ impl Device {
             && self.config.fence_command.is_none()
         {
             let reason = format!(
-                "its death could not be proved harmless: {reason}. Use aio=threads or aio=native, or locking=on, or give \
-                 --fence-command"
+                "its death could not be proved harmless: {reason}. Use local storage, an engine whose I/O ends with the process \
+                 (aio=threads, aio=native), or give --fence-command"
             );
             if !self.pair.is_open() {
                 self.unprovable = Some(reason.clone());
@@ -507,12 +537,13 @@ impl Device {
         }
     }
 
-    fn send_link(&mut self, id: BackendId, bytes: &[u8], slots: &[FdSlot], poller: &Poller) {
+    fn send_link(&mut self, batch: &mut Batch, poller: &Poller) {
+        let Batch { backend: Some(id), bytes, fds: slots } = std::mem::take(batch) else { return };
         let Some(backend) = self.backends.iter_mut().find(|backend| backend.id == id) else { return };
         let Some(link) = &mut backend.link else { return };
         let fds: Vec<BorrowedFd<'_>> = slots.iter().filter_map(|slot| self.fds.get(*slot)).collect();
         assert_eq!(fds.len(), slots.len(), "a message names a descriptor that is closed");
-        if let Err(error) = link.send(bytes, &fds) {
+        if let Err(error) = link.send(&bytes, &fds) {
             self.drop_link(id, poller);
             self.events.push_back(Event::LinkDown { backend: id, reason: format!("its link ended: {error}") });
         }
@@ -605,7 +636,7 @@ impl Device {
         }
         let entry = Entry::info("Fencing").with("backend", id.0).with("pid", process.pid);
         self.journal.entry(&self.config.name, entry.with("state", process.state_hint()));
-        self.fences.push(Fence::raise(id, process, &backend.storage, self.config.fence_command.clone(), now));
+        self.fences.push(Fence::raise(id, process, backend.storage, self.config.fence_command.clone(), now));
         self.look_at_fences(now);
     }
 
@@ -613,17 +644,12 @@ impl Device {
         if self.fences.is_empty() {
             return;
         }
-        let living: Vec<(u32, Storage)> = self
-            .backends
-            .iter()
-            .filter_map(|backend| Some((backend.process.as_ref()?.pid, backend.storage.clone())))
-            .collect();
         let name = self.config.name.clone();
         let mut at = 0;
         while at < self.fences.len() {
             let fence = &mut self.fences[at];
             let backend = fence.backend;
-            match fence.look(&name, &living, now) {
+            match fence.look(&name, now) {
                 Progress::Proved { level, evidence } => {
                     self.fences.remove(at);
                     self.events.push_back(Event::Fenced { backend, level, evidence });

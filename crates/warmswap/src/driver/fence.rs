@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use warmswap_core::{BackendId, FenceLevel, Nanos};
 
 use crate::process::Process;
-use crate::storage::{FenceBasis, LockWatch, Storage};
+use crate::storage::{FenceBasis, Storage};
 
 /// First and longest time between two looks.
 const CHECK_MIN: Nanos = Nanos::from_micros(30);
@@ -24,8 +24,7 @@ const REPORT_FIRST: Nanos = Nanos::from_millis(200);
 pub(crate) struct Fence {
     pub(crate) backend: BackendId,
     pub(crate) process: Process,
-    basis: FenceBasis,
-    locks: LockWatch,
+    storage: Storage,
     command: Option<String>,
     running: Option<Child>,
     began: Nanos,
@@ -51,7 +50,7 @@ impl Fence {
     pub(crate) fn raise(
         backend: BackendId,
         process: Process,
-        storage: &Storage,
+        storage: Storage,
         command: Option<String>,
         now: Nanos,
     ) -> Self {
@@ -59,8 +58,7 @@ impl Fence {
         Fence {
             backend,
             process,
-            basis: storage.basis(),
-            locks: LockWatch::new(storage),
+            storage,
             command,
             running: None,
             began: now,
@@ -70,11 +68,11 @@ impl Fence {
         }
     }
 
-    /// Looks once. `living` are the other backends of the pair with what they have open.
-    pub(crate) fn look(&mut self, device: &str, living: &[(u32, Storage)], now: Nanos) -> Progress {
+    /// Looks once.
+    pub(crate) fn look(&mut self, device: &str, now: Nanos) -> Progress {
         let waited = now.since(self.began);
         self.check_at = now + Nanos(waited.0 / 8).clamp(CHECK_MIN, CHECK_MAX);
-        match self.proof(device, living, now) {
+        match self.proof(device, now) {
             Ok((level, evidence)) => Progress::Proved { level, evidence },
             Err(missing) if now >= self.report_at => {
                 self.report_at = now + waited.max(REPORT_FIRST);
@@ -84,27 +82,27 @@ impl Fence {
         }
     }
 
-    fn proof(&mut self, device: &str, living: &[(u32, Storage)], now: Nanos) -> Result<(FenceLevel, String), String> {
-        self.process.is_gone()?;
+    fn proof(&mut self, device: &str, now: Nanos) -> Result<(FenceLevel, String), String> {
+        let exit = self.process.is_gone()?;
         let gone_at = *self.gone_at.get_or_insert(now);
-        let exit = format!("process {} reaped, its control group empty", self.process.pid);
         if self.command.is_some() {
             self.run_command(device)?;
             return Ok((FenceLevel::Target, format!("{exit}, the operator's fence command succeeded")));
         }
-        match &self.basis {
+        match self.storage.basis() {
             FenceBasis::Exit => Ok((FenceLevel::Reaped, format!("{exit}; it did no I/O that outlives a process"))),
             // The laboratory shows with it what the next step is for; the program that is shipped has no such switch.
             #[cfg(feature = "lab")]
-            FenceBasis::Locks if std::env::var_os("WARMSWAP_LAB_TRUST_EXIT").is_some() => {
+            FenceBasis::Marks if std::env::var_os("WARMSWAP_LAB_TRUST_EXIT").is_some() => {
                 Ok((FenceLevel::Reaped, format!("{exit}; SABOTAGED: its storage descriptions were not looked at")))
             }
-            FenceBasis::Locks => {
-                self.locks.is_released(living)?;
+            FenceBasis::Marks => {
+                self.storage.is_closed()?;
                 let after = now.since(gone_at);
-                Ok((FenceLevel::Reaped, format!("{exit}, the locks of its storage descriptions gone {after} later")))
+                let marked = self.storage.marked();
+                Ok((FenceLevel::Reaped, format!("{exit}, its {marked} storage descriptions closed {after} later")))
             }
-            FenceBasis::Unprovable(reason) => Err(reason.clone()),
+            FenceBasis::Unprovable(reason) => Err(reason),
         }
     }
 
