@@ -81,6 +81,7 @@ pub(crate) fn inject(world: &mut World, kind: Kind, tally: &mut Tally) -> anyhow
     let before = wait_for_pair(world)?;
     tally.waited("protected", now_ns() - waiting);
     let status = &before.status;
+    // A failover in the course of something the VMM did is that thing's consequence.
     let known = if std::mem::take(&mut world.resynchronise) { status.failovers.settled } else { world.settled };
     let unasked = status.failovers.settled.saturating_sub(known);
     if unasked > 0 {

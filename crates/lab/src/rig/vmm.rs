@@ -189,7 +189,10 @@ fn look(world: &mut World) -> anyhow::Result<()> {
 }
 
 /// Stops the rings. What the device took it must have completed by now; what it did not take stays in the ring.
+///
+/// A VMM is not kept waiting: a backend that does not stop in time is failed over, and that is not counted against anybody.
 fn stop(world: &mut World) -> anyhow::Result<Vec<u16>> {
+    world.resynchronise = true;
     let bases = world.guest.stop()?;
     for (queue, base) in world.guest.queues.iter().zip(&bases) {
         let used = queue.vring().used_idx();
