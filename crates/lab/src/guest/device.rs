@@ -65,7 +65,6 @@ pub(crate) struct Guest {
     config: Option<BlkConfig>,
     /// Where an interrupt goes while it is masked, per queue.
     masked: Vec<Option<EventFd>>,
-    running: bool,
 }
 
 impl Guest {
@@ -76,7 +75,7 @@ impl Guest {
             .map(|index| BlkQueue::new(&mut memory, index, options.shape))
             .collect::<anyhow::Result<Vec<_>>>()?;
         let masked = queues.iter().map(|_| None).collect();
-        Ok(Guest { options, memory, queues, front: None, config: None, masked, running: false })
+        Ok(Guest { options, memory, queues, front: None, config: None, masked })
     }
 
     /// Connects, negotiates, reads the configuration space. A device that is there waits for [`Guest::start`].
@@ -124,7 +123,6 @@ impl Guest {
         for queue in &self.queues {
             front.enable_ring(queue.index(), true)?;
         }
-        self.running = true;
         Ok(())
     }
 
@@ -134,14 +132,12 @@ impl Guest {
         for queue in &self.queues {
             front.enable_ring(queue.index(), false)?;
         }
-        self.running = false;
         self.queues.iter().map(|queue| front.stop_ring(queue.index())).collect()
     }
 
     /// Closes the connection without a word.
     pub(crate) fn disconnect(&mut self) {
         self.front = None;
-        self.running = false;
         for index in 0..self.masked.len() {
             self.unmask_locally(index);
         }
@@ -231,11 +227,6 @@ impl Guest {
         self.front.is_some()
     }
 
-    /// Whether the rings were started.
-    pub(crate) fn is_running(&self) -> bool {
-        self.running
-    }
-
     /// What the device said about itself at the last connect.
     pub(crate) fn config(&self) -> anyhow::Result<&BlkConfig> {
         self.config.as_ref().context("never connected")
@@ -244,11 +235,6 @@ impl Guest {
     /// The options.
     pub(crate) fn options(&self) -> &Options {
         &self.options
-    }
-
-    /// The options, to be changed between connections.
-    pub(crate) fn options_mut(&mut self) -> &mut Options {
-        &mut self.options
     }
 
     fn event_idx(&mut self) -> anyhow::Result<bool> {

@@ -155,29 +155,14 @@ impl FrontEnd {
         Ok(())
     }
 
-    /// Virtio features in use.
-    pub(crate) fn features(&self) -> u64 {
-        self.features
-    }
-
     /// Whether all of `features` are in use.
     pub(crate) fn has(&self, features: u64) -> bool {
         self.features & features == features
     }
 
-    /// Protocol features in use.
-    pub(crate) fn protocol(&self) -> ProtocolFeatures {
-        self.protocol
-    }
-
     /// Most queues the device takes.
     pub(crate) fn queues_max(&self) -> u64 {
         self.queues_max
-    }
-
-    /// Most memory regions the device takes.
-    pub(crate) fn memory_slots_max(&self) -> u64 {
-        self.memory_slots_max
     }
 
     /// Reads the configuration space.
@@ -203,6 +188,8 @@ impl FrontEnd {
             return self.settle_memory();
         }
         let wanted: Vec<MemoryRegion> = memory.table().map(|(region, _)| region).collect();
+        let (slots, regions) = (self.memory_slots_max, wanted.len() as u64);
+        ensure!(regions <= slots, "the device has {slots} memory slots, {regions} are wanted");
         for region in self.shared.iter().filter(|region| !wanted.contains(region)).copied().collect::<Vec<_>>() {
             self.acknowledged(&Request::RemMemReg(region), &[])?;
         }

@@ -37,11 +37,6 @@ impl Mapping {
         Ok(Mapping { start, length })
     }
 
-    /// Length in bytes.
-    pub(crate) fn length(&self) -> usize {
-        self.length
-    }
-
     /// Address of the first byte: the "user address" of the front-end.
     pub(crate) fn address(&self) -> u64 {
         self.start.as_ptr() as u64

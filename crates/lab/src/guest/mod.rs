@@ -9,10 +9,10 @@
 //!
 //! * [`Mapping`], [`Window`]: shared memory as atomics. All `unsafe` of the module is in `map.rs`.
 //! * [`GuestMemory`]: guest RAM of any size (sparse), regions that come and go, allocation.
-//! * [`Vring`]: the driver half of a split ring. Heads in, heads out; no idea of block requests.
+//! * `Vring`: the driver half of a split ring. Heads in, heads out; no idea of block requests.
 //! * [`BlkQueue`]: a ring with block requests in fixed slots, its kick and its call. Owns everything it needs, so a
 //!   queue may be moved to a thread of its own (`std::mem::take(&mut guest.queues)`).
-//! * [`FrontEnd`]: one connection to a backend or to the broker.
+//! * `FrontEnd`: one connection to a backend or to the broker.
 //! * [`Guest`]: all of it together: connect, start, load, stop, reconnect, hotplug, mask and unmask.
 //!
 //! A latency bench in ten lines:
@@ -47,13 +47,11 @@ mod real;
 mod stats;
 mod vring;
 
-pub(crate) use blk::{BLOCK, BlkQueue, Completion, Fault, Kind, QueueShape, Request, Slot, Status};
+pub(crate) use blk::{BLOCK, BlkQueue, Completion, Kind, QueueShape, Request, Slot, Status};
 pub(crate) use channel::Acks;
 pub(crate) use clock::now_ns;
 pub(crate) use device::{Guest, Options};
-pub(crate) use front_end::{BlkConfig, FrontEnd};
 pub(crate) use map::Mapping;
 pub(crate) use memory::{GuestMemory, Window};
-pub(crate) use notify::EventFd;
 pub(crate) use stats::Latencies;
-pub(crate) use vring::{Used, Vring, VringFault};
+pub(crate) use vring::VringFault;

@@ -141,6 +141,7 @@ impl Vring {
     }
 
     /// Descriptors not in use.
+    #[cfg(test)]
     pub(crate) fn free_descriptors(&self) -> u16 {
         self.free
     }
