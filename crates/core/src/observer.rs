@@ -454,6 +454,18 @@ impl Observer {
         self.submission.get(usize::from(head)).copied().unwrap_or(0)
     }
 
+    /// Tells the observer that nothing can have been submitted until now: the ring was idle, and its first kick has just come.
+    pub fn rested(&mut self, now: Nanos) {
+        if self.outstanding() == 0 {
+            self.observed_at = now;
+        }
+    }
+
+    /// Tells the observer that the ring was stopped since the last observation, so that its indices cannot have gone round.
+    pub fn forgive_silence(&mut self, now: Nanos) {
+        self.observed_at = now;
+    }
+
     /// Tells the observer that the broker itself completed `head` (a request that was isolated), with `used.idx` now `used`.
     pub fn completed_by_broker(&mut self, head: u16, used: u16) {
         let at = usize::from(head);

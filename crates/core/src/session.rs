@@ -14,6 +14,9 @@ use warmswap_wire::{RINGS_MAX, VringFd};
 
 use crate::event::{Action, Actions};
 
+/// Most writes to the configuration space that are kept; at each place only the last one counts.
+const CONFIG_WRITES_MAX: usize = 256;
+
 /// One ring as the VMM described it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ring {
@@ -163,6 +166,9 @@ impl Session {
             }
             Request::SetConfig(config) => {
                 self.config_writes.retain(|old| old.offset != config.offset || old.bytes.len() != config.bytes.len());
+                if self.config_writes.len() == CONFIG_WRITES_MAX {
+                    self.config_writes.remove(0);
+                }
                 self.config_writes.push(config.clone());
             }
             Request::NetSetMtu(mtu) => self.mtu = Some(*mtu),

@@ -9,7 +9,7 @@ use crate::event::{Action, BackendId, CommandId, FenceLevel};
 use crate::failover::{Failover, Kind, Outcome, Phase, Recovery, Report};
 use crate::journal::{Entry, Value};
 use crate::link::{LinkState, Purpose, Region};
-use crate::observer::Knowledge;
+use crate::observer::{Knowledge, Observer};
 use crate::policy::Survivors;
 use crate::time::Nanos;
 
@@ -149,9 +149,16 @@ impl Pair {
     }
 
     /// The last look at a ring nobody serves, and its survivors placed from `used.idx` on. Returns their number.
-    fn collect_ring(&mut self, index: u32, step: &mut Step<'_>) -> Result<u16, String> {
+    pub(crate) fn collect_ring(&mut self, index: u32, step: &mut Step<'_>) -> Result<u16, String> {
         self.observe(index, step);
-        let observer = self.rings[index as usize].observer.as_ref().expect("waiting rings are observed");
+        let drained = self.failover.as_ref().is_some_and(|it| it.report.recovery == Recovery::Drained);
+        let ring = &mut self.rings[index as usize];
+        let observer = ring.observer.as_mut().expect("waiting rings are observed");
+        if drained && matches!(observer.knowledge(), Knowledge::Inexact(_)) {
+            // A drained ring needs no history: what it owes is what nobody has taken yet.
+            *observer = Observer::new(observer.layout(), step.memory.used_idx(index), step.now);
+            observer.observe(step.now, index, step.memory);
+        }
         let heads = observer.survivors().map_err(|knowledge| match knowledge {
             Knowledge::Inexact(gap) => format!("what is in flight is not known exactly: {gap}"),
             Knowledge::Violated(violation) => violation.to_string(),
@@ -168,7 +175,6 @@ impl Pair {
         self.ask_region(index, used, &heads, step)?;
         let observer = self.rings[index as usize].observer.as_ref().expect("waiting rings are observed");
         let layout = observer.layout();
-        let drained = self.failover.as_ref().is_some_and(|it| it.report.recovery == Recovery::Drained);
         if drained && !slots_hold(index, layout, used, &heads, step) {
             return Err(
                 "the drained primary left completions out of order, which a drained ring cannot have".to_owned()
@@ -225,6 +231,11 @@ impl Pair {
 
     /// Hands all waiting rings to the shadow, as soon as there is one that is ready.
     pub(crate) fn hand_over(&mut self, step: &mut Step<'_>) {
+        if self.closing {
+            // Nobody wants the rings any more, and what is owed lies in them: no backend is waited for.
+            self.abandon_failover("the VMM disconnected", step);
+            return self.finish_close(step);
+        }
         if self.failover.as_ref().is_some_and(|failover| failover.phase != Phase::Handing) {
             self.enter(Phase::Handing, step);
         }
@@ -479,7 +490,7 @@ fn journal_entry(report: &Report) -> Entry {
 }
 
 /// Whether the available slots from `used` on hold these heads already.
-fn slots_hold(index: u32, layout: Layout, used: u16, heads: &[u16], step: &Step<'_>) -> bool {
+pub(super) fn slots_hold(index: u32, layout: Layout, used: u16, heads: &[u16], step: &Step<'_>) -> bool {
     let mut at = used;
     heads.iter().all(|head| {
         let held = step.memory.avail_slot(index, layout.slot(at));

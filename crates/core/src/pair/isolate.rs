@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use warmswap_wire::ring::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, UsedElem};
+use warmswap_wire::ring::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, SIZE_MAX, UsedElem};
 use warmswap_wire::{DeviceType, ProtocolFeatures, Request, VringAddr, VringFd, VringState};
 
 use super::{Pair, Step};
@@ -156,7 +156,9 @@ impl Pair {
     pub(crate) fn poll_isolation(&mut self, step: &mut Step<'_>) {
         let limits = self.config.limits;
         let Some(isolation) = self.failover.as_ref().and_then(|it| it.isolation.as_ref()) else { return };
-        let Some(trial) = isolation.trial else { return self.ensure_trial_backend(step) };
+        let Some(trial) = isolation.trial else {
+            return if self.closing { self.hand_over(step) } else { self.ensure_trial_backend(step) };
+        };
         if trial.over {
             return;
         }
@@ -205,15 +207,27 @@ impl Pair {
         let Some(trial) = isolation.trial.filter(|trial| trial.backend == backend) else { return };
         isolation.trial = None;
         let used = step.memory.private_used();
-        if used.is_none() {
+        if used.is_none() && !trial.abandoned {
             failover.report.isolated += 1;
             // The others were only in its company.
             isolation.queue.clear();
         }
         self.forget_backend(backend, step.out);
-        self.complete_for_guest(trial, used, step);
+        if !trial.abandoned {
+            self.complete_for_guest(trial, used, step);
+        }
         step.memory.drop_private_ring();
         self.next_trial(step);
+    }
+
+    /// The VMM has stopped a ring: what was in it is its own again.
+    pub(crate) fn abandon_trials(&mut self, ring: u32) {
+        self.suspects.list.retain(|suspect| suspect.ring != ring);
+        let Some(isolation) = self.failover.as_mut().and_then(|it| it.isolation.as_mut()) else { return };
+        isolation.queue.retain(|(suspected, _)| *suspected != ring);
+        if let Some(trial) = isolation.trial.as_mut().filter(|trial| trial.ring == ring) {
+            trial.abandoned = true;
+        }
     }
 
     /// Completes a tried request in the guest's ring, with the backend's result or with an error.
@@ -267,7 +281,7 @@ fn last_writable(ring: u32, head: u16, memory: &dyn GuestMemory) -> Option<Descr
     };
     if first.flags & DESC_F_INDIRECT != 0 {
         let mut index = 0;
-        for _ in 0..first.len / 16 {
+        for _ in 0..(first.len / 16).min(u32::from(SIZE_MAX)) {
             let mut bytes = [0; 16];
             let at = first.addr.checked_add(16 * u64::from(index))?;
             if u32::from(index) >= first.len / 16 || !memory.read_guest(at, &mut bytes) {
@@ -282,7 +296,7 @@ fn last_writable(ring: u32, head: u16, memory: &dyn GuestMemory) -> Option<Descr
         }
     } else {
         let mut descriptor = first;
-        for _ in 0..=u16::MAX {
+        for _ in 0..SIZE_MAX {
             note(descriptor);
             if descriptor.flags & DESC_F_NEXT == 0 {
                 break;

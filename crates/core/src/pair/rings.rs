@@ -3,6 +3,7 @@
 use warmswap_wire::ring::{Layout, USED_F_NO_NOTIFY};
 use warmswap_wire::{Request, VringFd, VringState};
 
+use super::failover::slots_hold;
 use super::vmm::Ticket;
 use super::{Pair, Step};
 use crate::drain::{Drain, DrainMethod, DrainState};
@@ -14,11 +15,16 @@ use crate::memory::RingPlace;
 use crate::observer::{Knowledge, Observation, Observer};
 use crate::time::Nanos;
 
-/// A ring is looked at as if requests could come at this rate from one moment to the next, per second, with a third of the ring as
-/// distance.
-const BURST_RATE: f64 = 100_000.0;
+/// A ring is looked at as if the rate could grow from its recent peak by this factor from one look to the next,
+const BURST_FACTOR: f64 = 16.0;
+/// but to no more than this many requests per second,
+const BURST_RATE_MAX: f64 = 100_000.0;
+/// and to no less than this.
+const BURST_RATE_MIN: f64 = 20_000.0;
 /// A peak of the rate is remembered for this long, in seconds, before it counts half.
-const RATE_MEMORY_S: f64 = 0.05;
+const RATE_MEMORY_S: f64 = 0.5;
+/// Part of the ring that may pass between two looks at the rate that is reckoned with.
+const RING_PART: f64 = 3.0;
 
 /// What the broker knows of a ring beyond what the VMM said.
 #[derive(Debug, Default)]
@@ -31,6 +37,9 @@ pub(crate) struct RingState {
     pub(crate) drain: Option<Drain>,
     /// What it owed could not be told; only the VMM can start it again.
     pub(crate) halted: bool,
+    /// What was known of it when the VMM's stop had to be answered before its backend was proved quiet, or after it was halted. A
+    /// ring that is started again goes on from this, or not at all.
+    abandoned: Option<Observer>,
     observe_at: Nanos,
     /// Last completion, or the moment it became busy.
     pub(crate) progressed_at: Nanos,
@@ -133,25 +142,40 @@ impl Pair {
     /// The VMM gave a kick descriptor: from here on the ring is to be served.
     fn start_ring(&mut self, index: u32, step: &mut Step<'_>) -> Result<(), String> {
         self.attach_ring(index, step)?;
-        let ring = self.session.ring_mut(index);
-        ring.started = true;
+        let ring = self.session.ring_mut(index).clone();
         let layout = Layout::new(ring.size.unwrap_or(0) as u16).expect("attach_ring has checked the size");
         // Whatever base the VMM names, only what lies between used.idx and avail.idx is owed: bases taken from avail.idx lose
         // it. When the VMM's last session ended, the slots from used.idx on were made to hold exactly that.
         let start = step.memory.used_idx(index);
         let asked = ring.base.unwrap_or(0) as u16;
         let pending = step.memory.avail_idx(index).wrapping_sub(start);
-        let entry = Entry::info("RingStarted").with("ring", index).with("size", layout.size()).with("base", start);
-        step.out.journal(entry.with("base_asked", asked).with("pending", pending));
         let now = step.now;
-        let state = self.ring_state(index);
-        *state = RingState {
-            observer: Some(Observer::new(layout, start, now)),
+        let abandoned = self.ring_state(index).abandoned.take().filter(|_| pending > 0 && start != 0);
+        let goes_on = abandoned.is_some();
+        let observer = match abandoned {
+            Some(observer) => self.resume_observer(index, observer, layout, step)?,
+            None => Observer::new(layout, start, now),
+        };
+        let entry = Entry::info("RingStarted").with("ring", index).with("size", layout.size()).with("base", start);
+        step.out.journal(entry.with("base_asked", asked).with("pending", pending).with("goes_on", goes_on));
+        self.session.ring_mut(index).started = true;
+        *self.ring_state(index) = RingState {
+            observer: Some(observer),
             observe_at: now,
             observed_at: now,
             progressed_at: now,
+            // Until something is known of it, a ring is taken to be busy.
+            rate: BURST_RATE_MAX,
             ..RingState::default()
         };
+        let proved = self.failover.as_ref().is_none_or(|failover| failover.phase > Phase::Fencing);
+        if goes_on && proved {
+            // Its old backend is gone by now: the slots are made to say what is owed before anybody reads them.
+            if let Err(reason) = self.collect_ring(index, step) {
+                self.release_ring(index, true, step);
+                return Err(format!("ring {index}: {reason}; reset the guest"));
+            }
+        }
         if self.rings.iter().all(|ring| !ring.halted) {
             self.halted = None;
         }
@@ -161,6 +185,24 @@ impl Pair {
             self.has_region(shadow, step);
         }
         Ok(())
+    }
+
+    /// A ring that was stopped without proof goes on with what is known of it; without such knowledge it must not.
+    fn resume_observer(
+        &mut self,
+        index: u32,
+        mut observer: Observer,
+        layout: Layout,
+        step: &mut Step<'_>,
+    ) -> Result<Observer, String> {
+        if observer.layout() == layout && observer.knowledge() == Knowledge::Exact {
+            // No driver submits to a stopped ring, so its indices cannot have gone round.
+            observer.forgive_silence(step.now);
+            return Ok(observer);
+        }
+        // Kept for the next try.
+        self.ring_state(index).abandoned = Some(observer);
+        Err(format!("what ring {index} owes is not known since its backend was lost; reset the guest"))
     }
 
     /// Gives the serving backend every ring that is to be served and is not.
@@ -268,11 +310,14 @@ impl Pair {
     }
 
     /// Forgets a ring: the VMM has stopped it.
-    pub(crate) fn release_ring(&mut self, index: u32, step: &mut Step<'_>) {
+    ///
+    /// `unproved`: its backend may still complete something; what is known of the ring is kept, as it is for a halted one.
+    pub(crate) fn release_ring(&mut self, index: u32, unproved: bool, step: &mut Step<'_>) {
         self.unwatch(index, step);
         self.abandon_trials(index);
         step.memory.detach(index);
-        *self.ring_state(index) = RingState::default();
+        let old = std::mem::take(self.ring_state(index));
+        self.ring_state(index).abandoned = if unproved || old.halted { old.observer } else { old.abandoned };
         self.session.ring_mut(index).started = false;
     }
 
@@ -339,7 +384,7 @@ impl Pair {
         }
     }
 
-    /// The next look comes before a sixth of the ring can have passed, however busy it is; an idle ring is watched by its
+    /// The next look comes before a third of the ring can have passed, however busy it is; an idle ring is watched by its
     /// kick, and looked at rarely.
     fn schedule(&mut self, index: u32, seen: &Observation, step: &mut Step<'_>) {
         let limits = self.config.limits;
@@ -358,12 +403,13 @@ impl Pair {
             return;
         }
         let size = f64::from(ring.size().map_or(1, Layout::size));
+        let burst = (ring.rate * BURST_FACTOR).clamp(BURST_RATE_MIN, BURST_RATE_MAX);
+        let period = Nanos((size / RING_PART / ring.rate.max(burst) * 1e9) as u64);
+        let period = period.clamp(limits.observe_min, limits.observe_max);
         let quiet = moved == 0.0 && seen.outstanding == 0;
         if !quiet {
             ring.idle_since = None;
-            let period = (size / 6.0 / ring.rate.max(1.0)).min(size / BURST_RATE / 3.0);
-            let period = Nanos((period * 1e9) as u64);
-            ring.observe_at = now + period.clamp(limits.observe_min, limits.observe_max);
+            ring.observe_at = now + period;
             return;
         }
         let idle_since = *ring.idle_since.get_or_insert(now);
@@ -372,14 +418,12 @@ impl Pair {
             Some(_) if ring.watched => ring.observe_at = now + limits.observe_idle,
             Some(kick) if rested && will_kick(index, event_idx, step) => {
                 ring.watched = true;
-                ring.rate = 0.0;
                 // Looked at once more very soon: a kick may have been swallowed before the watch was in place.
                 ring.observe_at = now + limits.observe_min;
                 step.out.push(Action::WatchKick { ring: index, kick });
             }
             _ => {
-                let burst = Nanos((size / BURST_RATE / 3.0 * 1e9) as u64);
-                ring.observe_at = now + burst.clamp(limits.observe_min, limits.observe_max);
+                ring.observe_at = now + period;
             }
         }
     }
@@ -389,6 +433,10 @@ impl Pair {
             ring.watched = false;
             ring.idle_since = None;
             ring.observe_at = step.now;
+            if let Some(observer) = &mut ring.observer {
+                // Nothing was submitted before this kick: the silence until now was rest.
+                observer.rested(step.now);
+            }
         }
     }
 
@@ -512,8 +560,10 @@ impl Pair {
             return;
         }
         let used = step.memory.used_idx(ring);
+        let asked = self.ring_state(ring).drain.is_some_and(|drain| drain.state == DrainState::Asked);
+        let believable = named == ring && base == u32::from(used) && !self.owes_out_of_order(ring, step);
         let Some(drain) = self.ring_state(ring).drain.as_mut() else { return };
-        if named == ring && base == u32::from(used) && drain.state == DrainState::Asked {
+        if asked && believable {
             drain.state = DrainState::Stopped { base: used };
             self.ring_stopped(step);
             return;
@@ -528,6 +578,19 @@ impl Pair {
         );
         let cause = format!("it answered the stop of ring {ring} with base {base} while used.idx is {used}");
         self.drain_failed(&cause, step);
+    }
+
+    /// Whether something older than what the slots from `used.idx` on hold is still owed: whoever took requests out of the ring in
+    /// order and stands at `used.idx` cannot owe it.
+    fn owes_out_of_order(&mut self, index: u32, step: &mut Step<'_>) -> bool {
+        if self.rings.get(index as usize).is_none_or(|ring| ring.observer.is_none()) {
+            return false;
+        }
+        self.observe(index, step);
+        let observer = self.rings[index as usize].observer.as_ref();
+        observer.is_some_and(|it| {
+            it.survivors().is_ok_and(|heads| !slots_hold(index, it.layout(), it.used_idx(), &heads, step))
+        })
     }
 
     /// A drain did not come out: fence the backend instead.
@@ -591,7 +654,8 @@ impl Pair {
         let base = step.memory.used_idx(index);
         step.out.journal(Entry::info("RingStopped").with("ring", index).with("base", base));
         self.ticket = None;
-        self.release_ring(index, step);
+        let unproved = self.failover.as_ref().is_some_and(|failover| failover.phase <= Phase::Fencing);
+        self.release_ring(index, unproved, step);
         self.reply_base(index, base, step);
         if self.rings.iter().all(|ring| !ring.halted) {
             self.halted = None;

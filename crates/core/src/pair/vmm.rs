@@ -53,7 +53,13 @@ impl Pair {
             Request::SetOwner | Request::ResetOwner => self.acknowledge(code, need_reply, 0, step),
             Request::SetFeatures(features) => self.set_features(features, need_reply, step),
             Request::SetProtocolFeatures(features) => {
-                self.session.record(&Request::SetProtocolFeatures(features), step.out);
+                let offered =
+                    self.offer.as_ref().map_or(0, |offer| offer.protocol) | ProtocolFeatures::REPLY_ACK.bits();
+                if features & !offered != 0 {
+                    let reason = format!("protocol features {:#x} were not offered", features & !offered);
+                    return self.refuse_request(code, &reason, need_reply, step);
+                }
+                self.session.record(&request, step.out);
                 self.acknowledge(code, need_reply, 0, step);
             }
             Request::SetMemTable(_) | Request::AddMemReg { .. } | Request::RemMemReg(_) => {
@@ -433,7 +439,7 @@ impl Pair {
         self.suspects.clear();
         for index in 0..self.rings.len() {
             let index = u32::try_from(index).expect("bounded by RINGS_MAX");
-            self.release_ring(index, step);
+            self.release_ring(index, false, step);
         }
         for (region, _) in &self.session.memory {
             step.memory.unmap(region.guest_addr);

@@ -22,7 +22,10 @@ pub(crate) struct Backend {
     pub(crate) link: Option<Connection>,
     /// Our end of its back-end request channel.
     pub(crate) requests: Option<Connection>,
-    pub(crate) storage: Storage,
+    /// What it has open; none while the inspector is looking.
+    pub(crate) storage: Option<Storage>,
+    /// Connected, and waiting for the first look before it is used.
+    pub(crate) pending: Option<Connection>,
     pub(crate) connect_at: Option<Nanos>,
     /// What the last attempt to connect said.
     pub(crate) connect_error: String,
@@ -37,7 +40,8 @@ impl Backend {
             path,
             link: None,
             requests: None,
-            storage: Storage::default(),
+            storage: Some(Storage::default()),
+            pending: None,
             connect_at,
             connect_error: String::new(),
         }
@@ -91,15 +95,7 @@ impl Backend {
         if let Some(how) = process.reap() {
             return Err(how.to_owned());
         }
-        self.inspect();
         Ok(())
-    }
-
-    /// Looks at what the process has open.
-    pub(crate) fn inspect(&mut self) {
-        if let Some(process) = &self.process {
-            self.storage.inspect(process.pid, process.pidfd());
-        }
     }
 }
 

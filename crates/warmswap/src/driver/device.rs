@@ -15,6 +15,7 @@ use warmswap_wire::{BackendRequest, FdSlot, Request};
 
 use super::backends::{self, Backend};
 use super::fence::{Fence, Progress};
+use super::inspector::{Inspector, Look};
 use super::poller::{Interest, Poller, Source as PollSource, Token};
 use super::spawner::{Spawner, Start};
 use crate::config::{DeviceConfig, Source};
@@ -23,7 +24,7 @@ use crate::journal::JournalSender;
 use crate::process::{Process, RunDir};
 use crate::shm::{MemoryAccess, SharedMemory};
 use crate::socket::{Connection, ConnectionError, Message};
-use crate::storage::FenceBasis;
+use crate::storage::{FenceBasis, Storage};
 
 /// Backends are looked at for what they have open this often.
 const INSPECT_EVERY: Nanos = Nanos::from_millis(5_000);
@@ -59,6 +60,10 @@ pub(crate) struct Device {
     /// The VMM's socket may have something to read.
     vmm_readable: bool,
     unprovable: Option<String>,
+    unprovable_noted: Option<BackendId>,
+    inspector: Inspector,
+    /// Journal entries of this step, handed over at its end.
+    entries: Vec<Entry>,
 }
 
 /// Messages to one backend that leave together. Descriptors belong to the message that starts with the bytes they travel with, so
@@ -82,6 +87,7 @@ impl Device {
         config: DeviceConfig,
         journal: JournalSender,
         spawner: Spawner,
+        inspector: Inspector,
         now: Nanos,
     ) -> std::io::Result<Self> {
         let run_dir = RunDir::create(&config.run_dir, &config.name)?;
@@ -108,6 +114,9 @@ impl Device {
             retire_at: now,
             vmm_readable: false,
             unprovable: None,
+            unprovable_noted: None,
+            inspector,
+            entries: Vec::new(),
             config,
         };
         device.pair.start(now, &mut device.actions);
@@ -118,9 +127,16 @@ impl Device {
         &self.config.name
     }
 
-    /// Writes to the journal on the device's behalf.
-    pub(crate) fn note(&self, entry: Entry) {
-        self.journal.entry(&self.config.name, entry);
+    /// Writes to the journal, at the end of the step: waking the journal's thread is not free, and a failover does not wait for it.
+    pub(crate) fn note(&mut self, entry: Entry) {
+        self.entries.push(entry);
+    }
+
+    /// Hands over the entries of this step.
+    pub(crate) fn flush_journal(&mut self) {
+        for entry in self.entries.drain(..) {
+            self.journal.entry(&self.config.name, entry);
+        }
     }
 
     /// Why the device could not start, if so.
@@ -176,25 +192,55 @@ impl Device {
         self.inspect_at = now + INSPECT_EVERY;
         for index in 0..self.backends.len() {
             if self.backends[index].link.is_some() {
-                let before = self.backends[index].storage.basis();
-                self.backends[index].inspect();
-                self.note_basis(index, &before);
+                self.look_at(index);
             }
         }
     }
 
-    /// Says so when it becomes known that a backend's death could not be proved.
-    fn note_basis(&mut self, index: usize, before: &FenceBasis) {
-        let backend = &self.backends[index];
-        let after = backend.storage.basis();
-        if after == *before || self.config.fence_command.is_some() {
-            return;
+    /// Has the inspector look at a backend.
+    fn look_at(&mut self, index: usize) {
+        let backend = &mut self.backends[index];
+        let Some(process) = &backend.process else { return };
+        let (pid, copy) = (process.pid, process.pidfd().try_clone_to_owned());
+        let (Ok(process), Some(storage)) = (copy, backend.storage.take()) else { return };
+        let look = Look { device: self.number, backend: backend.id, pid, process, storage };
+        if let Err(look) = self.inspector.look(look) {
+            // It is busy; what is known stays, and the next round comes.
+            backend.storage = Some(look.storage);
         }
-        if let FenceBasis::Unprovable(reason) = after {
-            let entry = Entry::error("FenceUnprovable").with("backend", backend.id.0).with("reason", reason);
+    }
+
+    /// The inspector has looked.
+    pub(crate) fn inspected(&mut self, id: BackendId, storage: Storage, now: Nanos, poller: &Poller) {
+        if let Some(fence) = self.fences.iter_mut().find(|fence| fence.backend == id) {
+            fence.storage = Some(storage);
+            self.look_at_fences(now);
+        } else if let Some(index) = self.backends.iter().position(|backend| backend.id == id) {
+            let basis = storage.basis();
+            self.backends[index].storage = Some(storage);
+            match self.backends[index].pending.take() {
+                Some(connection) => {
+                    if let Err(reason) = self.link_up(index, connection, &basis, poller) {
+                        self.events.push_back(Event::Exited { backend: id, reason });
+                    }
+                }
+                None => self.note_basis(id, basis),
+            }
+        }
+        self.run(now, poller);
+    }
+
+    /// Says so, once for each backend, when it becomes known that its death could not be proved.
+    fn note_basis(&mut self, id: BackendId, basis: FenceBasis) {
+        if let FenceBasis::Unprovable(reason) = basis
+            && self.config.fence_command.is_none()
+            && self.unprovable_noted != Some(id)
+        {
+            self.unprovable_noted = Some(id);
+            let entry = Entry::error("FenceUnprovable").with("backend", id.0).with("reason", reason);
             let next = "use local storage, an engine whose I/O ends with the process (aio=threads, aio=native), or give \
                         --fence-command; a crash would wait for an operator";
-            self.journal.entry(&self.config.name, entry.with("next", next));
+            self.note(entry.with("next", next));
         }
     }
 
@@ -202,12 +248,14 @@ impl Device {
 
     /// Feeds the core what happened and carries out what it wants, until both are done.
     pub(crate) fn run(&mut self, now: Nanos, poller: &Poller) {
+        self.act(now, poller);
         while let Some(event) = self.events.pop_front() {
+            // What an action took belongs to the phase it was made in.
+            let now = super::now();
             let mut memory = MemoryAccess { memory: &mut self.memory, fds: &mut self.fds };
             self.pair.handle(now, event, &mut memory, &mut self.actions);
             self.act(now, poller);
         }
-        self.act(now, poller);
     }
 
     pub(crate) fn act(&mut self, now: Nanos, poller: &Poller) {
@@ -249,7 +297,7 @@ impl Device {
             Action::UnwatchKick { ring } => self.unwatch_kick(ring, poller),
             // Placing primary and shadow on their processors is the offload's work.
             Action::Assign { .. } => {}
-            Action::Journal(entry) => self.journal.entry(&self.config.name, entry),
+            Action::Journal(entry) => self.entries.push(entry),
             Action::Answer { command, report } => {
                 if let Some(answer) = self.answers.remove(&command.0) {
                     // The asker may have gone away.
@@ -270,7 +318,7 @@ impl Device {
         }
         if self.vmm.is_some() {
             let entry = Entry::warning("VmmRefused").with("reason", "another VMM is connected to this device already");
-            self.journal.entry(&self.config.name, entry);
+            self.entries.push(entry);
             return;
         }
         let Ok(connection) = Connection::new(socket) else { return };
@@ -422,7 +470,7 @@ impl Device {
         match (process, at) {
             (Ok(process), Some(at)) => {
                 let entry = Entry::info("BackendStarted").with("backend", id.0).with("pid", process.pid);
-                self.journal.entry(&self.config.name, entry);
+                self.entries.push(entry);
                 self.backends[at].process = Some(process);
                 self.backends[at].connect_at = Some(now);
                 self.watch_process(&self.backends[at], poller);
@@ -460,18 +508,23 @@ impl Device {
                     if external {
                         self.watch_process(&self.backends[index], poller);
                     }
-                    if let Err(reason) = self.link_up(index, connection, poller) {
-                        self.events.push_back(Event::Exited { backend: id, reason });
-                    }
+                    self.backends[index].pending = Some(connection);
+                    self.look_at(index);
                 }
                 Err(reason) => self.events.push_back(Event::Exited { backend: id, reason }),
             }
         }
     }
 
-    fn link_up(&mut self, index: usize, connection: Connection, poller: &Poller) -> Result<(), String> {
+    fn link_up(
+        &mut self,
+        index: usize,
+        connection: Connection,
+        basis: &FenceBasis,
+        poller: &Poller,
+    ) -> Result<(), String> {
         let id = self.backends[index].id;
-        if let FenceBasis::Unprovable(reason) = self.backends[index].storage.basis()
+        if let FenceBasis::Unprovable(reason) = basis
             && self.config.fence_command.is_none()
         {
             let reason = format!(
@@ -564,7 +617,7 @@ impl Device {
                         Err(error) => {
                             slots.into_iter().for_each(|slot| self.fds.close(slot));
                             let entry = Entry::warning("MessageRefused").with("peer", "backend").with("backend", id.0);
-                            self.journal.entry(&self.config.name, entry.with("reason", error.to_string()));
+                            self.entries.push(entry.with("reason", error.to_string()));
                         }
                     }
                     self.run(now, poller);
@@ -618,6 +671,8 @@ impl Device {
     }
 
     fn fence(&mut self, id: BackendId, now: Nanos, poller: &Poller) {
+        // A process that is dying anyway is not asked how it is.
+        let alive = self.backend(id).is_some_and(|backend| backend.link.is_some());
         self.drop_link(id, poller);
         let Some(at) = self.backends.iter().position(|backend| backend.id == id) else {
             // It never came to life.
@@ -635,7 +690,7 @@ impl Device {
             poller.remove(stderr);
         }
         let entry = Entry::info("Fencing").with("backend", id.0).with("pid", process.pid);
-        self.journal.entry(&self.config.name, entry.with("state", process.state_hint()));
+        self.entries.push(entry.with("state", if alive { process.state_hint() } else { String::new() }));
         self.fences.push(Fence::raise(id, process, backend.storage, self.config.fence_command.clone(), now));
         self.look_at_fences(now);
     }
@@ -735,11 +790,12 @@ impl Device {
         let status = self.pair.status();
         let primary = status.primary.as_ref().map(|backend| backend.id);
         let provable = self.backends.iter().find(|backend| Some(backend.id) == primary);
-        let fence = match (&self.config.fence_command, provable.map(|backend| backend.storage.basis())) {
-            (Some(_), _) => "target",
-            (None, Some(FenceBasis::Unprovable(_))) => "unprovable",
-            _ => "reaped",
-        };
+        let fence =
+            match (&self.config.fence_command, provable.and_then(|backend| Some(backend.storage.as_ref()?.basis()))) {
+                (Some(_), _) => "target",
+                (None, Some(FenceBasis::Unprovable(_))) => "unprovable",
+                _ => "reaped",
+            };
         DeviceStatus {
             primary_pid: process(primary),
             shadow_pid: process(status.shadow.as_ref().map(|backend| backend.id)),

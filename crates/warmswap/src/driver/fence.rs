@@ -24,7 +24,8 @@ const REPORT_FIRST: Nanos = Nanos::from_millis(200);
 pub(crate) struct Fence {
     pub(crate) backend: BackendId,
     pub(crate) process: Process,
-    storage: Storage,
+    /// What it had open; none while the inspector still looks.
+    pub(crate) storage: Option<Storage>,
     command: Option<String>,
     running: Option<Child>,
     began: Nanos,
@@ -50,7 +51,7 @@ impl Fence {
     pub(crate) fn raise(
         backend: BackendId,
         process: Process,
-        storage: Storage,
+        storage: Option<Storage>,
         command: Option<String>,
         now: Nanos,
     ) -> Self {
@@ -89,7 +90,8 @@ impl Fence {
             self.run_command(device)?;
             return Ok((FenceLevel::Target, format!("{exit}, the operator's fence command succeeded")));
         }
-        match self.storage.basis() {
+        let Some(storage) = &self.storage else { return Err("it is still being looked at".to_owned()) };
+        match storage.basis() {
             FenceBasis::Exit => Ok((FenceLevel::Reaped, format!("{exit}; it did no I/O that outlives a process"))),
             // The laboratory shows with it what the next step is for; the program that is shipped has no such switch.
             #[cfg(feature = "lab")]
@@ -97,9 +99,9 @@ impl Fence {
                 Ok((FenceLevel::Reaped, format!("{exit}; SABOTAGED: its storage descriptions were not looked at")))
             }
             FenceBasis::Marks => {
-                self.storage.is_closed()?;
+                storage.is_closed()?;
                 let after = now.since(gone_at);
-                let marked = self.storage.marked();
+                let marked = storage.marked();
                 Ok((FenceLevel::Reaped, format!("{exit}, its {marked} storage descriptions closed {after} later")))
             }
             FenceBasis::Unprovable(reason) => Err(reason),

@@ -3,6 +3,7 @@
 mod backends;
 mod device;
 mod fence;
+mod inspector;
 mod poller;
 mod spawner;
 mod system;
@@ -19,12 +20,14 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use warmswap_core::{BackendId, Entry, Nanos, Report, Value};
 
 use self::device::Device;
+use self::inspector::Inspector;
 use self::poller::{Interest, Poller, Source, Token};
 use self::spawner::Spawner;
 use crate::cgroup::Janitor;
 use crate::config::DeviceConfig;
 use crate::journal::JournalSender;
 use crate::process::Process;
+use crate::storage::Storage;
 
 /// Commands that may wait for the control thread.
 const COMMANDS_MAX: usize = 64;
@@ -50,6 +53,15 @@ pub(crate) enum Command {
         backend: BackendId,
         /// The process, or why there is none.
         process: Result<Process, String>,
+    },
+    /// A backend has been looked at.
+    Inspected {
+        /// Number of its device.
+        device: u16,
+        /// Its generation.
+        backend: BackendId,
+        /// What it has open.
+        storage: Storage,
     },
     /// Make a failover.
     Failover {
@@ -99,6 +111,7 @@ pub(crate) struct Driver {
     signals: OwnedFd,
     tokens: Vec<Token>,
     spawner: Spawner,
+    inspector: Inspector,
     /// When the last wait ended.
     woken: Nanos,
 }
@@ -116,15 +129,26 @@ impl Driver {
         poller.add(signals.as_fd(), Token { device: 0, source: Source::Signals }, Interest::Read)?;
         let commander = Commander { commands: sender, waker: Arc::clone(&waker) };
         let spawner = Spawner::start(commander.clone(), janitor)?;
+        let inspector = Inspector::start(commander.clone())?;
         let tokens = Vec::with_capacity(64);
-        let driver = Driver { poller, devices: Vec::new(), commands, waker, signals, tokens, spawner, woken: Nanos(0) };
+        let driver = Driver {
+            poller,
+            devices: Vec::new(),
+            commands,
+            waker,
+            signals,
+            tokens,
+            spawner,
+            inspector,
+            woken: Nanos(0),
+        };
         Ok((driver, commander))
     }
 
     /// Adds a device and starts its backends.
     pub(crate) fn add(&mut self, config: DeviceConfig, journal: JournalSender) -> std::io::Result<()> {
         let number = u16::try_from(self.devices.len()).map_err(|_| std::io::ErrorKind::QuotaExceeded)?;
-        let mut device = Device::new(number, config, journal, self.spawner.clone(), now())?;
+        let mut device = Device::new(number, config, journal, self.spawner.clone(), self.inspector.clone(), now())?;
         device.run(now(), &self.poller);
         self.devices.push(device);
         Ok(())
@@ -169,6 +193,7 @@ impl Driver {
                 device.tick(now, &self.poller);
             }
             device.read_vmm(now, &self.poller);
+            device.flush_journal();
             if let Some(reason) = device.failed() {
                 return Ok(Some(Ended::Failed(format!("{}: {reason}", device.name()))));
             }
@@ -182,9 +207,9 @@ impl Driver {
     }
 
     /// A control thread that is late may lose sight of the rings: said, with the reason, so that somebody can help.
-    fn note_lateness(&self, reason: &str, late: Nanos) {
+    fn note_lateness(&mut self, reason: &str, late: Nanos) {
         if late > LATE_MAX && self.woken > Nanos(0) {
-            for device in &self.devices {
+            for device in &mut self.devices {
                 device.note(
                     Entry::warning("ControlThreadLate")
                         .with("reason", reason)
@@ -233,6 +258,11 @@ impl Driver {
                         device.spawned(backend, process, now, &self.poller);
                     }
                 }
+                Command::Inspected { device, backend, storage } => {
+                    if let Some(device) = self.devices.get_mut(usize::from(device)) {
+                        device.inspected(backend, storage, now, &self.poller);
+                    }
+                }
                 Command::Failover { device, now: at_once, reason, answer } => {
                     if let Some(device) = self.devices.iter_mut().find(|known| known.name() == device) {
                         device.request_failover(at_once, reason, answer, now, &self.poller);
@@ -270,7 +300,10 @@ impl Driver {
             }
         }
         self.tokens = tokens;
-        self.devices.iter_mut().for_each(|device| device.tick(now(), &self.poller));
+        for device in &mut self.devices {
+            device.tick(now(), &self.poller);
+            device.flush_journal();
+        }
         Ok(())
     }
 }

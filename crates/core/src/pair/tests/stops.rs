@@ -9,7 +9,9 @@ use crate::policy::PairConfig;
 
 #[test]
 fn a_stop_is_answered_when_the_ring_is_proved_quiet() {
-    check("~ready 1\n~submit 0 1\n~wait 1ms\nvmm GET_VRING_BASE 0\ncomplete 0 1\nwait 25ms\nstatus", &expect![[r#"
+    check(
+        "~ready 1\n~submit 0 1\n~wait 1ms\nvmm GET_VRING_BASE 0\ncomplete 0 1\nwait 25ms\nstatus",
+        &expect![[r#"
         > vmm GET_VRING_BASE 0
             #1 <- SET_VRING_KICK! #1.kick
         > complete 0 1
@@ -19,25 +21,49 @@ fn a_stop_is_answered_when_the_ring_is_proved_quiet() {
             vmm <- GET_VRING_BASE 0=1
         > status
             protected Idle; primary #1 active, shadow #2 ready; recovery exact
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_ring_that_never_started_is_answered_from_the_record() {
-    check("~ready 1\n~vmm SET_VRING_BASE 1 77\nvmm GET_VRING_BASE 1", &expect![[r#"
+    check(
+        "~ready 1\n~vmm SET_VRING_BASE 1 77\nvmm GET_VRING_BASE 1",
+        &expect![[r#"
         > vmm GET_VRING_BASE 1
             vmm <- GET_VRING_BASE 1=77
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_ring_can_be_stopped_and_started_while_another_runs_on() {
-    check("~ready 2\n~submit 1 5\nvmm GET_VRING_BASE 0\nvmm SET_VRING_KICK 0\nstatus", &expect![[r#""#]]);
+    check(
+        "~ready 2\n~submit 1 5\nvmm GET_VRING_BASE 0\nvmm SET_VRING_KICK 0\nstatus",
+        &expect![[r#"
+            > vmm GET_VRING_BASE 0
+                #1 <- SET_VRING_KICK! #1.kick
+                #1 <- GET_VRING_BASE 0
+                * RingStopped
+                vmm <- GET_VRING_BASE 0=0
+            > vmm SET_VRING_KICK 0
+                close kick0
+                * RingStarted size=8 goes_on=false
+                #1 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1
+                signal kick0
+                signal call0
+                vmm <- SET_VRING_KICK ok
+            > status
+                protected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 0; ring 1 served exact inflight 0
+        "#]],
+    );
 }
 
 #[test]
 fn a_silent_primary_is_fenced_so_that_the_stop_can_be_answered() {
-    check("~ready 1\n~submit 0 1 2\n~wait 1ms\n~complete 0 2\n~mute 1\nvmm GET_VRING_BASE 0\nwait 6ms\nfenced 1\nring 0\nstatus", &expect![[r#"
+    check(
+        "~ready 1\n~submit 0 1 2\n~wait 1ms\n~complete 0 2\n~mute 1\nvmm GET_VRING_BASE 0\nwait 6ms\nfenced 1\nring 0\nstatus",
+        &expect![[r#"
         > vmm GET_VRING_BASE 0
             #1 <- SET_VRING_KICK! #1.kick
         > wait 6ms
@@ -57,13 +83,17 @@ fn a_silent_primary_is_fenced_so_that_the_stop_can_be_answered() {
             avail 2 used 1 owed [1] flags 0 avail_event 0
         > status
             unprotected Idle; primary #2 ready, shadow #3 starting; recovery exact
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_primary_that_does_not_complete_is_fenced_when_the_patience_is_over() {
     let config = PairConfig { drain: DrainMethod::Stop, ..config() };
-    check_with(config, "~ready 1\n~submit 0 1\n~wait 1ms\n~mute 1\nvmm GET_VRING_BASE 0\nwait 1100ms\nfenced 1", &expect![[r#"
+    check_with(
+        config,
+        "~ready 1\n~submit 0 1\n~wait 1ms\n~mute 1\nvmm GET_VRING_BASE 0\nwait 1100ms\nfenced 1",
+        &expect![[r#"
         > vmm GET_VRING_BASE 0
             #1 <- GET_VRING_BASE 0
         > wait 1100ms
@@ -82,12 +112,15 @@ fn a_primary_that_does_not_complete_is_fenced_when_the_patience_is_over() {
             * FailoverSettled kind="hang" cause="nothing was completed for 500.973115ms and its control channel is silent" recovery="exact" fence="reaped"
             start #3
             #3 is shadow
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_stop_during_a_failover_waits_for_the_proof() {
-    check("~ready 1\n~submit 0 1 2\n~wait 1ms\n~complete 0 2\n~exit 1\nvmm GET_VRING_BASE 0\nfenced 1\nring 0", &expect![[r#"
+    check(
+        "~ready 1\n~submit 0 1 2\n~wait 1ms\n~complete 0 2\n~exit 1\nvmm GET_VRING_BASE 0\nfenced 1\nring 0",
+        &expect![[r#"
         > vmm GET_VRING_BASE 0
         > fenced 1
             * RingStopped base=1
@@ -99,12 +132,15 @@ fn a_stop_during_a_failover_waits_for_the_proof() {
             #3 is shadow
         > ring 0
             avail 2 used 1 owed [1] flags 0 avail_event 0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_stop_that_the_proof_keeps_waiting_is_answered_and_the_ring_is_abandoned() {
-    check("~ready 1\n~submit 0 1\n~wait 1ms\n~exit 1\nvmm GET_VRING_BASE 0\nwait 6ms\nfenced 1\nstatus", &expect![[r#"
+    check(
+        "~ready 1\n~submit 0 1\n~wait 1ms\n~exit 1\nvmm GET_VRING_BASE 0\nwait 6ms\nfenced 1\nstatus",
+        &expect![[r#"
         > vmm GET_VRING_BASE 0
         > wait 6ms
             * AnsweredFromRecord request="GET_VRING_BASE" reason="the old primary is not proved quiet yet; the ring is abandoned"
@@ -118,12 +154,15 @@ fn a_stop_that_the_proof_keeps_waiting_is_answered_and_the_ring_is_abandoned() {
             #3 is shadow
         > status
             unprotected Idle; primary #2 ready, shadow #3 starting; recovery exact
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_stop_while_the_target_is_confirmed_is_carried_out_by_the_new_primary() {
-    check("~ready 1\n~submit 0 1\n~wait 1ms\n~exit 1\n~fenced 1\nvmm GET_VRING_BASE 0\ncomplete 0 1\nwait 30ms\nstatus", &expect![[r#"
+    check(
+        "~ready 1\n~submit 0 1\n~wait 1ms\n~exit 1\n~fenced 1\nvmm GET_VRING_BASE 0\ncomplete 0 1\nwait 30ms\nstatus",
+        &expect![[r#"
         > vmm GET_VRING_BASE 0
         > complete 0 1
         > wait 30ms
@@ -137,12 +176,15 @@ fn a_stop_while_the_target_is_confirmed_is_carried_out_by_the_new_primary() {
             vmm <- GET_VRING_BASE 0=1
         > status
             unprotected Idle; primary #2 active, shadow #3 starting; recovery exact
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_vmm_that_leaves_has_its_rings_brought_to_rest_and_both_backends_replaced() {
-    check("~ready 1\nvmm gone\nstatus", &expect![[r#"
+    check(
+        "~ready 1\nvmm gone\nstatus",
+        &expect![[r#"
         > vmm gone
             * VmmGone reason="the connection was closed"
             #1 <- SET_VRING_KICK! #1.kick
@@ -162,7 +204,8 @@ fn a_vmm_that_leaves_has_its_rings_brought_to_rest_and_both_backends_replaced() 
             #4 is shadow
         > status
             unprotected Idle; primary #3 starting, shadow #4 starting; recovery exact
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -176,7 +219,7 @@ fn a_vmm_that_leaves_requests_behind_finds_them_in_the_ring_when_it_comes_back()
         ~wait 1ms
         ~mute 1
         vmm gone
-        wait 1100ms
+        wait 1600ms
         fenced 1
         ring 0
         ~up 3
@@ -186,18 +229,93 @@ fn a_vmm_that_leaves_requests_behind_finds_them_in_the_ring_when_it_comes_back()
         ~wait 1ms
         status
         ",
-        &expect![[r#""#]],
+        &expect![[r#"
+            > vmm gone
+                * VmmGone reason="the connection was closed"
+                #1 <- SET_VRING_KICK! #1.kick
+            > wait 1600ms
+                #1 <- GET_FEATURES
+                #2 <- GET_FEATURES
+                * FailoverStarted kind="hang" cause="its control channel has been silent for 500ms" backend=1
+                fence #1
+                close #1.kick
+                close #1.call
+            > fenced 1
+                retire #1
+                * FailoverSettled kind="hang" cause="its control channel has been silent for 500ms" recovery="exact" fence="reaped" survivors=2 message="not handed over: the VMM disconnected"
+                close mem0
+                close kick0
+                close call0
+                retire #2
+                close #2.kick
+                close #2.call
+                start #3
+                #3 is primary
+                start #4
+                #4 is shadow
+            > ring 0
+                avail 3 used 1 owed [0 2] flags 0 avail_event 0
+            > boot 1
+                * VmmConnected
+                #3 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, GET_FEATURES
+                #4 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, GET_FEATURES
+                * PrimaryReady backend=3
+                * ShadowReady backend=4
+                #3 <- SET_VRING_NUM 0=8
+                #4 <- SET_VRING_NUM 0=8
+                #3 <- SET_VRING_CALL call0
+                #4 <- SET_VRING_CALL call0
+                * RingStarted size=8 base=1 pending=2 goes_on=false
+                #3 <- SET_VRING_BASE 0=1, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=0
+                signal kick0
+                signal call0
+                #3 <- SET_VRING_ENABLE 0=1
+            > complete 0 0 2
+            > status
+                protected Idle; primary #3 active, shadow #4 ready; recovery exact; ring 0 served exact inflight 0
+        "#]],
     );
 }
 
 #[test]
 fn a_vmm_that_comes_back_while_its_rings_still_rest_has_to_wait() {
-    check("~ready 1\n~submit 0 1\n~wait 1ms\n~mute 1\n~vmm gone\nvmm connect\nvmm GET_FEATURES\nwait 1100ms\nfenced 1", &expect![[r#""#]]);
+    check(
+        "~ready 1\n~submit 0 1\n~wait 1ms\n~mute 1\n~vmm gone\nvmm connect\nvmm GET_FEATURES\nwait 1600ms\nfenced 1",
+        &expect![[r#"
+            > vmm connect
+                * VmmConnected
+            > vmm GET_FEATURES
+                (the VMM waits)
+            > wait 1600ms
+                #1 <- GET_FEATURES
+                #2 <- GET_FEATURES
+                * FailoverStarted kind="hang" cause="its control channel has been silent for 500ms" backend=1
+                fence #1
+                close #1.kick
+                close #1.call
+            > fenced 1
+                retire #1
+                * FailoverSettled kind="hang" cause="its control channel has been silent for 500ms" recovery="exact" fence="reaped" survivors=1 message="not handed over: the VMM disconnected"
+                close mem0
+                close kick0
+                close call0
+                retire #2
+                close #2.kick
+                close #2.call
+                start #3
+                #3 is primary
+                start #4
+                #4 is shadow
+                vmm <- GET_FEATURES 0x140002200
+        "#]],
+    );
 }
 
 #[test]
 fn a_vmm_that_leaves_during_a_failover_is_not_handed_over() {
-    check("~ready 1\n~submit 0 1\n~wait 1ms\n~exit 1\nvmm gone\nfenced 1\nstatus", &expect![[r#"
+    check(
+        "~ready 1\n~submit 0 1\n~wait 1ms\n~exit 1\nvmm gone\nfenced 1\nstatus",
+        &expect![[r#"
         > vmm gone
             * VmmGone reason="the connection was closed"
         > fenced 1
@@ -215,17 +333,40 @@ fn a_vmm_that_leaves_during_a_failover_is_not_handed_over() {
             #4 is shadow
         > status
             unprotected Idle; primary #3 starting, shadow #4 starting; recovery exact
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_vmm_that_leaves_while_no_backend_can_be_had_is_let_go() {
-    check("~ready 1\n~submit 0 1\n~wait 1ms\n~exit 1\n~exit 2\n~fenced 1\nvmm gone\nvmm connect\nvmm GET_FEATURES\nstatus", &expect![[r#""#]]);
+    check(
+        "~ready 1\n~submit 0 1\n~wait 1ms\n~exit 1\n~exit 2\n~fenced 1\nvmm gone\nvmm connect\nvmm GET_FEATURES\nstatus",
+        &expect![[r#"
+            > vmm gone
+                * VmmGone reason="the connection was closed"
+                retire #1
+                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1 message="not handed over: the VMM disconnected"
+                close mem0
+                close kick0
+                close call0
+                #3 is primary
+                start #4
+                #4 is shadow
+            > vmm connect
+                * VmmConnected
+            > vmm GET_FEATURES
+                vmm <- GET_FEATURES 0x140002200
+            > status
+                unprotected Idle; primary #3 starting, shadow #4 starting; recovery exact
+        "#]],
+    );
 }
 
 #[test]
 fn a_vmm_that_leaves_a_halted_device_frees_it() {
-    check("~ready 1\n~submit 0 1\n~wait 1ms\n~jump 90ms\n~exit 1\n~fenced 1\nstatus\nvmm gone\nstatus\n~up 3\n~boot 1\nstatus", &expect![[r#"
+    check(
+        "~ready 1\n~submit 0 1\n~wait 1ms\n~jump 90ms\n~exit 1\n~fenced 1\nstatus\nvmm gone\nstatus\n~up 3\n~boot 1\nstatus",
+        &expect![[r#"
         > status
             halted Halted; primary #2 ready, shadow #3 starting; recovery refused; ring 0 waiting inexact inflight 1; halted: ring 0: what is in flight is not known exactly: the ring was not observed for so long that its indices may have wrapped
         > vmm gone
@@ -243,12 +384,15 @@ fn a_vmm_that_leaves_a_halted_device_frees_it() {
             unprotected Idle; primary #3 starting, shadow #4 starting; recovery exact
         > status
             unprotected Idle; primary #3 active, shadow #4 starting; recovery exact; ring 0 served exact inflight 1
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_vmm_that_leaves_before_it_started_a_ring_leaves_nothing() {
-    check("~start\n~up 1\n~up 2\n~vmm connect\n~vmm SET_FEATURES\n~vmm SET_MEM_TABLE 0 1\n~vmm SET_VRING_CALL 0\nvmm gone", &expect![[r#"
+    check(
+        "~start\n~up 1\n~up 2\n~vmm connect\n~vmm SET_FEATURES\n~vmm SET_MEM_TABLE 0 1\n~vmm SET_VRING_CALL 0\nvmm gone",
+        &expect![[r#"
         > vmm gone
             * VmmGone reason="the connection was closed"
             close mem0
@@ -264,5 +408,6 @@ fn a_vmm_that_leaves_before_it_started_a_ring_leaves_nothing() {
             #3 is primary
             start #4
             #4 is shadow
-    "#]]);
+    "#]],
+    );
 }

@@ -50,7 +50,7 @@ fn a_ring_is_started_from_used_idx_whatever_base_the_vmm_names() {
                 #2 <- SET_VRING_ERR err0
                 vmm <- SET_VRING_ERR ok
             > vmm SET_VRING_KICK 0
-                * RingStarted size=8 base=5 base_asked=7
+                * RingStarted size=8 base=5 base_asked=7 goes_on=false
                 #1 <- SET_VRING_BASE 0=5, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=0
                 signal kick0
                 signal call0
@@ -66,31 +66,39 @@ fn a_ring_is_started_from_used_idx_whatever_base_the_vmm_names() {
 
 #[test]
 fn set_owner_is_answered_here_however_often_it_comes() {
-    check("~ready 1\nvmm SET_OWNER\nvmm SET_OWNER\nvmm RESET_OWNER", &expect![[r#"
+    check(
+        "~ready 1\nvmm SET_OWNER\nvmm SET_OWNER\nvmm RESET_OWNER",
+        &expect![[r#"
         > vmm SET_OWNER
             vmm <- SET_OWNER ok
         > vmm SET_OWNER
             vmm <- SET_OWNER ok
         > vmm RESET_OWNER
             vmm <- RESET_OWNER ok
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn the_memory_table_is_mirrored_to_both_and_acknowledged_when_both_have_it() {
-    check("~ready 1\n~mute 2\nvmm SET_MEM_TABLE 0 1\nunmute 2", &expect![[r#"
+    check(
+        "~ready 1\n~mute 2\nvmm SET_MEM_TABLE 0 1\nunmute 2",
+        &expect![[r#"
         > vmm SET_MEM_TABLE 0 1
             close mem0
             #1 <- SET_MEM_TABLE! mem0 mem1
             #2 <- SET_MEM_TABLE! mem0 mem1
         > unmute 2
             vmm <- SET_MEM_TABLE ok
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn memory_is_plugged_and_unplugged_on_both() {
-    check("~ready 1\nvmm ADD_MEM_REG 3\nvmm REM_MEM_REG 3\nvmm REM_MEM_REG 3", &expect![[r#"
+    check(
+        "~ready 1\nvmm ADD_MEM_REG 3\nvmm REM_MEM_REG 3\nvmm REM_MEM_REG 3",
+        &expect![[r#"
         > vmm ADD_MEM_REG 3
             #1 <- ADD_MEM_REG! mem3
             #2 <- ADD_MEM_REG! mem3
@@ -103,12 +111,15 @@ fn memory_is_plugged_and_unplugged_on_both() {
         > vmm REM_MEM_REG 3
             * MessageRefused peer="vmm" request="REM_MEM_REG" reason="there is no memory region at 0xc0000000"
             vmm <- REM_MEM_REG refused
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_silent_backend_cannot_hold_up_the_vmm_beyond_the_bound() {
-    check("~ready 1\n~mute 1\nvmm SET_MEM_TABLE 0\nwait 4ms\nwait 2ms\nunmute 1", &expect![[r#"
+    check(
+        "~ready 1\n~mute 1\nvmm SET_MEM_TABLE 0\nwait 4ms\nwait 2ms\nunmute 1",
+        &expect![[r#"
         > vmm SET_MEM_TABLE 0
             close mem0
             #1 <- SET_MEM_TABLE! mem0
@@ -118,23 +129,42 @@ fn a_silent_backend_cannot_hold_up_the_vmm_beyond_the_bound() {
             * AnsweredFromRecord request="SET_MEM_TABLE" silent=1
             vmm <- SET_MEM_TABLE ok
         > unmute 1
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn the_next_request_waits_until_the_last_is_answered() {
-    check("~ready 1\n~mute 1\nvmm ADD_MEM_REG 1\nvmm GET_FEATURES\nwait 6ms", &expect![[r#""#]]);
+    check(
+        "~ready 1\n~mute 1\nvmm ADD_MEM_REG 1\nvmm GET_FEATURES\nwait 6ms",
+        &expect![[r#"
+        > vmm ADD_MEM_REG 1
+            #1 <- ADD_MEM_REG! mem1
+            #2 <- ADD_MEM_REG! mem1
+        > vmm GET_FEATURES
+            (the VMM waits)
+        > wait 6ms
+            * AnsweredFromRecord request="ADD_MEM_REG" silent=1
+            vmm <- ADD_MEM_REG ok
+            vmm <- GET_FEATURES 0x140002200
+    "#]],
+    );
 }
 
 #[test]
 fn a_refusal_by_the_primary_reaches_the_vmm_and_one_by_the_shadow_costs_the_shadow() {
-    check("~ready 1\n~refuses 1\nvmm ADD_MEM_REG 1", &expect![[r#"
+    check(
+        "~ready 1\n~refuses 1\nvmm ADD_MEM_REG 1",
+        &expect![[r#"
         > vmm ADD_MEM_REG 1
             #1 <- ADD_MEM_REG! mem1
             #2 <- ADD_MEM_REG! mem1
             vmm <- ADD_MEM_REG refused
-    "#]]);
-    check("~ready 1\n~refuses 2\nvmm ADD_MEM_REG 1", &expect![[r#"
+    "#]],
+    );
+    check(
+        "~ready 1\n~refuses 2\nvmm ADD_MEM_REG 1",
+        &expect![[r#"
         > vmm ADD_MEM_REG 1
             #1 <- ADD_MEM_REG! mem1
             #2 <- ADD_MEM_REG! mem1
@@ -143,26 +173,30 @@ fn a_refusal_by_the_primary_reaches_the_vmm_and_one_by_the_shadow_costs_the_shad
             close #2.kick
             close #2.call
             * ShadowLost backend=2 reason="it refused a change that the VMM made" next="another one is started in 10ms"
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn memory_that_cannot_be_mapped_is_refused_and_leaves_the_old_table_in_force() {
-    check("~ready 1\nvmm SET_MEM_TABLE 0 2 2\nvmm SET_MEM_TABLE 0 2\nstatus", &expect![[r#"
-        > vmm SET_MEM_TABLE 0 2 2
-            close mem0
-            close mem2
-            close mem2
-            * MessageRefused peer="vmm" request="SET_MEM_TABLE" reason="guest memory of 1073741824 bytes at 0x80000000 cannot be mapped: it overlaps another region"
-            vmm <- SET_MEM_TABLE refused
-        > vmm SET_MEM_TABLE 0 2
-            close mem0
-            close mem2
-            * MessageRefused peer="vmm" request="SET_MEM_TABLE" reason="guest memory of 1073741824 bytes at 0x80000000 cannot be mapped: it overlaps another region"
-            vmm <- SET_MEM_TABLE refused
-        > status
-            protected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 0
-    "#]]);
+    check(
+        "~ready 1\nvmm SET_MEM_TABLE 0 2 2\nvmm SET_MEM_TABLE 0 2\nstatus",
+        &expect![[r#"
+            > vmm SET_MEM_TABLE 0 2 2
+                close mem0
+                close mem2
+                close mem2
+                * MessageRefused peer="vmm" request="SET_MEM_TABLE" reason="guest memory of 1073741824 bytes at 0x80000000 cannot be mapped: it overlaps another region"
+                vmm <- SET_MEM_TABLE refused
+            > vmm SET_MEM_TABLE 0 2
+                close mem0
+                #1 <- SET_MEM_TABLE! mem0 mem2
+                #2 <- SET_MEM_TABLE! mem0 mem2
+                vmm <- SET_MEM_TABLE ok
+            > status
+                protected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 0
+        "#]],
+    );
 }
 
 #[test]
@@ -213,18 +247,20 @@ fn unknown_and_masked_messages_are_refused_with_a_reason() {
 
 #[test]
 fn a_ring_the_backends_do_not_have_is_refused_with_a_hint() {
-    check("~ready 1\nvmm SET_VRING_CALL 2\nvmm SET_VRING_NUM 200 8\nvmm GET_VRING_BASE 200", &expect![[r#"
-        > vmm SET_VRING_CALL 2
-            close call2
-            * MessageRefused peer="vmm" request="SET_VRING_CALL" reason="the VMM uses ring 2, the backends serve 2: give the backend more queues (num-queues=) or the VMM fewer"
-            vmm <- SET_VRING_CALL refused
-        > vmm SET_VRING_NUM 200 8
-            #1 <- SET_VRING_NUM! 200=8
-            #2 <- SET_VRING_NUM! 200=8
-            vmm <- SET_VRING_NUM ok
-        > vmm GET_VRING_BASE 200
-            vmm <- GET_VRING_BASE 200=0
-    "#]]);
+    check(
+        "~ready 1\nvmm SET_VRING_CALL 2\nvmm SET_VRING_NUM 200 8\nvmm GET_VRING_BASE 200",
+        &expect![[r#"
+            > vmm SET_VRING_CALL 2
+                close call2
+                * MessageRefused peer="vmm" request="SET_VRING_CALL" reason="the VMM uses ring 2, the backends serve 2: give the backend more queues (num-queues=) or the VMM fewer"
+                vmm <- SET_VRING_CALL refused
+            > vmm SET_VRING_NUM 200 8
+                * MessageRefused peer="vmm" request="SET_VRING_NUM" reason="the VMM uses ring 200, the backends serve 2"
+                vmm <- SET_VRING_NUM refused
+            > vmm GET_VRING_BASE 200
+                vmm <- GET_VRING_BASE 200=0
+        "#]],
+    );
 }
 
 #[test]
@@ -249,27 +285,32 @@ fn a_ring_outside_guest_memory_or_without_a_size_is_refused() {
 
 #[test]
 fn the_size_of_a_running_ring_cannot_be_changed() {
-    check("~ready 1\nvmm SET_VRING_NUM 0 4\nvmm SET_VRING_NUM 1 4", &expect![[r#"
-        > vmm SET_VRING_NUM 0 4
-            #1 <- SET_VRING_NUM! 0=4
-            #2 <- SET_VRING_NUM! 0=4
-            vmm <- SET_VRING_NUM ok
-        > vmm SET_VRING_NUM 1 4
-            #1 <- SET_VRING_NUM! 1=4
-            #2 <- SET_VRING_NUM! 1=4
-            vmm <- SET_VRING_NUM ok
-    "#]]);
+    check(
+        "~ready 1\nvmm SET_VRING_NUM 0 4\nvmm SET_VRING_NUM 1 4",
+        &expect![[r#"
+            > vmm SET_VRING_NUM 0 4
+                * MessageRefused peer="vmm" request="SET_VRING_NUM" reason="ring 0 is running"
+                vmm <- SET_VRING_NUM refused
+            > vmm SET_VRING_NUM 1 4
+                #1 <- SET_VRING_NUM! 1=4
+                #2 <- SET_VRING_NUM! 1=4
+                vmm <- SET_VRING_NUM ok
+        "#]],
+    );
 }
 
 #[test]
 fn a_new_call_descriptor_replaces_the_old_one_everywhere() {
-    check("~ready 1\nvmm SET_VRING_CALL 0", &expect![[r#"
+    check(
+        "~ready 1\nvmm SET_VRING_CALL 0",
+        &expect![[r#"
         > vmm SET_VRING_CALL 0
             close call0
             #1 <- SET_VRING_CALL call0
             #2 <- SET_VRING_CALL call0
             vmm <- SET_VRING_CALL ok
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -280,7 +321,7 @@ fn the_dirty_log_reaches_both_and_is_answered_with_its_description() {
             > vmm !SET_LOG_BASE
                 #1 <- SET_LOG_BASE log
                 #2 <- SET_LOG_BASE log
-                vmm <- SET_LOG_BASE 0x0
+                vmm <- SET_LOG_BASE Log(LogRegion { size: 4096, offset: 0 })
             > vmm SET_LOG_FD
                 #1 <- SET_LOG_FD! log-notify
                 #2 <- SET_LOG_FD! log-notify
@@ -294,7 +335,9 @@ fn the_dirty_log_reaches_both_and_is_answered_with_its_description() {
 
 #[test]
 fn writes_to_the_configuration_space_reach_both_and_are_read_back() {
-    check("~ready 1\nvmm SET_CONFIG 0 1\nvmm GET_CONFIG\nstatus", &expect![[r#"
+    check(
+        "~ready 1\nvmm SET_CONFIG 0 1\nvmm GET_CONFIG\nstatus",
+        &expect![[r#"
         > vmm SET_CONFIG 0 1
             #1 <- SET_CONFIG! 0=[1]
             #2 <- SET_CONFIG! 0=[1]
@@ -303,23 +346,32 @@ fn writes_to_the_configuration_space_reach_both_and_are_read_back() {
             vmm <- GET_CONFIG [1, 7, 7, 7]
         > status
             protected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn writes_to_the_configuration_space_are_bounded() {
-    let writes: String = (0..257).map(|at| format!("~vmm SET_CONFIG {} {}\n", at % 257, at % 7)).collect();
-    check(&format!("~ready 1\n{writes}vmm SET_CONFIG 3 1"), &expect![[r#"
-        > vmm SET_CONFIG 3 1
-            #1 <- SET_CONFIG! 3=[1]
-            #2 <- SET_CONFIG! 3=[1]
-            vmm <- SET_CONFIG ok
-    "#]]);
+    let writes: String = (0..256).map(|at| format!("~vmm SET_CONFIG {at} {}\n", at % 7)).collect();
+    check(
+        &format!("~ready 1\n{writes}vmm SET_CONFIG 3 1\nvmm SET_CONFIG 256 1"),
+        &expect![[r#"
+            > vmm SET_CONFIG 3 1
+                #1 <- SET_CONFIG! 3=[1]
+                #2 <- SET_CONFIG! 3=[1]
+                vmm <- SET_CONFIG ok
+            > vmm SET_CONFIG 256 1
+                * MessageRefused peer="vmm" request="SET_CONFIG" reason="too many different writes to the configuration space"
+                vmm <- SET_CONFIG refused
+        "#]],
+    );
 }
 
 #[test]
 fn a_resize_seen_by_the_primary_is_told_to_the_vmm_and_followed_by_the_shadow() {
-    check("~ready 1\n~vmm SET_BACKEND_REQ_FD\nconfig 1 9\nvmm GET_CONFIG\nstatus\nconfig 2 9\nstatus", &expect![[r#"
+    check(
+        "~ready 1\n~vmm SET_BACKEND_REQ_FD\nconfig 1 9\nvmm GET_CONFIG\nstatus\nconfig 2 9\nstatus",
+        &expect![[r#"
         > config 1 9
             #1 <- GET_CONFIG 256
             * ConfigChanged backend=1
@@ -333,22 +385,28 @@ fn a_resize_seen_by_the_primary_is_told_to_the_vmm_and_followed_by_the_shadow() 
             #2 <- GET_CONFIG 256
         > status
             protected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn other_requests_of_a_backend_are_refused_and_their_descriptors_closed() {
-    check("~ready 1\nnotifier 2", &expect![[r#"
+    check(
+        "~ready 1\nnotifier 2",
+        &expect![[r#"
         > notifier 2
             * MessageRefused peer="backend" backend=2 request="BACKEND_VRING_HOST_NOTIFIER_MSG" reason="it belongs to a feature that is masked"
             close notifier
             #2.channel <- ack 1
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn an_idle_ring_is_watched_by_its_kick_and_looked_at_again_when_it_fires() {
-    check("~ready 1\nwait 60ms\nsubmit 0 1\nstatus\n~wait 1ms\nstatus\ncomplete 0 1\nwait 100ms", &expect![[r#"
+    check(
+        "~ready 1\nwait 60ms\nsubmit 0 1\nstatus\n~wait 1ms\nstatus\ncomplete 0 1\nwait 100ms",
+        &expect![[r#"
         > wait 60ms
             watch kick0
         > submit 0 1
@@ -359,10 +417,22 @@ fn an_idle_ring_is_watched_by_its_kick_and_looked_at_again_when_it_fires() {
         > complete 0 1
         > wait 100ms
             watch kick0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_ring_whose_indices_cannot_be_is_reported_and_never_guessed_at() {
-    check("~ready 1\n~break 0 900\nwait 5ms\nstatus\nfailover", &expect![[r#""#]]);
+    check(
+        "~ready 1\n~break 0 900\nwait 5ms\nstatus\nfailover",
+        &expect![[r#"
+        > wait 5ms
+            * RingViolated reason="avail.idx 900 is further ahead of used.idx 0 than the ring is long" next="a crash of its backend would halt the device until the VMM resets the ring"
+        > status
+            protected Idle; primary #1 active, shadow #2 ready; recovery refused; ring 0 served violated inflight 0
+        > failover
+            * FailoverRefused cause="operator: test" reason="ring 0: avail.idx 900 is further ahead of used.idx 0 than the ring is long"
+            answer: refused refused ring 0: avail.idx 900 is further ahead of used.idx 0 than the ring is long
+    "#]],
+    );
 }
