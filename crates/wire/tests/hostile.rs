@@ -13,7 +13,7 @@ fn nearly_right() -> impl Strategy<Value = Vec<u8>> {
     let size = prop_oneof![Just(0_usize), Just(8), Just(16), Just(20), Just(24), Just(32), Just(40), 0..400_usize];
     (0..40_u8, 0..48_u32, 0..16_u32, size, any::<[u8; 400]>(), -1..=1_i64).prop_map(
         |(fds, id, flags, size, payload, off)| {
-            let claimed = u32::try_from((size as i64 + off).max(0)).expect("small");
+            let claimed = u32::try_from((i64::try_from(size).expect("small") + off).max(0)).expect("small");
             let mut bytes = vec![fds];
             for word in [id, flags, claimed] {
                 bytes.extend_from_slice(&word.to_ne_bytes());

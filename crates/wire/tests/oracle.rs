@@ -309,9 +309,7 @@ fn described(number: u64) -> MemoryRegion {
 }
 
 fn object() -> VhostUserSharedMsg {
-    let mut object = VhostUserSharedMsg::default();
-    object.uuid = "67e55044-10b1-426f-9247-bb680e5fe0c8".parse().expect("a well-formed UUID");
-    object
+    VhostUserSharedMsg { uuid: "67e55044-10b1-426f-9247-bb680e5fe0c8".parse().expect("a well-formed UUID") }
 }
 
 // --- our encoder and decoder, their back-end ---------------------------------------------------------------------------------

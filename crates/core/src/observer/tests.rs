@@ -157,7 +157,7 @@ fn what_cannot_be_is_refused() {
     assert!(matches!(
         look(&|ring| {
             ring.submit(1);
-            ring.complete(2)
+            ring.complete(2);
         }),
         Knowledge::Violated(Violation::CompletedTwice { head: 2 })
     ));

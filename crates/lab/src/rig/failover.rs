@@ -126,7 +126,11 @@ fn strike(
             before.primary.signal(Signal::KILL)?;
         }
         Kind::Stop => before.primary.signal(Signal::STOP)?,
-        Kind::Spin => make_it_spin(before.primary.pid()).context("making the primary spin")?,
+        // A primary that is held still for so long that the broker takes it for hung, and kills it, has failed as well.
+        Kind::Spin => match make_it_spin(before.primary.pid()) {
+            Err(_) if !before.primary.is_alive() => tally.behaviour("killed-before-it-spun"),
+            result => result.context("making the primary spin")?,
+        },
         Kind::Shadow => {
             before.shadow.signal(Signal::KILL)?;
             if crash_too {

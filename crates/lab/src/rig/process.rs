@@ -28,6 +28,11 @@ impl Target {
         self.pid
     }
 
+    /// Whether it has not ended yet.
+    pub(crate) fn is_alive(&self) -> bool {
+        stat(self.pid).is_some_and(|(state, _)| !matches!(state, 'Z' | 'X'))
+    }
+
     /// Whether SIGSTOP has taken effect.
     pub(crate) fn is_stopped(&self) -> bool {
         stat(self.pid).is_some_and(|(state, _)| state == 'T')
