@@ -208,9 +208,10 @@ pub(crate) fn has_direct(directory: &Path) -> anyhow::Result<bool> {
 pub(crate) struct Workspace(PathBuf);
 
 impl Workspace {
-    /// Makes one under `parent`.
+    /// Makes one under `parent`, and removes those of runs that were killed.
     pub(crate) fn new(parent: &Path) -> anyhow::Result<Self> {
-        let path = parent.join(format!("lab-rig-{}", std::process::id()));
+        remove_abandoned(parent)?;
+        let path = parent.join(format!("{WORKSPACE}{}", std::process::id()));
         std::fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
         Ok(Workspace(path))
     }
@@ -219,6 +220,20 @@ impl Workspace {
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }
+}
+
+/// Name of a workspace, without the number of the process it belongs to.
+const WORKSPACE: &str = "lab-rig-";
+
+fn remove_abandoned(parent: &Path) -> anyhow::Result<()> {
+    for entry in std::fs::read_dir(parent).with_context(|| format!("reading {}", parent.display()))? {
+        let entry = entry?;
+        let owner = entry.file_name().to_string_lossy().strip_prefix(WORKSPACE).and_then(|pid| pid.parse::<u32>().ok());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            std::fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Workspace {
@@ -230,6 +245,18 @@ impl Drop for Workspace {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn workspaces_of_dead_runs_go_and_those_of_living_ones_stay() {
+        let parent = std::env::temp_dir().join(format!("lab-rig-test-{}", std::process::id()));
+        // No process has a number beyond the kernel's limit of 2^22.
+        let (dead, living) = (parent.join(format!("{WORKSPACE}99999999")), parent.join(format!("{WORKSPACE}1")));
+        std::fs::create_dir_all(&dead).and_then(|()| std::fs::create_dir_all(&living)).expect("directories");
+        let workspace = Workspace::new(&parent).expect("workspace");
+        assert!(!dead.exists() && living.exists() && workspace.path().exists());
+        drop(workspace);
+        std::fs::remove_dir_all(&parent).expect("clean up");
+    }
 
     #[test]
     fn every_kind_is_drawn() {
