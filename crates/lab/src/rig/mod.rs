@@ -201,6 +201,10 @@ fn report(args: &Args, tally: &Tally, lost_by_rule: &Value, seconds: f64, ended:
     fields.insert("seconds".into(), json!(seconds));
     fields.insert("failovers_per_second".into(), json!(tally.failovers as f64 / seconds));
     fields.insert("complete".into(), json!(ended));
+    if !ended {
+        // A run that was cut short by a failure bounds nothing.
+        fields.insert("bound_95".into(), Value::Null);
+    }
     report
 }
 
