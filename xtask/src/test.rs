@@ -11,7 +11,7 @@ use super::{setup, shell};
 
 /// Short runs of the instruments, with real processes: the words after `lab`.
 const INSTRUMENTS: [&[&str]; 2] =
-    [&["rig", "--failovers", "300", "--seed", "1"], &["vm", "--failovers", "6", "--seed", "1"]];
+    [&["rig", "--failovers", "120", "--seed", "1"], &["vm", "--failovers", "6", "--seed", "1"]];
 
 /// What has passed and failed so far: a step counts as one, a test runner as many as it says.
 #[derive(Debug, Default)]

@@ -370,7 +370,7 @@ impl Pair {
         }
     }
 
-    fn settle(&mut self, confirmed: bool, step: &mut Step<'_>) {
+    pub(super) fn settle(&mut self, confirmed: bool, step: &mut Step<'_>) {
         let mut failover = self.failover.take().expect("only a failover settles");
         failover.enter(Phase::Settled, step.now);
         let target = failover.target.expect("a settled failover has a target");

@@ -165,8 +165,8 @@ impl Pair {
         let waited = step.now.since(trial.began);
         if step.memory.private_used().is_some() || waited >= limits.stall {
             self.end_trial(step);
-        } else if waited >= Nanos(limits.hang.0 / 4)
-            && let Some(link) = self.link_mut(trial.backend)
+        } else if let Some(link) = self.link_mut(trial.backend)
+            && step.now.since(link.heard_at) >= Nanos(limits.hang.0 / 4)
         {
             link.ping(step.now, step.out);
         }

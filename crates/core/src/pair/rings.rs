@@ -665,6 +665,19 @@ impl Pair {
     /// A stop has missed its bound.
     pub(crate) fn stop_overdue(&mut self, index: u32, step: &mut Step<'_>) {
         let limits = self.config.limits;
+        let served = self.ring_state(index).served;
+        match self.failover.as_ref().map(|failover| failover.phase) {
+            // A living backend serves the ring and must be stopped: the new primary at once, an old one that is being drained, or a
+            // new one that has not acknowledged its rings yet, when that is decided. Both are bounded.
+            Some(Phase::Confirming) if served => {
+                self.extend_stop(step.now + limits.answer_max);
+                return self.settle(false, step);
+            }
+            Some(Phase::Draining | Phase::Resuming) if served => {
+                return self.extend_stop(step.now + limits.answer_max);
+            }
+            _ => {}
+        }
         if self.failover.is_some() {
             // The proof is not there. The VMM is answered, and nothing is ever written to that ring again.
             self.counters.answered_from_record += 1;

@@ -15,7 +15,7 @@
 //! at 0 65533                      the ring's indices stand there before the VMM starts it
 //! break 0 900                     the driver stores that into avail.idx
 //! trial                           the request that is being tried alone is completed
-//! submit 0 3 4 · complete 0 4     the driver submits, the device completes these heads
+//! submit 0 3 4 · complete 0 4     the driver submits, the device completes these heads (and has read the ring up to them)
 //! failover · failover now         the operator asks for one
 //! wait 25ms                       time passes, ticks come when they are due
 //! jump 90ms                       time passes unnoticed: the control thread was not given the processor
@@ -85,6 +85,10 @@ pub(super) struct Driver {
     pub(super) inflight: Vec<u16>,
     /// The ring was made to break the rules; nothing can be said about what is owed.
     pub(super) broken: bool,
+    /// Where in the available ring each of them stands for the backend that holds it.
+    positions: BTreeMap<u16, u16>,
+    /// How far that backend must have read, for it has completed what stood before.
+    popped: u16,
 }
 
 pub(super) struct Harness {
@@ -156,13 +160,13 @@ impl Harness {
         self.shows = true;
     }
 
-    /// Carries out a line of a random history: only the line itself is kept.
+    /// Carries out a line of a random history: only the line itself is kept, or everything with `WARMSWAP_TEST_SEED` set.
     pub(super) fn quietly(&mut self, line: &str) {
-        if self.out.len() > 1 << 14 {
-            self.out.drain(..1 << 13);
+        if self.out.len() > 1 << 15 {
+            self.out.drain(..1 << 14);
         }
         _ = writeln!(self.out, "> {line}");
-        self.shows = false;
+        self.shows = std::env::var_os("WARMSWAP_TEST_SEED").is_some();
         let words: Vec<&str> = line.split_whitespace().collect();
         self.command(words[0], &words[1..]);
     }
@@ -369,8 +373,10 @@ impl Harness {
 
     pub(super) fn submit(&mut self, ring: u32, heads: &[u16]) {
         for head in heads {
+            let driver = self.drivers.entry(ring).or_default();
+            driver.positions.insert(*head, self.memory.ring(ring).avail_idx);
+            driver.inflight.push(*head);
             self.memory.ring(ring).submit(*head);
-            self.drivers.entry(ring).or_default().inflight.push(*head);
         }
         if self.watched.remove(&ring) {
             self.event(Event::Kicked { ring });
@@ -380,7 +386,11 @@ impl Harness {
     pub(super) fn complete(&mut self, ring: u32, heads: &[u16]) {
         for head in heads {
             self.memory.ring(ring).complete(*head);
-            self.drivers.entry(ring).or_default().inflight.retain(|known| known != head);
+            let driver = self.drivers.entry(ring).or_default();
+            driver.inflight.retain(|known| known != head);
+            if let Some(at) = driver.positions.remove(head) {
+                driver.popped = later(driver.popped, at.wrapping_add(1));
+            }
         }
     }
 
@@ -460,14 +470,19 @@ impl Harness {
         self.pump();
     }
 
+    /// How far a backend has read a ring. One that has completed everything it has read stands at `used.idx`.
+    fn truthful_base(&self, ring: u32) -> u32 {
+        let used = self.memory.used_idx(ring);
+        u32::from(self.drivers.get(&ring).map_or(used, |driver| later(used, driver.popped)))
+    }
+
     /// What a backend answers to a message.
     fn hears(&mut self, id: u64, bytes: &[u8], fds: &[FdSlot]) {
         let (head, payload) = bytes.split_first_chunk::<HEADER_SIZE>().expect("a header");
         let header = Header::decode(head).expect("ours");
         let request = Request::decode(&header, payload, fds).expect("ours");
         self.note_rings(id, &request);
-        let used = |harness: &Self, ring: u32| u32::from(harness.memory.used_idx(ring));
-        let base = if let Request::GetVringBase(state) = request { used(self, state.index) } else { 0 };
+        let base = if let Request::GetVringBase(state) = request { self.truthful_base(state.index) } else { 0 };
         let Some(backend) = self.backends.get_mut(&id) else { return };
         let ack = u64::from(backend.refuses);
         let reply = match &request {
@@ -521,7 +536,13 @@ impl Harness {
         assert!(others.is_empty(), "#{id} is given ring {index} while {others:?} may still serve\n{}", self.out);
         if fresh && *fd != private {
             self.handed += 1;
-            self.check_handed(*index);
+            let index = *index;
+            self.check_handed(index);
+            let used = self.memory.used_idx(index);
+            let driver = self.drivers.entry(index).or_default();
+            driver.popped = used;
+            driver.positions =
+                driver.inflight.iter().zip(0..).map(|(head, at)| (*head, used.wrapping_add(at))).collect();
         }
     }
 
@@ -613,7 +634,10 @@ impl Harness {
     }
 
     fn pump_backends(&mut self) {
+        let mut answers = 0;
         while let Some((id, header, payload)) = self.inbox.pop_front() {
+            answers += 1;
+            assert!(answers < 1_000, "messages go to and fro without end\n{}", self.out);
             self.note_stop(id, &header, &payload);
             let event = Event::LinkMessage { backend: BackendId(id), header, payload, fds: Vec::new() };
             self.event_once(event);
@@ -824,6 +848,11 @@ impl Harness {
         }
         self.show(&line);
     }
+}
+
+/// The index that is further on, where both are less than half a turn apart.
+fn later(left: u16, right: u16) -> u16 {
+    if right.wrapping_sub(left) < 1 << 15 { right } else { left }
 }
 
 fn number(text: &str) -> u32 {

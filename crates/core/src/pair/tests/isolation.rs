@@ -154,6 +154,27 @@ fn an_innocent_request_is_completed_by_its_trial() {
 }
 
 #[test]
+fn a_trial_that_takes_its_time_is_asked_for_a_sign_of_life_now_and_then() {
+    check(
+        &format!("{THREE_DEATHS}\n~fenced 3\n~up 4\nwait 600ms\ntrial\nwait 3ms"),
+        &expect![[r#"
+        > wait 600ms
+            #4 <- GET_FEATURES
+            #4 <- GET_FEATURES
+            #4 <- GET_FEATURES
+            #4 <- GET_FEATURES
+        > trial
+        > wait 3ms
+            close #4.kick
+            close #4.call
+            fence #4
+            start #5
+            #5 is shadow
+    "#]],
+    );
+}
+
+#[test]
 fn a_trial_that_hangs_is_decided_by_its_silence() {
     check(
         &format!("{THREE_DEATHS}\n~fenced 3\n~up 4\n~mute 4\nwait 3000ms"),

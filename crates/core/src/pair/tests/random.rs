@@ -6,7 +6,7 @@ use warmswap_wire::{
     LogRegion, MemoryRegion, Request, SharedObjectId, VringFd, VringState,
 };
 
-use super::harness::{Harness, addr, config, region};
+use super::harness::{Driver, Harness, addr, config, region};
 use crate::drain::DrainMethod;
 use crate::event::{BackendId, CommandId, Event, FenceLevel, PrivateEvents};
 use crate::policy::{PairConfig, Survivors};
@@ -14,6 +14,12 @@ use crate::testing::{PlainRing, Random};
 use crate::time::Nanos;
 
 const RINGS: u32 = 2;
+
+/// Seeds `1..count`, or the one that is asked for with `WARMSWAP_TEST_SEED`, whose history is then shown whole when it fails.
+fn seeds(count: u64) -> std::ops::Range<u64> {
+    let asked = std::env::var("WARMSWAP_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+    asked.map_or(1..count, |seed| seed..seed + 1)
+}
 
 fn random(seed: u64) -> Random {
     Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
@@ -62,7 +68,7 @@ impl Vmm {
         }
         let ring = random.below(u64::from(RINGS)) as u32;
         match random.below(12) {
-            0 => {
+            0 if random.below(3) == 0 => {
                 harness.quietly("vmm gone");
                 *self = Vmm { connected: false, running: [false; 2], stopping: None };
             }
@@ -87,13 +93,23 @@ impl Vmm {
     /// A ring about which the broker said that it knows nothing is set up afresh by the driver, as after a reset.
     fn set_up_again(&self, ring: u32, harness: &mut Harness, random: &mut Random) {
         let Some(driver) = harness.drivers.get_mut(&ring).filter(|driver| driver.broken) else { return };
-        driver.broken = false;
-        driver.inflight.clear();
+        *driver = Driver::default();
         harness.memory.rings.insert(ring, PlainRing::new(8, random.below(65_536) as u16));
     }
 }
 
 fn world_step(harness: &mut Harness, random: &mut Random) {
+    // What has been asked for comes, mostly.
+    if random.below(6) == 0
+        && let Some(id) = pick(harness.starting.iter().copied(), random)
+    {
+        return harness.quietly(&format!("up {id}"));
+    }
+    if random.below(12) == 0
+        && let Some(id) = pick(harness.fencing.iter().copied(), random)
+    {
+        return harness.quietly(&format!("fenced {id}"));
+    }
     let ring = random.below(u64::from(RINGS)) as u32;
     match random.below(20) {
         0..=4 => {
@@ -117,14 +133,14 @@ fn world_step(harness: &mut Harness, random: &mut Random) {
         10 | 11 => harness.quietly(&format!("wait {}us", 1 + random.below(3_000))),
         12 => harness.quietly(&format!("wait {}ms", 1 + random.below(700))),
         13 if random.below(8) == 0 => harness.quietly("jump 70ms"),
-        14 => {
+        14 if random.below(2) == 0 => {
             if let Some(id) = pick(harness.backends.keys().copied(), random) {
                 let end = ["exit", "down", "mute", "unmute", "unmute", "config"][random.below(6) as usize];
                 let value = if end == "config" { " 8" } else { "" };
                 harness.quietly(&format!("{end} {id}{value}"));
             }
         }
-        15 | 16 => {
+        15 if random.below(3) == 0 => {
             if let Some(id) = pick(harness.starting.iter().copied(), random) {
                 let options = ["", "", "", " no-ack", " no-slots", " queues=1"][random.below(6) as usize];
                 harness.quietly(&if random.below(9) == 0 { format!("exit {id}") } else { format!("up {id}{options}") });
@@ -148,13 +164,13 @@ fn world_step(harness: &mut Harness, random: &mut Random) {
 #[test]
 fn nothing_is_lost_or_repeated_in_random_histories_of_a_vmm_that_keeps_the_rules() {
     let (mut handed, mut settled) = (0, 0);
-    for seed in 1..1_500 {
+    for seed in seeds(150) {
         println!("seed {seed}");
         let mut random = random(seed);
         let mut harness = Harness::new(random_config(&mut random));
         let mut vmm = Vmm { connected: false, running: [false; 2], stopping: None };
         harness.quietly("start");
-        for _ in 0..250 {
+        for _ in 0..300 {
             if random.below(6) == 0 {
                 vmm.step(&mut harness, &mut random);
             } else {
@@ -165,7 +181,11 @@ fn nothing_is_lost_or_repeated_in_random_histories_of_a_vmm_that_keeps_the_rules
         settled += harness.journal.iter().filter(|event| **event == "FailoverSettled").count();
         harness.finish();
     }
-    assert!(handed > 5_000 && settled > 1_500, "the histories are lively: {handed} rings handed, {settled} settled");
+    let whole = seeds(2) == (1..2);
+    assert!(
+        !whole || (handed > 500 && settled > 150),
+        "the histories are lively: {handed} rings handed, {settled} settled"
+    );
 }
 
 /// Any request that the codec would let through.
@@ -306,7 +326,7 @@ fn nonsense_step(harness: &mut Harness, vmm: &mut bool, random: &mut Random) {
 
 #[test]
 fn nonsense_from_everybody_never_breaks_an_invariant() {
-    for seed in 1..2_500 {
+    for seed in seeds(250) {
         println!("seed {seed}");
         let mut random = random(seed);
         let config = random_config(&mut random);

@@ -411,3 +411,76 @@ fn a_vmm_that_leaves_before_it_started_a_ring_leaves_nothing() {
     "#]],
     );
 }
+
+#[test]
+fn a_stop_is_never_answered_while_a_living_backend_may_still_serve_the_ring() {
+    // While the target is confirmed.
+    check(
+        "~ready 2\n~submit 0 1\n~wait 1ms\n~exit 1\n~fenced 1\nstatus\nvmm GET_VRING_BASE 1\nwait 30ms\nstatus",
+        &expect![[r#"
+            > status
+                failing-over Confirming; primary #1 ended, shadow #2 active; recovery exact; ring 0 served exact inflight 1; ring 1 served exact inflight 0
+            > vmm GET_VRING_BASE 1
+            > wait 30ms
+                retire #1
+                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1 message="the new primary answers, but has not completed anything yet"
+                #2 <- SET_VRING_KICK! #2.kick
+                start #3
+                #3 is shadow
+                #2 <- GET_VRING_BASE 1
+                * RingStopped ring=1
+                vmm <- GET_VRING_BASE 1=0
+            > status
+                unprotected Idle; primary #2 active, shadow #3 starting; recovery exact; ring 0 served exact inflight 1
+        "#]],
+    );
+    // While the target has not acknowledged its rings.
+    check(
+        "~ready 2\n~submit 0 1\n~wait 1ms\n~exit 1\n~mute 2\n~fenced 1\nstatus\nvmm GET_VRING_BASE 1\nwait 30ms\nunmute 2\nwait 30ms",
+        &expect![[r#"
+            > status
+                failing-over Resuming; primary #1 ended, shadow #2 active; recovery exact; ring 0 served exact inflight 1; ring 1 served exact inflight 0
+            > vmm GET_VRING_BASE 1
+            > wait 30ms
+            > unmute 2
+            > wait 30ms
+                retire #1
+                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1 message="the new primary answers, but has not completed anything yet"
+                #2 <- SET_VRING_KICK! #2.kick
+                start #3
+                #3 is shadow
+                #2 <- GET_VRING_BASE 1
+                * RingStopped ring=1
+                vmm <- GET_VRING_BASE 1=0
+        "#]],
+    );
+    // While the primary is drained.
+    check(
+        "~ready 2\n~submit 0 1\n~wait 1ms\n~mute 1\n~failover\nstatus\nvmm GET_VRING_BASE 1\nwait 30ms\nunmute 1\ncomplete 0 1\nwait 30ms",
+        &expect![[r#"
+            > status
+                failing-over Draining; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 1; ring 1 served exact inflight 0
+            > vmm GET_VRING_BASE 1
+            > wait 30ms
+            > unmute 1
+                #1 <- GET_VRING_BASE 1
+            > complete 0 1
+            > wait 30ms
+                #1 <- GET_VRING_BASE 0
+                * RingStopped ring=1
+                vmm <- GET_VRING_BASE 1=0
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=1, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                retire #1
+                close #1.kick
+                close #1.call
+                * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="stopped"
+                answer: settled drained
+                start #3
+                #3 is shadow
+                watch kick0
+        "#]],
+    );
+}
