@@ -202,3 +202,6 @@ fn replace<T>(place: &mut Option<T>, new: Option<T>, close: impl FnOnce(T)) {
         close(old);
     }
 }
+
+#[cfg(test)]
+mod tests;

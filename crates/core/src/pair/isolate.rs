@@ -12,7 +12,7 @@ use warmswap_wire::{DeviceType, ProtocolFeatures, Request, VringAddr, VringFd, V
 
 use super::{Pair, Step};
 use crate::event::{Action, BackendId};
-use crate::failover::{Isolation, Phase, Trial};
+use crate::failover::{Isolation, Kind, Phase, Recovery, Report, Trial};
 use crate::journal::Entry;
 use crate::link::{LinkState, Purpose};
 use crate::memory::GuestMemory;
@@ -49,8 +49,9 @@ impl Suspects {
 impl Pair {
     /// Books one more death against everything that was in flight; what was not is acquitted.
     pub(crate) fn suspect(&mut self, rings: &[u32]) {
-        let drained = self.failover.as_ref().is_some_and(|it| it.report.recovery == crate::failover::Recovery::Drained);
-        if drained {
+        // A backend that was drained, or killed because an operator asked, did not die of anything it was doing.
+        let innocent = |report: &Report| report.recovery == Recovery::Drained || report.kind == Kind::Planned;
+        if self.failover.as_ref().is_some_and(|it| innocent(&it.report)) {
             return;
         }
         let mut list = Vec::new();

@@ -106,6 +106,8 @@ pub(super) struct Harness {
     pub(super) starting: BTreeSet<u64>,
     pub(super) answered: usize,
     pub(super) replies: usize,
+    /// Backends that were given one request alone, on a ring of the broker's.
+    trials: BTreeSet<u64>,
     /// Rings each backend was given and has not been proved to have let go.
     holds: BTreeMap<u64, BTreeSet<u32>>,
     open: BTreeMap<u32, String>,
@@ -134,6 +136,7 @@ impl Harness {
             starting: BTreeSet::new(),
             answered: 0,
             replies: 0,
+            trials: BTreeSet::new(),
             holds: BTreeMap::new(),
             open: BTreeMap::new(),
             slots: 0,
@@ -394,9 +397,16 @@ impl Harness {
         }
     }
 
-    /// The backend that holds a ring, if any does.
+    /// Whether a request runs alone and is not completed yet.
+    pub(super) fn tries(&self) -> bool {
+        let alive = self.trials.iter().any(|id| self.backends.contains_key(id));
+        alive && self.memory.private.is_some_and(|(_, used)| used.is_none())
+    }
+
+    /// The backend that holds a ring of the guest's, if any does.
     pub(super) fn holder(&self, ring: u32) -> Option<u64> {
-        self.holds.iter().find(|(_, rings)| rings.contains(&ring)).map(|(id, _)| *id)
+        let holds = |(id, rings): &(&u64, &BTreeSet<u32>)| rings.contains(&ring) && !self.trials.contains(*id);
+        self.holds.iter().find(holds).map(|(id, _)| *id)
     }
 
     // --- backends ----------------------------------------------------------------------------------------------------------
@@ -531,6 +541,9 @@ impl Harness {
             return;
         }
         let fresh = holds.insert(*index);
+        if *fd == private {
+            self.trials.insert(id);
+        }
         let others: Vec<u64> =
             self.holds.iter().filter(|(other, rings)| **other != id && !rings.is_empty()).map(|it| *it.0).collect();
         assert!(others.is_empty(), "#{id} is given ring {index} while {others:?} may still serve\n{}", self.out);

@@ -110,6 +110,9 @@ fn world_step(harness: &mut Harness, random: &mut Random) {
     {
         return harness.quietly(&format!("fenced {id}"));
     }
+    if harness.tries() && random.below(8) == 0 {
+        return harness.quietly("trial");
+    }
     let ring = random.below(u64::from(RINGS)) as u32;
     match random.below(20) {
         0..=4 => {
