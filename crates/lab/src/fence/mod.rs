@@ -7,8 +7,8 @@
 //! the memory of both is watched: a stamp of the past is a late write.
 //!
 //! Two arms in one run: the broker as shipped, which must show none, and the broker without its storage proof, which must
-//! show some, or the instrument has no teeth and fails. Besides: engines whose exit waits; the backend whose death could not
-//! be proved harmless, which must be refused at the start; the cost of the proof when nothing is in flight.
+//! show some, or the instrument has no teeth and fails. Besides: engines whose exit waits; a backend that locks
+//! nothing, which is fenced all the same; the cost of the proof when nothing is in flight.
 //!
 //! Not shown: network storage, file systems, other kernels than the one it runs on.
 
@@ -25,16 +25,15 @@ mod stamp;
 mod throttle;
 mod workspace;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::ensure;
 
-use self::backend::{Engine, command_line};
-use self::broker::{Arm, Broker};
-use self::disk::Disk;
+use self::backend::Engine;
+use self::broker::Arm;
 use self::probe::Cost;
-use self::report::{Refused, Report};
+use self::report::Report;
 use self::round::{Plan, Round};
 use self::workspace::Workspace;
 use crate::rig::rng::Rng;
@@ -70,48 +69,38 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     interrupt::note_signals();
     let workspace = Workspace::new(&args.run_dir)?;
     let report = Report {
-        guarded: rounds(args, &workspace, Engine::IoUring, Arm::Guarded, args.rounds)?,
-        sabotaged: rounds(args, &workspace, Engine::IoUring, Arm::Sabotaged, args.rounds)?,
-        native: rounds(args, &workspace, Engine::Native, Arm::Guarded, EXIT_WAITS_ROUNDS)?,
-        threads: rounds(args, &workspace, Engine::Threads, Arm::Guarded, EXIT_WAITS_ROUNDS)?,
-        refused: refused(&workspace.path().join("unlocked"))?,
+        guarded: rounds(args, &workspace, Engine::IoUring, Arm::Guarded, true, args.rounds)?,
+        sabotaged: rounds(args, &workspace, Engine::IoUring, Arm::Sabotaged, true, args.rounds)?,
+        unlocked: rounds(args, &workspace, Engine::IoUring, Arm::Guarded, false, args.rounds)?,
+        native: rounds(args, &workspace, Engine::Native, Arm::Guarded, true, EXIT_WAITS_ROUNDS)?,
+        threads: rounds(args, &workspace, Engine::Threads, Arm::Guarded, true, EXIT_WAITS_ROUNDS)?,
         cost: cost(args, &workspace)?,
     };
     report.print(args);
     report.verdict()
 }
 
-fn rounds(args: &Args, workspace: &Workspace, engine: Engine, arm: Arm, count: u64) -> anyhow::Result<Vec<Round>> {
+fn rounds(
+    args: &Args,
+    workspace: &Workspace,
+    engine: Engine,
+    arm: Arm,
+    locking: bool,
+    count: u64,
+) -> anyhow::Result<Vec<Round>> {
     let age = Duration::from_millis(args.age_ms);
     (0..count)
         .map(|number| {
-            let name = format!("{}-{arm:?}-{number}", engine.name()).to_lowercase();
+            let locks = if locking { "locked" } else { "unlocked" };
+            let name = format!("{}-{locks}-{arm:?}-{number}", engine.name()).to_lowercase();
             let directory = workspace.path().join(&name);
             // Both arms draw the same requests.
             let mut rng = Rng::new(args.seed, number);
-            let round = round::run(Plan { directory: &directory, engine, arm, age }, &mut rng)?;
+            let round = round::run(Plan { directory: &directory, engine, arm, locking, age }, &mut rng)?;
             eprintln!("{name}: {}", report::line(&round));
             Ok(round)
         })
         .collect()
-}
-
-/// Starts a broker whose backends do I/O that outlives them and lock nothing.
-fn refused(directory: &Path) -> anyhow::Result<Refused> {
-    std::fs::create_dir_all(directory)?;
-    let disk = Disk::new()?;
-    let backend = command_line(disk.path(), Engine::IoUring, false);
-    Ok(match Broker::start(directory, Arm::Guarded, &backend)? {
-        Ok(broker) => {
-            broker.end()?;
-            Refused { refused: false, code: None, message: "the broker accepted it".into() }
-        }
-        Err(refusal) => Refused {
-            refused: refusal.status.code().is_some_and(|code| code != 0),
-            code: refusal.status.code(),
-            message: refusal.log.lines().last().unwrap_or_default().to_owned(),
-        },
-    })
 }
 
 fn cost(args: &Args, workspace: &Workspace) -> anyhow::Result<Cost> {

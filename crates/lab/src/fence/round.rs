@@ -40,6 +40,8 @@ pub(super) struct Plan<'a> {
     pub(super) engine: Engine,
     /// With or without the storage proof.
     pub(super) arm: Arm,
+    /// The backends lock their image.
+    pub(super) locking: bool,
     /// How long the primary serves before it gets the requests it dies with.
     pub(super) age: Duration,
 }
@@ -86,7 +88,7 @@ impl Round {
 pub(super) fn run(plan: Plan<'_>, rng: &mut Rng) -> anyhow::Result<Round> {
     std::fs::create_dir_all(plan.directory)?;
     let disk = Disk::new()?;
-    let backend = command_line(disk.path(), plan.engine, true);
+    let backend = command_line(disk.path(), plan.engine, plan.locking);
     let started = Broker::start(plan.directory, plan.arm, &backend)?;
     let mut broker =
         started.map_err(|refusal| anyhow::anyhow!("the broker ended: {}\n{}", refusal.status, refusal.log))?;
