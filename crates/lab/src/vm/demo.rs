@@ -10,7 +10,7 @@ use super::plan::{Kind, Plan};
 use super::report::Report;
 use super::watch::Patience;
 
-/// In the order of DESIGN and of the broker's report.
+/// In the order in which a failover goes through them, as in the broker's report.
 const PHASES: [&str; 7] = ["Draining", "Fencing", "Collecting", "Isolating", "Handing", "Resuming", "Confirming"];
 
 /// How often the unguarded daemon is killed, if the guest lives that long.
