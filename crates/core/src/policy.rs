@@ -79,7 +79,7 @@ impl Limits {
 impl Default for Limits {
     fn default() -> Self {
         Limits {
-            answer_max: Nanos::from_millis(5),
+            answer_max: Nanos::from_millis(3),
             drain_max: Nanos::from_millis(1_000),
             hang: Nanos::from_millis(500),
             stall: Nanos::from_millis(30_000),

@@ -117,6 +117,30 @@ impl Session {
         MemoryTable { regions: self.memory.iter().map(|(region, _)| *region).collect() }
     }
 
+    /// A configuration space as the guest sees it: what the device presents, and over it what the guest has written.
+    #[must_use]
+    pub fn written_over(&self, config: &[u8]) -> Vec<u8> {
+        let mut seen = config.to_vec();
+        for write in &self.config_writes {
+            let at = write.offset as usize;
+            if let Some(bytes) = seen.get_mut(at..at + write.bytes.len()) {
+                bytes.copy_from_slice(&write.bytes);
+            }
+        }
+        seen
+    }
+
+    /// Takes the guest's writes out of a configuration space that a backend presents: they end with the session, and are no
+    /// difference between two backends. In their place stands what the device presented at first.
+    pub fn take_out_writes(&self, config: &mut [u8], device: &[u8]) {
+        for write in &self.config_writes {
+            let range = write.offset as usize..write.offset as usize + write.bytes.len();
+            if let (Some(bytes), Some(first)) = (config.get_mut(range.clone()), device.get(range)) {
+                bytes.copy_from_slice(first);
+            }
+        }
+    }
+
     /// Whether a write to the configuration space can still be recorded: it replaces one at the same place, or there is room.
     #[must_use]
     pub fn has_room_for(&self, config: &ConfigSpace) -> bool {

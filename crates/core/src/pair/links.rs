@@ -140,13 +140,7 @@ impl Pair {
     fn admit(&mut self, backend: BackendId, step: &mut Step<'_>) {
         let Some(offer) = &self.offer else { return };
         let Some(link) = self.links.iter_mut().find(|link| link.id == backend) else { return };
-        // The guest's own writes to the configuration space are replayed to it; they are no difference.
-        for write in &self.session.config_writes {
-            let at = write.offset as usize;
-            if let Some(bytes) = link.offer.config.get_mut(at..at + write.bytes.len()) {
-                bytes.copy_from_slice(&write.bytes);
-            }
-        }
+        self.session.take_out_writes(&mut link.offer.config, &offer.config);
         let protocol = offer.protocol & !ProtocolFeatures::REPLY_ACK.bits();
         let wanted = Offer { protocol, ..offer.clone() };
         if let Some(difference) = difference(&wanted, &link.offer) {
@@ -483,7 +477,10 @@ impl Pair {
     }
 
     /// A backend's configuration space was read again. The primary's change is the VMM's; the shadow must follow it.
-    fn config_read(&mut self, backend: BackendId, config: Vec<u8>, step: &mut Step<'_>) {
+    fn config_read(&mut self, backend: BackendId, mut config: Vec<u8>, step: &mut Step<'_>) {
+        if let Some(offer) = &self.offer {
+            self.session.take_out_writes(&mut config, &offer.config);
+        }
         if let Some(link) = self.link_mut(backend) {
             link.offer.config.clone_from(&config);
         }

@@ -15,12 +15,8 @@ use crate::memory::RingPlace;
 use crate::observer::{Knowledge, Observation, Observer};
 use crate::time::Nanos;
 
-/// A ring is looked at as if the rate could grow from its recent peak by this factor from one look to the next,
-const BURST_FACTOR: f64 = 16.0;
-/// but to no more than this many requests per second,
-const BURST_RATE_MAX: f64 = 100_000.0;
-/// and to no less than this.
-const BURST_RATE_MIN: f64 = 20_000.0;
+/// A ring is looked at as if requests could come at this rate, per second, from one look to the next.
+const BURST_RATE: f64 = 100_000.0;
 /// A peak of the rate is remembered for this long, in seconds, before it counts half.
 const RATE_MEMORY_S: f64 = 0.5;
 /// Part of the ring that may pass between two looks at the rate that is reckoned with.
@@ -165,7 +161,7 @@ impl Pair {
             observed_at: now,
             progressed_at: now,
             // Until something is known of it, a ring is taken to be busy.
-            rate: BURST_RATE_MAX,
+            rate: BURST_RATE,
             ..RingState::default()
         };
         let proved = self.failover.as_ref().is_none_or(|failover| failover.phase > Phase::Fencing);
@@ -403,8 +399,7 @@ impl Pair {
             return;
         }
         let size = f64::from(ring.size().map_or(1, Layout::size));
-        let burst = (ring.rate * BURST_FACTOR).clamp(BURST_RATE_MIN, BURST_RATE_MAX);
-        let period = Nanos((size / RING_PART / ring.rate.max(burst) * 1e9) as u64);
+        let period = Nanos((size / RING_PART / ring.rate.max(BURST_RATE) * 1e9) as u64);
         let period = period.clamp(limits.observe_min, limits.observe_max);
         let quiet = moved == 0.0 && seen.outstanding == 0;
         if !quiet {
@@ -693,7 +688,8 @@ impl Pair {
         let Some(drain) = self.ring_state(index).drain else { return self.finish_vmm_stop(index, step) };
         let patience = drain.began + limits.drain_max;
         if drain.state == DrainState::Diverting {
-            self.extend_stop(step.now + limits.answer_max);
+            // Killing it and proving it gone takes a few milliseconds more.
+            self.extend_stop(step.now + limits.answer_max + limits.answer_max);
             self.drain_failed("its control channel is silent while the VMM stops a ring", step);
         } else if step.now < patience {
             self.extend_stop(patience);

@@ -102,7 +102,7 @@ impl Pair {
             Request::GetProtocolFeatures => Reply::U64(offer.protocol | ProtocolFeatures::REPLY_ACK.bits()),
             Request::GetQueueNum => Reply::U64(offer.queues),
             Request::GetMaxMemSlots => Reply::U64(offer.mem_slots),
-            Request::GetConfig(wanted) => Reply::Config(config_slice(&offer.config, wanted)),
+            Request::GetConfig(wanted) => Reply::Config(config_slice(&self.session.written_over(&offer.config), wanted)),
             _ => return,
         };
         self.reply(request.code(), &reply, step);
@@ -224,18 +224,6 @@ impl Pair {
         if !self.session.has_room_for(&config) {
             let reason = "too many different writes to the configuration space";
             return self.refuse_request(RequestCode::SetConfig, reason, need_reply, step);
-        }
-        if let Some(offer) = &mut self.offer {
-            let at = config.offset as usize;
-            if let Some(bytes) = offer.config.get_mut(at..at + config.bytes.len()) {
-                bytes.copy_from_slice(&config.bytes);
-            }
-        }
-        for link in &mut self.links {
-            let at = config.offset as usize;
-            if let Some(bytes) = link.offer.config.get_mut(at..at + config.bytes.len()) {
-                bytes.copy_from_slice(&config.bytes);
-            }
         }
         let request = Request::SetConfig(config);
         self.session.record(&request, step.out);

@@ -540,7 +540,7 @@ fn a_primary_that_answers_but_completes_nothing_is_failed_over_once() {
             > wait 1500ms
                 #1 <- GET_FEATURES
                 #2 <- GET_FEATURES
-                * FailoverStarted kind="hang" cause="it answers, but has completed nothing for 30.000031688s while requests wait" backend=1
+                * FailoverStarted kind="hang" cause="it answers, but has completed nothing for 30s while requests wait" backend=1
                 fence #1
                 close #1.kick
                 close #1.call

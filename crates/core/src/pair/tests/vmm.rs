@@ -120,16 +120,16 @@ fn a_silent_backend_cannot_hold_up_the_vmm_beyond_the_bound() {
     check(
         "~ready 1\n~mute 1\nvmm SET_MEM_TABLE 0\nwait 4ms\nwait 2ms\nunmute 1",
         &expect![[r#"
-        > vmm SET_MEM_TABLE 0
-            close mem0
-            #1 <- SET_MEM_TABLE! mem0
-            #2 <- SET_MEM_TABLE! mem0
-        > wait 4ms
-        > wait 2ms
-            * AnsweredFromRecord request="SET_MEM_TABLE" silent=1
-            vmm <- SET_MEM_TABLE ok
-        > unmute 1
-    "#]],
+            > vmm SET_MEM_TABLE 0
+                close mem0
+                #1 <- SET_MEM_TABLE! mem0
+                #2 <- SET_MEM_TABLE! mem0
+            > wait 4ms
+                * AnsweredFromRecord request="SET_MEM_TABLE" silent=1
+                vmm <- SET_MEM_TABLE ok
+            > wait 2ms
+            > unmute 1
+        "#]],
     );
 }
 
@@ -434,5 +434,37 @@ fn a_ring_whose_indices_cannot_be_is_reported_and_never_guessed_at() {
             * FailoverRefused cause="operator: test" reason="ring 0: avail.idx 900 is further ahead of used.idx 0 than the ring is long"
             answer: refused refused ring 0: avail.idx 900 is further ahead of used.idx 0 than the ring is long
     "#]],
+    );
+}
+
+#[test]
+fn writes_to_the_configuration_space_end_with_the_session() {
+    check(
+        "
+        ~ready 1
+        ~vmm SET_CONFIG 32 1
+        ~vmm SET_CONFIG 0 1
+        vmm GET_CONFIG
+        ~config 1 7
+        ~exit 2
+        ~up 3
+        status
+        ~vmm gone
+        ~up 4
+        ~up 5
+        ~vmm connect
+        vmm GET_CONFIG
+        status
+        ",
+        &expect![[r#"
+            > vmm GET_CONFIG
+                vmm <- GET_CONFIG [1, 7, 7, 7]
+            > status
+                protected Idle; primary #1 active, shadow #3 ready; recovery exact; ring 0 served exact inflight 0
+            > vmm GET_CONFIG
+                vmm <- GET_CONFIG [7, 7, 7, 7]
+            > status
+                protected Idle; primary #4 ready, shadow #5 ready; recovery exact
+        "#]],
     );
 }
