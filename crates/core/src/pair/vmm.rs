@@ -102,7 +102,9 @@ impl Pair {
             Request::GetProtocolFeatures => Reply::U64(offer.protocol | ProtocolFeatures::REPLY_ACK.bits()),
             Request::GetQueueNum => Reply::U64(offer.queues),
             Request::GetMaxMemSlots => Reply::U64(offer.mem_slots),
-            Request::GetConfig(wanted) => Reply::Config(config_slice(&self.session.written_over(&offer.config), wanted)),
+            Request::GetConfig(wanted) => {
+                Reply::Config(config_slice(&self.session.written_over(&offer.config), wanted))
+            }
             _ => return,
         };
         self.reply(request.code(), &reply, step);

@@ -205,17 +205,18 @@ impl FrontEnd {
         if self.wanted.acks == Acks::None { self.synchronise() } else { Ok(()) }
     }
 
-    /// Sets up one ring and starts it: NUM, BASE, ADDR, KICK, CALL.
+    /// Sets up one ring and starts it: CALL, which QEMU gives when it connects, then NUM, BASE, ADDR, KICK. A backend that is kicked
+    /// before it has a call descriptor may break on its first completion.
     pub(crate) fn start_ring(&mut self, queue: &BlkQueue, base: u16) -> anyhow::Result<()> {
         let index = u32::from(queue.index());
         let (descriptor, available, used) = queue.vring().user_addresses();
+        self.set_call(queue.index(), queue.call_fd())?;
         self.tell(&Request::SetVringNum(VringState { index, value: queue.vring().size().into() }), &[])?;
         self.tell(&Request::SetVringBase(VringState { index, value: base.into() }), &[])?;
         let log = queue.vring().used_guest();
         self.tell(&Request::SetVringAddr(VringAddr { index, flags: 0, descriptor, used, available, log }), &[])?;
         let fd = Some(FdSlot(0));
-        self.tell(&Request::SetVringKick(VringFd { index, fd }), &[queue.kick_fd().as_fd()])?;
-        self.set_call(queue.index(), queue.call_fd())
+        self.tell(&Request::SetVringKick(VringFd { index, fd }), &[queue.kick_fd().as_fd()])
     }
 
     /// SET_VRING_CALL, at any time.
