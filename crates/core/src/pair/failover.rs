@@ -90,12 +90,19 @@ impl Pair {
         }
         failover.report.fence = FenceLevel::Reaped;
         failover.enter(Phase::Fencing, step.now);
-        step.out.push(Action::Fence { backend: victim });
+        let harmless = self.link(victim).is_some_and(|link| !link.touched);
+        step.out.push(if harmless { Action::Retire { backend: victim } } else { Action::Fence { backend: victim } });
         if let Some(link) = self.link_mut(victim) {
             link.end(step.out);
         }
         self.stop_waiting_for(victim, step);
         self.rings.iter_mut().for_each(|ring| ring.drain = None);
+        if harmless {
+            let failover = self.failover.as_mut().expect("just seen");
+            failover.report.fence = FenceLevel::Stopped;
+            failover.report.evidence = "it was never given a ring".to_owned();
+            self.collect(step);
+        }
     }
 
     /// The victim's link or process ended while the failover was still talking to it.

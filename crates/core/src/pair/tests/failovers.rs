@@ -991,3 +991,54 @@ fn a_device_whose_requests_must_not_run_twice_is_handed_over_only_after_a_drain(
     "#]],
     );
 }
+
+#[test]
+fn a_primary_that_dies_before_it_was_given_a_ring_needs_no_fence() {
+    check(
+        "~start\n~up 1\n~up 2\nexit 1\nstatus\n~up 3\n~boot 1\nstatus",
+        &expect![[r#"
+        > exit 1
+            close #1.kick
+            close #1.call
+            * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
+            * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
+            retire #1
+            #2 is primary
+            retire #1
+            * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="stopped"
+            start #3
+            #3 is shadow
+        > status
+            unprotected Idle; primary #2 ready, shadow #3 starting; recovery exact
+        > status
+            protected Idle; primary #2 active, shadow #3 ready; recovery exact; ring 0 served exact inflight 0
+    "#]],
+    );
+    check(
+        "~start\n~up 1\n~up 2\n~exit 2\nexit 1\nwait 50ms\nup 3\nstatus",
+        &expect![[r#"
+        > exit 1
+            close #1.kick
+            close #1.call
+            * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
+            * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
+            retire #1
+        > wait 50ms
+        > up 3
+            #3 <- GET_FEATURES
+            #3 <- GET_PROTOCOL_FEATURES
+            #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
+            close #3.channel
+            #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+            #3 <- GET_FEATURES
+            * ShadowReady backend=3
+            #3 is primary
+            retire #1
+            * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="stopped"
+            start #4
+            #4 is shadow
+        > status
+            unprotected Idle; primary #3 ready, shadow #4 starting; recovery exact
+    "#]],
+    );
+}
