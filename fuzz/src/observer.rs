@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use warmswap_core::{GuestMemory, MemoryError, Nanos, Observer, PrivateRing, RingPlace};
+use warmswap_core::{GuestMemory, MemoryError, Nanos, Observer, RingPlace};
 use warmswap_wire::ring::{Descriptor, Layout, UsedElem};
 use warmswap_wire::{FdSlot, LogRegion, MemoryRegion};
 
@@ -84,13 +84,12 @@ impl GuestMemory for Hostile<'_> {
     fn read_region(&self, _fd: FdSlot, _offset: u64, _length: u64) -> Option<Vec<u8>> {
         None
     }
-    fn make_private_ring(&mut self, _layout: Layout, _head: u16) -> Result<PrivateRing, MemoryError> {
+    fn make_private(&mut self) -> Result<FdSlot, MemoryError> {
         Err(MemoryError::Log { reason: "there is none".to_owned() })
     }
-    fn private_used(&self) -> Option<UsedElem> {
-        None
+    fn write_private(&mut self, _memory: FdSlot, _offset: u64, _bytes: &[u8]) -> bool {
+        false
     }
-    fn drop_private_ring(&mut self) {}
     fn write_guest(&mut self, _guest_addr: u64, _bytes: &[u8]) -> bool {
         false
     }

@@ -30,6 +30,8 @@ pub struct PrivateEvents {
     pub kick: FdSlot,
     /// Given to the backend as call where its calls must not reach the guest.
     pub call: FdSlot,
+    /// Given to the backend as kick of a ring of the broker's own.
+    pub probe: FdSlot,
 }
 
 /// What has been proved about a backend that must no longer touch anything.
@@ -87,7 +89,8 @@ pub enum Event {
         backend: BackendId,
         /// Our end's counterpart of its back-end request channel, to be sent to it.
         backend_req: Option<FdSlot>,
-        /// Two eventfds of the broker's own: a kick nobody writes, for diverting new work, and a call nobody reads.
+        /// Eventfds of the broker's own: a kick nobody writes, for diverting new work, a call nobody reads, and the kick of the broker's
+        /// own ring.
         private: PrivateEvents,
     },
     /// A message from a backend on its link, not yet decoded: only the core knows what was asked.

@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+mod canary;
 mod drain;
 mod event;
 mod failover;
@@ -27,7 +28,7 @@ pub use event::{Action, Actions, BackendId, CommandId, Event, FenceLevel, Privat
 pub use failover::{Kind, Outcome, Phase, Recovery, Report};
 pub use journal::{Entry, Severity, Value};
 pub use link::{LinkState, Offer};
-pub use memory::{GuestMemory, MemoryError, PrivateRing, RingPlace};
+pub use memory::{GuestMemory, MemoryError, PRIVATE_ADDR, PRIVATE_SIZE, RingPlace};
 pub use observer::{Gap, Knowledge, Observation, Observer, SILENCE_MAX, Violation};
 pub use pair::{BackendStatus, Counters, Pair, PairState, RingStatus, Status};
 pub use policy::{Limits, PairConfig, Survivors};

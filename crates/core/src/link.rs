@@ -14,6 +14,7 @@ use warmswap_wire::{
     ReplyKind, Request, RequestCode, VirtioFeatures,
 };
 
+use crate::canary::Canary;
 use crate::event::{Action, Actions, BackendId, PrivateEvents};
 use crate::time::Nanos;
 
@@ -92,6 +93,7 @@ pub(crate) enum Purpose {
     },
     Handed,
     Isolated,
+    Canary,
     Ping,
     Inflight,
     /// An answer nobody waits for.
@@ -122,6 +124,9 @@ pub(crate) struct Link {
     pub(crate) touched: bool,
     /// The in-flight region it keeps, where it keeps one.
     pub(crate) region: Region,
+    /// Memory of the broker's own that the backend has, or is about to have, as one more region.
+    pub(crate) private_memory: Option<FdSlot>,
+    pub(crate) canary: Canary,
     may_have_region: bool,
     backend_req: Option<FdSlot>,
     pending: VecDeque<Pending>,
@@ -161,6 +166,8 @@ impl Link {
             pinged_at: None,
             touched: false,
             region: Region::None,
+            private_memory: None,
+            canary: Canary::new(now),
             may_have_region,
             backend_req: None,
             pending: VecDeque::new(),
@@ -196,23 +203,30 @@ impl Link {
     pub(crate) fn end(&mut self, out: &mut Actions) {
         self.state = LinkState::Ended;
         self.pending.clear();
-        let private = self.private.take().into_iter().flat_map(|events| [events.kick, events.call]);
+        let private = self.private.take().into_iter().flat_map(|events| [events.kick, events.call, events.probe]);
         for fd in self.backend_req.take().into_iter().chain(private) {
             out.push(Action::Close(fd));
         }
     }
 
-    /// Closes what was kept of it beyond its end: the region is read after the death of the backend.
+    /// Closes what was kept of it beyond its end: regions are read after the death of the backend.
     pub(crate) fn forget(&mut self, out: &mut Actions) {
         self.end(out);
         if let Region::Set { fd, .. } = std::mem::replace(&mut self.region, Region::None) {
             out.push(Action::Close(fd));
         }
+        if let Some(fd) = self.private_memory.take() {
+            out.push(Action::Close(fd));
+        }
+    }
+
+    pub(crate) fn tracks_in_flight(&self) -> bool {
+        self.protocol.contains(ProtocolFeatures::INFLIGHT_SHMFD)
     }
 
     /// Whether rings may be given to it: a backend with in-flight tracking must have its region first. Asks for one if need be.
     pub(crate) fn region_is_set(&mut self, queues: u16, queue_size: u16, out: &mut Actions) -> bool {
-        if !self.protocol.contains(ProtocolFeatures::INFLIGHT_SHMFD) {
+        if !self.tracks_in_flight() {
             return true;
         }
         if self.region == Region::None {
@@ -331,7 +345,8 @@ impl Link {
             }
             (Purpose::Protocol, Reply::U64(bits)) => self.settle_protocol(device, bits, out),
             (Purpose::Queues, Reply::U64(queues)) => self.offer.queues = queues,
-            (Purpose::MemSlots, Reply::U64(slots)) => self.offer.mem_slots = slots,
+            // One is kept for memory of the broker's own.
+            (Purpose::MemSlots, Reply::U64(slots)) => self.offer.mem_slots = slots.saturating_sub(1).max(1),
             (Purpose::Config, Reply::Config(None)) => {
                 self.config_size += 1;
                 self.ask_config(out);

@@ -47,17 +47,15 @@ pub struct RingPlace {
     pub used: u64,
 }
 
-/// Where a ring of the broker's own lies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PrivateRing {
-    /// The region to add to a backend's memory table.
-    pub region: MemoryRegion,
-    /// Its descriptor.
-    pub fd: FdSlot,
-    /// Available ring, in the VMM's address space.
-    pub available: u64,
-    /// Used ring, in the VMM's address space.
-    pub used: u64,
+/// Where memory of the broker's own lies for a backend, in the guest's address space and in the VMM's: above everything a guest or a
+/// process can have.
+pub const PRIVATE_ADDR: u64 = 1 << 62;
+/// Its size. Only what is touched takes room.
+pub const PRIVATE_SIZE: u64 = 1 << 20;
+
+/// The region that memory of the broker's own is for a backend.
+pub(crate) const fn private_region() -> MemoryRegion {
+    MemoryRegion { guest_addr: PRIVATE_ADDR, size: PRIVATE_SIZE, user_addr: PRIVATE_ADDR, mmap_offset: 0 }
 }
 
 /// Guest memory and the rings in it.
@@ -113,18 +111,16 @@ pub trait GuestMemory {
     fn set_avail_event(&mut self, ring: u32, index: u16);
     /// Appends an entry to the used ring at `index` and publishes `index + 1`.
     fn push_used(&mut self, ring: u32, index: u16, entry: UsedElem);
-    /// Copies a part of an in-flight region; none if it is not all there.
+    /// Copies a part of an in-flight region, or of memory of the broker's own; none if it is not all there.
     fn read_region(&self, fd: FdSlot, offset: u64, length: u64) -> Option<Vec<u8>>;
-    /// Prepares a ring in memory of the broker's own, with `head` as its only request, and says where it lies. The descriptor
-    /// table stays the guest's.
+    /// Makes [`PRIVATE_SIZE`] zeroed bytes of the broker's own and returns their descriptor, which the caller closes. What a backend
+    /// writes there is read with [`GuestMemory::read_region`].
     ///
     /// # Errors
     /// The memory cannot be had.
-    fn make_private_ring(&mut self, layout: Layout, head: u16) -> Result<PrivateRing, MemoryError>;
-    /// Gives the private ring's memory back.
-    fn drop_private_ring(&mut self);
-    /// The private ring's completion, once there is one.
-    fn private_used(&self) -> Option<UsedElem>;
+    fn make_private(&mut self) -> Result<FdSlot, MemoryError>;
+    /// Writes to memory of the broker's own; false if the descriptor is gone.
+    fn write_private(&mut self, memory: FdSlot, offset: u64, bytes: &[u8]) -> bool;
 
     /// Writes guest-physical memory; false if the range is not mapped.
     fn write_guest(&mut self, guest_addr: u64, bytes: &[u8]) -> bool;

@@ -28,6 +28,8 @@ pub struct PairConfig {
     pub fence: FenceLevel,
     /// A shadow is kept.
     pub shadow: bool,
+    /// The shadow is asked to read from the device now and then.
+    pub canary: bool,
     /// The bounds.
     pub limits: Limits,
 }
@@ -59,6 +61,12 @@ pub struct Limits {
     pub idle_after: Nanos,
     /// Time between two looks at a ring while a failover waits for it.
     pub poll: Nanos,
+    /// What the operator asked for may wait this long for something that passes by itself.
+    pub ask_max: Nanos,
+    /// Time between two reads by the shadow.
+    pub canary_every: Nanos,
+    /// Time to the first look at whether such a read is done.
+    pub canary_poll: Nanos,
     /// First and longest wait before a shadow that failed to start is started again.
     pub restart_min: Nanos,
     /// See `restart_min`.
@@ -91,6 +99,9 @@ impl Default for Limits {
             observe_idle: Nanos::from_millis(1_000),
             idle_after: Nanos::from_millis(20),
             poll: Nanos::from_micros(20),
+            ask_max: Nanos::from_millis(100),
+            canary_every: Nanos::from_millis(1_000),
+            canary_poll: Nanos::from_micros(150),
             restart_min: Nanos::from_millis(10),
             restart_max: Nanos::from_millis(5_000),
             isolate_after: 3,

@@ -5,7 +5,10 @@ use std::collections::{HashMap, HashSet};
 use warmswap_wire::ring::{Descriptor, Layout, UsedElem};
 use warmswap_wire::{FdSlot, LogRegion, MemoryRegion};
 
-use crate::memory::{GuestMemory, MemoryError, PrivateRing, RingPlace};
+use crate::memory::{GuestMemory, MemoryError, PRIVATE_SIZE, RingPlace};
+
+/// Slots of memory of the broker's own lie above this number.
+pub(crate) const PRIVATE_SLOTS: u32 = 100_000;
 
 /// One ring's three parts.
 #[derive(Clone, Debug)]
@@ -54,7 +57,9 @@ pub(crate) struct PlainMemory {
     pub(crate) regions: Vec<MemoryRegion>,
     /// Rings that were forgotten: they read as zero.
     pub(crate) detached: HashSet<u32>,
-    pub(crate) private: Option<(u16, Option<UsedElem>)>,
+    /// Memory of the broker's own by descriptor.
+    pub(crate) private: HashMap<FdSlot, Vec<u8>>,
+    pub(crate) privates: u32,
     pub(crate) faulted: bool,
     /// In-flight regions by descriptor.
     pub(crate) in_flight: HashMap<FdSlot, Vec<u8>>,
@@ -170,19 +175,19 @@ impl GuestMemory for PlainMemory {
         });
     }
     fn read_region(&self, fd: FdSlot, offset: u64, length: u64) -> Option<Vec<u8>> {
-        let bytes = self.in_flight.get(&fd)?;
+        let bytes = self.in_flight.get(&fd).or_else(|| self.private.get(&fd))?;
         bytes.get(usize::try_from(offset).ok()?..usize::try_from(offset + length).ok()?).map(<[u8]>::to_vec)
     }
-    fn make_private_ring(&mut self, _layout: Layout, head: u16) -> Result<PrivateRing, MemoryError> {
-        self.private = Some((head, None));
-        let region = MemoryRegion { guest_addr: 1 << 46, size: 1 << 20, user_addr: 1 << 46, mmap_offset: 0 };
-        Ok(PrivateRing { region, fd: FdSlot(9_999), available: 1 << 46, used: (1 << 46) + (1 << 19) })
+    fn make_private(&mut self) -> Result<FdSlot, MemoryError> {
+        self.privates += 1;
+        let slot = FdSlot(PRIVATE_SLOTS + self.privates);
+        self.private.insert(slot, vec![0; PRIVATE_SIZE as usize]);
+        Ok(slot)
     }
-    fn drop_private_ring(&mut self) {
-        self.private = None;
-    }
-    fn private_used(&self) -> Option<UsedElem> {
-        self.private.and_then(|(_, used)| used)
+    fn write_private(&mut self, memory: FdSlot, offset: u64, bytes: &[u8]) -> bool {
+        let Some(private) = self.private.get_mut(&memory) else { return false };
+        private[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        true
     }
     fn write_guest(&mut self, guest_addr: u64, _bytes: &[u8]) -> bool {
         self.written.push(guest_addr);

@@ -4,21 +4,17 @@
 //! field's own width and nothing is ever borrowed from it. A VMM may also truncate the descriptor under a mapping; reading it
 //! then raises SIGBUS. The handler puts an empty page in the place and marks the region, so the reader sees zeros and is told.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
 use rustix::mm::{MapFlags, ProtFlags};
-use warmswap_core::{GuestMemory, MemoryError, PrivateRing, RingPlace};
+use warmswap_core::{GuestMemory, MemoryError, PRIVATE_ADDR, PRIVATE_SIZE, RingPlace};
 use warmswap_wire::ring::{Descriptor, FLAGS, IDX, Layout, UsedElem};
 use warmswap_wire::{FdSlot, LogRegion, MemoryRegion};
 
 use crate::fds::FdTable;
 
-/// Where the broker's own ring lies in the address spaces of the VMM and the guest: far above anything a guest has.
-const PRIVATE_ADDR: u64 = 0x7f00_0000_0000;
-const PRIVATE_SIZE: u64 = 1 << 20;
-const PRIVATE_USED: u64 = 1 << 19;
 /// Page size of the dirty log (`VHOST_LOG_PAGE`).
 const LOG_PAGE: u64 = 4096;
 
@@ -95,7 +91,6 @@ pub(crate) struct SharedMemory {
     regions: Vec<Region>,
     rings: Vec<Option<RingParts>>,
     log: Option<Mapping>,
-    private: Option<(Mapping, FdSlot)>,
 }
 
 // SAFETY: the pointers of `rings` lead into `regions`, which belong to the same value.
@@ -335,7 +330,7 @@ impl GuestMemory for MemoryAccess<'_> {
     }
 
     fn read_region(&self, fd: FdSlot, offset: u64, length: u64) -> Option<Vec<u8>> {
-        // Read, not mapped: its writer is dead, and a copy cannot change under the reader.
+        // Read, not mapped: a copy cannot change under the reader.
         let fd = self.fds.get(fd)?;
         let mut bytes = vec![0; usize::try_from(length).ok()?];
         let mut done = 0;
@@ -348,42 +343,20 @@ impl GuestMemory for MemoryAccess<'_> {
         Some(bytes)
     }
 
-    fn make_private_ring(&mut self, layout: Layout, head: u16) -> Result<PrivateRing, MemoryError> {
-        let refuse = |reason: String| MemoryError::Map { guest_addr: PRIVATE_ADDR, size: PRIVATE_SIZE, reason };
-        self.drop_private_ring();
-        let fd = rustix::fs::memfd_create("warmswap-ring", rustix::fs::MemfdFlags::CLOEXEC)
-            .and_then(|fd| rustix::fs::ftruncate(&fd, PRIVATE_SIZE).map(|()| fd))
-            .map_err(|error| refuse(error.to_string()))?;
-        let mapping = Mapping::new(fd.as_fd(), 0, PRIVATE_SIZE).map_err(refuse)?;
-        store_u16(mapping.start, layout.available_slot(0), head, Ordering::Relaxed);
-        store_u16(mapping.start, FLAGS, warmswap_wire::ring::AVAIL_F_NO_INTERRUPT, Ordering::Relaxed);
-        store_u16(mapping.start, IDX, 1, Ordering::Release);
-        let slot = self.fds.insert(fd);
-        self.memory.private = Some((mapping, slot));
-        Ok(PrivateRing {
-            region: MemoryRegion {
-                guest_addr: PRIVATE_ADDR,
-                size: PRIVATE_SIZE,
-                user_addr: PRIVATE_ADDR,
-                mmap_offset: 0,
-            },
-            fd: slot,
-            available: PRIVATE_ADDR,
-            used: PRIVATE_ADDR + PRIVATE_USED,
-        })
+    fn make_private(&mut self) -> Result<FdSlot, MemoryError> {
+        let refuse = |error: rustix::io::Errno| MemoryError::Map {
+            guest_addr: PRIVATE_ADDR,
+            size: PRIVATE_SIZE,
+            reason: error.to_string(),
+        };
+        let fd = rustix::fs::memfd_create("warmswap-private", rustix::fs::MemfdFlags::CLOEXEC).map_err(refuse)?;
+        rustix::fs::ftruncate(&fd, PRIVATE_SIZE).map_err(refuse)?;
+        Ok(self.fds.insert(fd))
     }
 
-    fn drop_private_ring(&mut self) {
-        if let Some((_, fd)) = self.memory.private.take() {
-            self.fds.close(fd);
-        }
-    }
-
-    fn private_used(&self) -> Option<UsedElem> {
-        let (mapping, _) = self.memory.private.as_ref()?;
-        let used = mapping.at(PRIVATE_USED, 16, 4)?;
-        (load_u16(used, IDX, Ordering::Acquire) != 0)
-            .then(|| UsedElem { id: load_u32(used, 4), len: load_u32(used, 8) })
+    fn write_private(&mut self, memory: FdSlot, offset: u64, bytes: &[u8]) -> bool {
+        let Some(fd) = self.fds.get(memory) else { return false };
+        rustix::io::pwrite(fd, bytes, offset).is_ok_and(|written| written == bytes.len())
     }
 
     fn write_guest(&mut self, guest_addr: u64, bytes: &[u8]) -> bool {

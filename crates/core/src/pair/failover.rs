@@ -246,8 +246,7 @@ impl Pair {
         if self.failover.as_ref().is_some_and(|failover| failover.phase != Phase::Handing) {
             self.enter(Phase::Handing, step);
         }
-        let ready = self.shadow.filter(|id| self.link(*id).is_some_and(|link| link.state == LinkState::Ready));
-        let Some(target) = ready else { return self.ensure_target(step) };
+        let Some(target) = self.ready_shadow() else { return self.ensure_target(step) };
         if !self.waiting_rings().is_empty() && !self.has_region(target, step) {
             return;
         }

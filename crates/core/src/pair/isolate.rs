@@ -7,16 +7,23 @@
 
 use std::collections::VecDeque;
 
-use warmswap_wire::ring::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, SIZE_MAX, UsedElem};
-use warmswap_wire::{DeviceType, ProtocolFeatures, Request, VringAddr, VringFd, VringState};
+use warmswap_wire::ring::{
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, Layout, SIZE_MAX, UsedElem,
+};
+use warmswap_wire::{DeviceType, FdSlot, ProtocolFeatures, Request, VringAddr, VringFd, VringState};
 
 use super::{Pair, Step};
 use crate::event::{Action, BackendId};
 use crate::failover::{Isolation, Kind, Phase, Recovery, Report, Trial};
 use crate::journal::Entry;
 use crate::link::{LinkState, Purpose};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, PRIVATE_ADDR, private_region};
 use crate::time::Nanos;
+
+/// Where the two index rings of a trial lie in memory of the broker's own; the lower part belongs to the canary.
+pub(super) const TRIAL_AVAILABLE: u64 = 1 << 18;
+/// See `TRIAL_AVAILABLE`.
+pub(super) const TRIAL_USED: u64 = 1 << 19;
 
 /// `VIRTIO_BLK_S_IOERR`.
 const BLK_STATUS_IO_ERROR: u8 = 1;
@@ -97,8 +104,7 @@ impl Pair {
             self.hand_over(step);
             return;
         }
-        let ready = self.shadow.filter(|id| self.link(*id).is_some_and(|link| link.state == LinkState::Ready));
-        if let Some(backend) = ready {
+        if let Some(backend) = self.ready_shadow() {
             self.begin_trial(backend, step);
         }
     }
@@ -126,23 +132,37 @@ impl Pair {
         let addr = described.addr.ok_or("the ring has no addresses")?;
         let layout = self.rings[ring as usize].observer.as_ref().map(crate::observer::Observer::layout);
         let layout = layout.ok_or("the ring is not observed")?;
-        let private = step.memory.make_private_ring(layout, head).map_err(|error| error.to_string())?;
-        let link = self.link_mut(backend).ok_or("the backend is gone")?;
-        if !link.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+        let link = self.links.iter_mut().find(|link| link.id == backend).ok_or("the backend is gone")?;
+        let events = link.private.ok_or("the link has no eventfds")?;
+        let known = link.private_memory.is_some();
+        if !known && !link.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
             return Err("the backend takes no further memory region".to_owned());
         }
-        let events = link.private.ok_or("the link has no eventfds")?;
+        let private = match link.private_memory {
+            Some(private) => private,
+            None => step.memory.make_private().map_err(|error| error.to_string())?,
+        };
+        link.private_memory = Some(private);
+        write_trial(step.memory, private, layout, head);
         let fd = |fd| VringFd { index: ring, fd: Some(fd) };
         link.state = LinkState::Active;
         link.touched = true;
-        link.tell(&Request::AddMemReg { region: private.region, fd: Some(private.fd) }, step.out);
+        if !known {
+            link.tell(&Request::AddMemReg { region: private_region(), fd: Some(private) }, step.out);
+        }
         link.tell(&Request::SetVringBase(VringState { index: ring, value: 0 }), step.out);
-        let place = VringAddr { flags: 0, used: private.used, available: private.available, log: 0, ..addr };
+        let place = VringAddr {
+            flags: 0,
+            used: PRIVATE_ADDR + TRIAL_USED,
+            available: PRIVATE_ADDR + TRIAL_AVAILABLE,
+            log: 0,
+            ..addr
+        };
         link.tell(&Request::SetVringAddr(place), step.out);
         link.tell(&Request::SetVringCall(fd(events.call)), step.out);
-        link.tell(&Request::SetVringKick(fd(events.kick)), step.out);
+        link.tell(&Request::SetVringKick(fd(events.probe)), step.out);
         link.ask(&Request::SetVringEnable(VringState { index: ring, value: 1 }), Purpose::Isolated, step.out);
-        step.out.push(Action::Signal(events.kick));
+        step.out.push(Action::Signal(events.probe));
         Ok(())
     }
 
@@ -164,7 +184,7 @@ impl Pair {
             return;
         }
         let waited = step.now.since(trial.began);
-        if step.memory.private_used().is_some() || waited >= limits.stall {
+        if self.trial_result(trial.backend, step.memory).is_some() || waited >= limits.stall {
             self.end_trial(step);
         } else if let Some(link) = self.link_mut(trial.backend)
             && step.now.since(link.heard_at) >= Nanos(limits.hang.0 / 4)
@@ -173,8 +193,16 @@ impl Pair {
         }
     }
 
+    /// What a trial's backend has completed, once it has.
+    fn trial_result(&self, backend: BackendId, memory: &dyn GuestMemory) -> Option<UsedElem> {
+        let private = self.link(backend)?.private_memory?;
+        let used = memory.read_region(private, TRIAL_USED, 12)?;
+        let field = |at: usize| u32::from_le_bytes(used[at..at + 4].try_into().expect("four bytes"));
+        (used[2..4] != [0, 0]).then(|| UsedElem { id: field(4), len: field(8) })
+    }
+
     fn ensure_trial_backend(&mut self, step: &mut Step<'_>) {
-        match self.shadow.filter(|id| self.link(*id).is_some_and(|link| link.state == LinkState::Ready)) {
+        match self.ready_shadow() {
             Some(backend) => self.begin_trial(backend, step),
             None => self.ensure_target(step),
         }
@@ -203,11 +231,11 @@ impl Pair {
 
     /// The trial's backend is gone for good.
     pub(crate) fn trial_fenced(&mut self, backend: BackendId, step: &mut Step<'_>) {
+        let used = self.trial_result(backend, step.memory);
         let failover = self.failover.as_mut().expect("only a failover isolates");
         let Some(isolation) = failover.isolation.as_mut() else { return };
         let Some(trial) = isolation.trial.filter(|trial| trial.backend == backend) else { return };
         isolation.trial = None;
-        let used = step.memory.private_used();
         if used.is_none() && !trial.abandoned {
             failover.report.isolated += 1;
             // The others were only in its company.
@@ -217,7 +245,6 @@ impl Pair {
         if !trial.abandoned {
             self.complete_for_guest(trial, used, step);
         }
-        step.memory.drop_private_ring();
         self.next_trial(step);
     }
 
@@ -262,6 +289,14 @@ impl Pair {
             step.out.push(Action::Signal(call));
         }
     }
+}
+
+/// Puts `head` into memory of the broker's own as the only request of a fresh ring. The descriptor table stays the guest's.
+fn write_trial(memory: &mut dyn GuestMemory, private: FdSlot, layout: Layout, head: u16) {
+    let slot = layout.available_slot(0);
+    memory.write_private(private, TRIAL_AVAILABLE + slot, &head.to_le_bytes());
+    memory.write_private(private, TRIAL_AVAILABLE, &AVAIL_F_NO_INTERRUPT.to_le_bytes());
+    memory.write_private(private, TRIAL_AVAILABLE + 2, &1_u16.to_le_bytes());
 }
 
 /// Writes the error status where a block request keeps it: the last byte of its last writable buffer.

@@ -5,10 +5,12 @@ use warmswap_wire::{
 };
 
 use super::{Pair, Step};
+use crate::canary::CanaryState;
 use crate::event::{Action, Actions, BackendId, PrivateEvents, earliest};
 use crate::failover::{Kind, Phase};
 use crate::journal::Entry;
 use crate::link::{Answered, LinkState, Offer, Purpose};
+use crate::memory::private_region;
 use crate::time::Nanos;
 
 impl Pair {
@@ -26,7 +28,7 @@ impl Pair {
             }
             // Given up in the meantime.
             _ => {
-                let fds = backend_req.into_iter().chain([private.kick, private.call]);
+                let fds = backend_req.into_iter().chain([private.kick, private.call, private.probe]);
                 fds.for_each(|fd| step.out.push(Action::Close(fd)));
             }
         }
@@ -69,6 +71,7 @@ impl Pair {
                 }
             }
             Purpose::Handed => self.handed(backend, value, step),
+            Purpose::Canary => self.canary_stopped(backend, step),
             Purpose::Isolated => self.isolation_acknowledged(backend, step),
             Purpose::Inflight => self.region_made(backend, reply, step),
             Purpose::ConfigAgain => {
@@ -171,14 +174,17 @@ impl Pair {
 
     /// Replays the session to a backend: everything except what starts a ring.
     fn warm(&mut self, backend: BackendId, step: &mut Step<'_>) {
+        self.give_private_memory(backend, step);
+        let Some(link) = self.link(backend) else { return };
         let mut script = vec![Request::SetFeatures(self.link_features())];
-        let slots =
-            self.link(backend).is_some_and(|link| link.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS));
+        let slots = link.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS);
+        let mut memory = self.session.memory.clone();
+        memory.extend(link.private_memory.map(|fd| (private_region(), fd)));
         if slots {
             let add = |(region, fd): &(_, FdSlot)| Request::AddMemReg { region: *region, fd: Some(*fd) };
-            script.extend(self.session.memory.iter().map(add));
-        } else if !self.session.memory.is_empty() {
-            script.push(Request::SetMemTable(self.session.memory.clone()));
+            script.extend(memory.iter().map(add));
+        } else if !memory.is_empty() {
+            script.push(Request::SetMemTable(memory));
         }
         script.extend(self.session.log.map(|(region, fd)| Request::SetLogBase { region, fd: Some(fd) }));
         script.extend(self.session.log_fd.map(Request::SetLogFd));
@@ -211,12 +217,16 @@ impl Pair {
     }
 
     fn warmed(&mut self, backend: BackendId, step: &mut Step<'_>) {
-        if self.link(backend).is_some_and(|link| link.state == LinkState::Warming) {
-            self.ready(backend, step);
+        if self.link(backend).is_none_or(|link| link.state != LinkState::Warming) {
+            return;
         }
+        if self.wants_first_canary(backend) && self.begin_canary(backend, step) {
+            return;
+        }
+        self.ready(backend, step);
     }
 
-    fn ready(&mut self, backend: BackendId, step: &mut Step<'_>) {
+    pub(crate) fn ready(&mut self, backend: BackendId, step: &mut Step<'_>) {
         let now = step.now;
         let Some(link) = self.link_mut(backend) else { return };
         link.state = LinkState::Ready;
@@ -341,8 +351,8 @@ impl Pair {
             if starting && step.now.since(link.started_at) > limits.start_max {
                 silent = Some((link.id, format!("it was not ready within {}", limits.start_max)));
             }
-            if link.state == LinkState::Warming && step.now.since(link.warming_at) > limits.hang.max(limits.ping_every)
-            {
+            let replaying = link.state == LinkState::Warming && link.canary.state != CanaryState::Reading;
+            if replaying && step.now.since(link.warming_at) > limits.hang.max(limits.ping_every) {
                 silent = Some((link.id, "it does not answer while the session is replayed to it".to_owned()));
             }
             if !matches!(link.state, LinkState::Ready | LinkState::Active) {
@@ -382,6 +392,7 @@ impl Pair {
         self.links.iter().fold(None, |next, link| {
             let due = match link.state {
                 LinkState::Starting | LinkState::Negotiating => link.started_at + limits.start_max,
+                LinkState::Warming if link.canary.state == CanaryState::Reading => return next,
                 LinkState::Warming => link.warming_at + limits.hang.max(limits.ping_every) + Nanos(1),
                 LinkState::Ready | LinkState::Active => match link.pinged_at {
                     Some(at) => at + limits.hang,

@@ -7,9 +7,11 @@
 //! - `links`: backends coming, negotiating, warming, going
 //! - `rings`: starting, observing and stopping rings
 //! - `failover`: the phases
+//! - `canary`: reads of the broker's own on the shadow
 //! - `isolate`: a request that kills every backend
 //! - `status`: what is shown to people and programs
 
+mod canary;
 mod failover;
 mod isolate;
 mod links;
@@ -42,6 +44,15 @@ pub(crate) struct Step<'a> {
     pub(crate) out: &'a mut Actions,
 }
 
+/// A failover the operator has asked for.
+#[derive(Debug)]
+struct Asked {
+    command: CommandId,
+    at_once: bool,
+    cause: String,
+    deadline: Nanos,
+}
+
 /// A device with its primary and its shadow.
 pub struct Pair {
     config: PairConfig,
@@ -53,6 +64,8 @@ pub struct Pair {
     shadow: Option<BackendId>,
     rings: Vec<RingState>,
     failover: Option<Failover>,
+    /// A failover the operator wants, until it begins or is refused.
+    asked: Option<Asked>,
     vmm_connected: bool,
     /// The VMM is gone and its rings are being brought to rest.
     closing: bool,
@@ -88,6 +101,7 @@ impl Pair {
             shadow: None,
             rings: Vec::new(),
             failover: None,
+            asked: None,
             vmm_connected: false,
             closing: false,
             ending: false,
@@ -194,7 +208,9 @@ impl Pair {
         self.observe_due(step);
         self.poll_drains(step);
         self.poll_failover(step);
+        self.poll_canaries(step);
         self.poll_links(step);
+        self.begin_asked(step);
         self.poll_ticket(step);
         self.fill_roles(step);
     }
@@ -206,6 +222,8 @@ impl Pair {
         next = earliest(next, self.next_observation());
         next = earliest(next, self.next_failover_poll());
         next = earliest(next, self.next_link_check());
+        next = earliest(next, self.next_canary());
+        next = earliest(next, self.asked.as_ref().map(|asked| asked.deadline));
         earliest(next, self.ticket.as_ref().map(Ticket::deadline))
     }
 
@@ -235,7 +253,8 @@ impl Pair {
             Some(_) => None,
             None => self.primary,
         };
-        id.filter(|id| self.link(*id).is_some_and(|link| matches!(link.state, LinkState::Ready | LinkState::Active)))
+        let serves = |link: &Link| matches!(link.state, LinkState::Ready | LinkState::Active) && link.is_free();
+        id.filter(|id| self.link(*id).is_some_and(serves))
     }
 
     fn start_backend(&mut self, now: Nanos, primary: bool, out: &mut Actions) -> BackendId {
@@ -257,13 +276,39 @@ impl Pair {
 
     fn failover_requested(&mut self, command: CommandId, at_once: bool, reason: &str, step: &mut Step<'_>) {
         let cause = format!("operator: {reason}");
-        match self.refusal() {
+        let refusal =
+            self.refusal().or_else(|| self.asked.as_ref().map(|_| "another one is about to begin".to_owned()));
+        if let Some(why) = refusal {
+            return self.refuse_failover(command, cause, why, step);
+        }
+        let deadline = step.now + self.config.limits.ask_max;
+        self.asked = Some(Asked { command, at_once, cause, deadline });
+        self.begin_asked(step);
+    }
+
+    /// Begins what the operator asked for as soon as nothing hinders it, or refuses it when that takes too long.
+    fn begin_asked(&mut self, step: &mut Step<'_>) {
+        let Some(asked) = &self.asked else { return };
+        let late = step.now >= asked.deadline;
+        let why = self.refusal().or_else(|| self.hindrance().filter(|_| late));
+        if why.is_none() && self.hindrance().is_some() {
+            return;
+        }
+        let Asked { command, at_once, cause, .. } = self.asked.take().expect("just seen");
+        match why {
             Some(why) => self.refuse_failover(command, cause, why, step),
             None => {
                 let victim = self.primary.expect("refusal() has seen a primary");
                 self.begin_failover(Kind::Planned, cause, victim, Some(command), !at_once, step);
             }
         }
+    }
+
+    /// What will pass by itself, mostly within microseconds, and keeps a failover that nobody needs from being made until then.
+    fn hindrance(&self) -> Option<String> {
+        let busy = self.shadow.and_then(|id| self.link(id)).is_some_and(|link| !link.is_free());
+        let busy = busy.then(|| "the shadow is in the middle of its canary read".to_owned());
+        busy.or_else(|| self.exactness_refusal())
     }
 
     /// Why a failover that nobody needs would not be made now, as a sentence for an operator.
@@ -291,7 +336,7 @@ impl Pair {
             Some(shadow) if shadow.state != LinkState::Ready => {
                 Some(format!("the shadow is {}, not ready", shadow.state.name()))
             }
-            Some(_) => self.exactness_refusal(),
+            Some(_) => self.canary_overdue(),
         }
     }
 

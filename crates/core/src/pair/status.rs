@@ -5,6 +5,7 @@ use crate::event::BackendId;
 use crate::failover::{Phase, Report};
 use crate::link::LinkState;
 use crate::observer::Observer;
+use crate::time::Nanos;
 
 /// Counters since the pair was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,6 +26,8 @@ pub struct Counters {
     pub shadows_lost: u64,
     /// Requests answered with an I/O error because they killed every backend.
     pub isolated: u64,
+    /// Canary reads that ended with an error or not at all.
+    pub canaries_failed: u64,
     /// Drains whose claim did not match the ring.
     pub drains_unverified: u64,
     /// Drains that did not end in time.
@@ -81,6 +84,8 @@ pub struct BackendStatus {
     pub id: BackendId,
     /// Where it stands.
     pub state: LinkState,
+    /// How long the last read of its canary took, if it has had one.
+    pub canary: Option<Nanos>,
 }
 
 /// One ring.
@@ -139,7 +144,7 @@ impl Pair {
     pub fn status(&self) -> Status {
         let backend = |id: Option<BackendId>| {
             let link = self.link(id?)?;
-            Some(BackendStatus { id: link.id, state: link.state })
+            Some(BackendStatus { id: link.id, state: link.state, canary: link.canary.took })
         };
         Status {
             state: self.state(),
@@ -151,7 +156,7 @@ impl Pair {
             primary: backend(self.primary),
             shadow: backend(self.shadow),
             shadow_note: self.shadow_differs().unwrap_or_else(|| self.shadow_note.clone()),
-            refusal: self.refusal(),
+            refusal: self.refusal().or_else(|| self.hindrance()),
             halted: self.halted.clone(),
             recovery: self.recovery_level(),
             rings: self.ring_status(),

@@ -5,6 +5,7 @@
 //! harness checks that at most one backend holds rings, that every descriptor is used while it is open and closed exactly once, that
 //! a ring is handed over with exactly what is owed, and that nothing spins.
 
+mod canaries;
 mod failovers;
 mod harness;
 mod isolation;

@@ -143,6 +143,9 @@ impl Pair {
             self.refuse_request(code, &error, need_reply, step);
             return;
         }
+        if let Request::SetMemTable(_) = request {
+            self.give_up_canaries(step);
+        }
         let could_warm = self.session.can_warm();
         self.session.record(request, step.out);
         self.reattach_rings(step);
@@ -239,12 +242,15 @@ impl Pair {
         let number = self.tickets;
         let mut waiting = Vec::new();
         for link in self.links.iter_mut().filter(|link| link.mirrors()) {
+            let (adapted, then) = link.adapted(request);
+            let request = adapted.as_ref().unwrap_or(request);
             if need_reply {
                 link.ask(request, Purpose::Mirror(number), step.out);
                 waiting.push(link.id);
             } else {
                 link.tell(request, step.out);
             }
+            then.iter().for_each(|request| link.tell(request, step.out));
         }
         if !need_reply {
             return;

@@ -10,8 +10,8 @@ use crate::rig::rng::Rng;
 
 /// Data buffers per guest. They lie all over its memory and every request takes another one, as a page cache does.
 const BUFFERS_MAX: u64 = 4096;
-/// Ring size, Linux' and QEMU's default for virtio-blk.
-const RING: u16 = 256;
+/// Ring size, as `warmswap example` advises it.
+const RING: u16 = 1024;
 /// A guest that gets no completion for this long has lost its disk.
 pub(super) const SILENCE_NS: u64 = 5_000_000_000;
 

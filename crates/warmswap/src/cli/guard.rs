@@ -34,6 +34,9 @@ pub(super) struct Args {
     /// Run without a shadow: a dead primary is replaced by a cold start
     #[arg(long)]
     no_shadow: bool,
+    /// Never let the shadow read from the device: it is then less warm, and a storage it cannot reach is noticed late
+    #[arg(long)]
+    no_canary: bool,
     /// How the backend is kept from new work before it is stopped: private-kick, disable or stop
     #[arg(long, value_parser = drain_method)]
     drain: Option<DrainMethod>,
@@ -154,7 +157,15 @@ fn configure(args: Args) -> Result<DeviceConfig, Failure> {
     Ok(DeviceConfig {
         name: args.name,
         socket: args.socket,
-        pair: PairConfig { device: args.device, drain, survivors: args.survivors, fence: args.fence, shadow, limits },
+        pair: PairConfig {
+            device: args.device,
+            drain,
+            survivors: args.survivors,
+            fence: args.fence,
+            shadow,
+            canary: !args.no_canary,
+            limits,
+        },
         source,
         run_dir: args.run_dir.unwrap_or_else(|| control_dir.clone()),
         control_dir,

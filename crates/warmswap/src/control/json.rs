@@ -55,6 +55,7 @@ fn device(name: &str, status: &DeviceStatus, socket: &str, device_type: &str) ->
         },
         "counters": {
             "shadows_lost": counters.shadows_lost,
+            "canaries_failed": counters.canaries_failed,
             "isolated": counters.isolated,
             "drains_unverified": counters.drains_unverified,
             "drains_overdue": counters.drains_overdue,
@@ -74,6 +75,9 @@ fn device(name: &str, status: &DeviceStatus, socket: &str, device_type: &str) ->
 fn backend(backend: Option<&BackendStatus>, pid: Option<u32>, reason: Option<&str>) -> Value {
     backend.map_or(Value::Null, |backend| {
         let mut value = json!({ "pid": pid, "generation": backend.id.0, "state": backend.state.name() });
+        if let Some(took) = backend.canary {
+            value["canary_us"] = json!((took.as_micros() * 10.0).round() / 10.0);
+        }
         if let Some(reason) = reason {
             value["reason"] = json!(reason);
         }

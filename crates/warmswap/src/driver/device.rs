@@ -548,7 +548,8 @@ impl Device {
             .add(requests.as_fd(), self.token(PollSource::Requests(id.0)), Interest::Read)
             .map_err(|e| e.to_string())?;
         let event = || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(fail);
-        let private = PrivateEvents { kick: self.fds.insert(event()?), call: self.fds.insert(event()?) };
+        let [kick, call, probe] = [event()?, event()?, event()?].map(|fd| self.fds.insert(fd));
+        let private = PrivateEvents { kick, call, probe };
         let backend_req = Some(self.fds.insert(theirs));
         self.backends[index].link = Some(connection);
         self.backends[index].requests = Some(requests);

@@ -13,33 +13,34 @@ fn a_planned_failover_diverts_drains_verifies_and_hands_over() {
     check(
         "~ready 1\n~submit 0 1 2\n~complete 0 2 1\nfailover\nup 3\nstatus",
         &expect![[r#"
-        > failover
-            * FailoverStarted kind="planned" cause="operator: test" backend=1
-            #1 <- SET_VRING_KICK! #1.kick
-            #1 <- GET_VRING_BASE 0
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=2, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-            retire #1
-            close #1.kick
-            close #1.call
-            * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="stopped"
-            answer: settled drained
-            start #3
-            #3 is shadow
-        > up 3
-            #3 <- GET_FEATURES
-            #3 <- GET_PROTOCOL_FEATURES
-            #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
-            close #3.channel
-            #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
-            #3 <- GET_FEATURES
-            #3 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
-            * ShadowReady backend=3
-        > status
-            protected Idle; primary #2 active, shadow #3 ready; recovery exact; ring 0 served exact inflight 0
-    "#]],
+            > failover
+                * FailoverStarted kind="planned" cause="operator: test" backend=1
+                #1 <- SET_VRING_KICK! #1.kick
+                #1 <- GET_VRING_BASE 0
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=2, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                retire #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="stopped"
+                answer: settled drained
+                start #3
+                #3 is shadow
+            > up 3
+                #3 <- GET_FEATURES
+                #3 <- GET_PROTOCOL_FEATURES
+                #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
+                close #3.channel
+                #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #3 <- GET_FEATURES
+                #3 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
+                * ShadowReady backend=3
+            > status
+                protected Idle; primary #2 active, shadow #3 ready; recovery exact; ring 0 served exact inflight 0
+        "#]],
     );
 }
 
@@ -64,6 +65,7 @@ fn a_drain_by_disabling_waits_until_what_was_taken_is_completed() {
                 retire #1
                 close #1.kick
                 close #1.call
+                close #1.probe
                 * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="stopped"
                 answer: settled drained
                 start #3
@@ -81,26 +83,27 @@ fn a_drain_by_stopping_asks_every_ring_at_once() {
         config,
         "~ready 2\nfailover\nwait 1ms\nstatus",
         &expect![[r#"
-        > failover
-            * FailoverStarted kind="planned" cause="operator: test" backend=1
-            #1 <- GET_VRING_BASE 0, GET_VRING_BASE 1
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1, SET_VRING_BASE 1=0, SET_VRING_ADDR 1, SET_VRING_KICK kick1, SET_VRING_ENABLE! 1=1
-            signal kick0
-            signal call0
-            signal kick1
-            signal call1
-            retire #1
-            close #1.kick
-            close #1.call
-            * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="stopped"
-            answer: settled drained
-            start #3
-            #3 is shadow
-        > wait 1ms
-        > status
-            unprotected Idle; primary #2 active, shadow #3 starting; recovery exact; ring 0 served exact inflight 0; ring 1 served exact inflight 0
-    "#]],
+            > failover
+                * FailoverStarted kind="planned" cause="operator: test" backend=1
+                #1 <- GET_VRING_BASE 0, GET_VRING_BASE 1
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1, SET_VRING_BASE 1=0, SET_VRING_ADDR 1, SET_VRING_KICK kick1, SET_VRING_ENABLE! 1=1
+                signal kick0
+                signal call0
+                signal kick1
+                signal call1
+                retire #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="stopped"
+                answer: settled drained
+                start #3
+                #3 is shadow
+            > wait 1ms
+            > status
+                unprotected Idle; primary #2 active, shadow #3 starting; recovery exact; ring 0 served exact inflight 0; ring 1 served exact inflight 0
+        "#]],
     );
 }
 
@@ -128,6 +131,7 @@ fn requests_that_arrive_while_the_primary_is_diverted_go_to_the_shadow() {
                 retire #1
                 close #1.kick
                 close #1.call
+                close #1.probe
                 * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="stopped" survivors=1
                 answer: settled drained
                 start #3
@@ -141,28 +145,29 @@ fn a_stop_that_is_not_verified_is_a_crash() {
     check(
         "~ready 1\n~submit 0 1 2\n~wait 1ms\n~claims 1 2\nfailover\nwait 30ms\nfenced 1\ncomplete 0 1 2\nwait 1ms",
         &expect![[r#"
-        > failover
-            * FailoverStarted kind="planned" cause="operator: test" backend=1
-            #1 <- SET_VRING_KICK! #1.kick
-        > wait 30ms
-            #1 <- GET_VRING_BASE 0
-            * DrainUnverified base=2 next="the primary is fenced and treated as crashed"
-            fence #1
-            close #1.kick
-            close #1.call
-        > fenced 1
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-        > complete 0 1 2
-        > wait 1ms
-            retire #1
-            * FailoverSettled kind="planned" cause="operator: test" recovery="exact" fence="reaped" survivors=2 message="not drained: it answered the stop of ring 0 with base 2 while used.idx is 0"
-            answer: settled exact not drained: it answered the stop of ring 0 with base 2 while used.idx is 0
-            start #3
-            #3 is shadow
-    "#]],
+            > failover
+                * FailoverStarted kind="planned" cause="operator: test" backend=1
+                #1 <- SET_VRING_KICK! #1.kick
+            > wait 30ms
+                #1 <- GET_VRING_BASE 0
+                * DrainUnverified base=2 next="the primary is fenced and treated as crashed"
+                fence #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+            > fenced 1
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+            > complete 0 1 2
+            > wait 1ms
+                retire #1
+                * FailoverSettled kind="planned" cause="operator: test" recovery="exact" fence="reaped" survivors=2 message="not drained: it answered the stop of ring 0 with base 2 while used.idx is 0"
+                answer: settled exact not drained: it answered the stop of ring 0 with base 2 while used.idx is 0
+                start #3
+                #3 is shadow
+        "#]],
     );
 }
 
@@ -171,18 +176,19 @@ fn a_drain_that_takes_too_long_is_a_crash() {
     check(
         "~ready 1\n~submit 0 1\n~wait 1ms\n~mute 1\nfailover\nwait 1100ms\nstatus",
         &expect![[r#"
-        > failover
-            * FailoverStarted kind="planned" cause="operator: test" backend=1
-            #1 <- SET_VRING_KICK! #1.kick
-        > wait 1100ms
-            #1 <- GET_FEATURES
-            #2 <- GET_FEATURES
-            fence #1
-            close #1.kick
-            close #1.call
-        > status
-            failing-over Fencing; primary #1 ended, shadow #2 ready; recovery exact; ring 0 served exact inflight 1
-    "#]],
+            > failover
+                * FailoverStarted kind="planned" cause="operator: test" backend=1
+                #1 <- SET_VRING_KICK! #1.kick
+            > wait 1100ms
+                #1 <- GET_FEATURES
+                #2 <- GET_FEATURES
+                fence #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+            > status
+                failing-over Fencing; primary #1 ended, shadow #2 ready; recovery exact; ring 0 served exact inflight 1
+        "#]],
     );
 }
 
@@ -191,24 +197,25 @@ fn a_failover_without_drain_fences_at_once() {
     check(
         "~ready 1\nfailover now\nfenced 1\nstatus",
         &expect![[r#"
-        > failover now
-            * FailoverStarted kind="planned" cause="operator: test" backend=1
-            fence #1
-            close #1.kick
-            close #1.call
-        > fenced 1
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-            retire #1
-            * FailoverSettled kind="planned" cause="operator: test" recovery="exact" fence="reaped"
-            answer: settled exact
-            start #3
-            #3 is shadow
-        > status
-            unprotected Idle; primary #2 active, shadow #3 starting; recovery exact; ring 0 served exact inflight 0
-    "#]],
+            > failover now
+                * FailoverStarted kind="planned" cause="operator: test" backend=1
+                fence #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+            > fenced 1
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                retire #1
+                * FailoverSettled kind="planned" cause="operator: test" recovery="exact" fence="reaped"
+                answer: settled exact
+                start #3
+                #3 is shadow
+            > status
+                unprotected Idle; primary #2 active, shadow #3 starting; recovery exact; ring 0 served exact inflight 0
+        "#]],
     );
 }
 
@@ -219,26 +226,27 @@ fn a_drained_primary_is_killed_as_well_where_the_fence_demands_it() {
         config,
         "~ready 1\nfailover\nfenced 1\nstatus",
         &expect![[r#"
-        > failover
-            * FailoverStarted kind="planned" cause="operator: test" backend=1
-            #1 <- SET_VRING_KICK! #1.kick
-            #1 <- GET_VRING_BASE 0
-            fence #1
-            close #1.kick
-            close #1.call
-        > fenced 1
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-            retire #1
-            * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="reaped"
-            answer: settled drained
-            start #3
-            #3 is shadow
-        > status
-            unprotected Idle; primary #2 active, shadow #3 starting; recovery exact; ring 0 served exact inflight 0
-    "#]],
+            > failover
+                * FailoverStarted kind="planned" cause="operator: test" backend=1
+                #1 <- SET_VRING_KICK! #1.kick
+                #1 <- GET_VRING_BASE 0
+                fence #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+            > fenced 1
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                retire #1
+                * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="reaped"
+                answer: settled drained
+                start #3
+                #3 is shadow
+            > status
+                unprotected Idle; primary #2 active, shadow #3 starting; recovery exact; ring 0 served exact inflight 0
+        "#]],
     );
 }
 
@@ -249,21 +257,22 @@ fn a_fence_below_the_configured_level_halts() {
         config,
         "~ready 1\nexit 1\nfenced 1 reaped\nstatus",
         &expect![[r#"
-        > exit 1
-            close #1.kick
-            close #1.call
-            * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
-            * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
-            fence #1
-        > fenced 1 reaped
-            retire #1
-            * FailoverHalted kind="crash" cause="killed by signal 9" recovery="refused" fence="reaped" message="proved reaped, configured is target"
-            #2 is primary
-            start #3
-            #3 is shadow
-        > status
-            halted Halted; primary #2 ready, shadow #3 starting; recovery exact; ring 0 served exact inflight 0; halted: proved reaped, configured is target
-    "#]],
+            > exit 1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
+                * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
+                fence #1
+            > fenced 1 reaped
+                retire #1
+                * FailoverHalted kind="crash" cause="killed by signal 9" recovery="refused" fence="reaped" message="proved reaped, configured is target"
+                #2 is primary
+                start #3
+                #3 is shadow
+            > status
+                halted Halted; primary #2 ready, shadow #3 starting; recovery exact; ring 0 served exact inflight 0; halted: proved reaped, configured is target
+        "#]],
     );
 }
 
@@ -306,6 +315,7 @@ fn a_crash_hands_the_survivors_over_in_the_order_of_their_submission() {
             > exit 1
                 close #1.kick
                 close #1.call
+                close #1.probe
                 * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
                 * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
                 fence #1
@@ -348,6 +358,7 @@ fn survivors_are_placed_across_the_wrap_of_the_indices() {
             > exit 1
                 close #1.kick
                 close #1.call
+                close #1.probe
                 * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
                 * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
                 fence #1
@@ -372,6 +383,7 @@ fn nothing_is_written_where_the_slots_hold_the_survivors_already() {
             > exit 1
                 close #1.kick
                 close #1.call
+                close #1.probe
                 * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
                 * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
                 fence #1
@@ -396,6 +408,7 @@ fn survivors_that_would_have_to_be_written_halt_where_that_is_switched_off() {
             > exit 1
                 close #1.kick
                 close #1.call
+                close #1.probe
                 * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
                 * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
                 fence #1
@@ -457,14 +470,15 @@ fn a_crash_while_the_ring_is_not_known_exactly_halts_until_the_vmm_resets_it() {
             > jump 90ms
                 * ObserverInexact reason="the ring was not observed for so long that its indices may have wrapped" next="resynchronising"
             > failover
-                * FailoverRefused cause="operator: test" reason="what ring 0 has in flight is not known exactly: the ring was not observed for so long that its indices may have wrapped"
-                answer: refused refused what ring 0 has in flight is not known exactly: the ring was not observed for so long that its indices may have wrapped
             > exit 1
                 close #1.kick
                 close #1.call
+                close #1.probe
                 * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
                 * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
                 fence #1
+                * FailoverRefused cause="operator: test" reason="failover 1 is in phase Fencing already"
+                answer: refused refused failover 1 is in phase Fencing already
             > fenced 1
                 retire #1
                 * FailoverHalted kind="crash" cause="killed by signal 9" recovery="refused" fence="reaped" message="ring 0: what is in flight is not known exactly: the ring was not observed for so long that its indices may have wrapped"
@@ -501,16 +515,17 @@ fn a_hung_primary_is_found_by_its_silent_control_channel() {
     check(
         "~ready 1\n~wait 20ms\n~mute 1\n~submit 0 1\nwait 1100ms\nstatus",
         &expect![[r#"
-        > wait 1100ms
-            #1 <- GET_FEATURES
-            * FailoverStarted kind="hang" cause="nothing was completed for 500ms and its control channel is silent" backend=1
-            fence #1
-            close #1.kick
-            close #1.call
-            #2 <- GET_FEATURES
-        > status
-            failing-over Fencing; primary #1 ended, shadow #2 ready; recovery exact; ring 0 served exact inflight 1
-    "#]],
+            > wait 1100ms
+                #1 <- GET_FEATURES
+                * FailoverStarted kind="hang" cause="nothing was completed for 500ms and its control channel is silent" backend=1
+                fence #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                #2 <- GET_FEATURES
+            > status
+                failing-over Fencing; primary #1 ended, shadow #2 ready; recovery exact; ring 0 served exact inflight 1
+        "#]],
     );
 }
 
@@ -519,16 +534,17 @@ fn an_idle_primary_that_stops_answering_is_failed_over_as_well() {
     check(
         "~ready 1\n~mute 1\nwait 2000ms",
         &expect![[r#"
-        > wait 2000ms
-            watch kick0
-            #1 <- GET_FEATURES
-            #2 <- GET_FEATURES
-            * FailoverStarted kind="hang" cause="its control channel has been silent for 500ms" backend=1
-            fence #1
-            close #1.kick
-            close #1.call
-            #2 <- GET_FEATURES
-    "#]],
+            > wait 2000ms
+                watch kick0
+                #1 <- GET_FEATURES
+                #2 <- GET_FEATURES
+                * FailoverStarted kind="hang" cause="its control channel has been silent for 500ms" backend=1
+                fence #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                #2 <- GET_FEATURES
+        "#]],
     );
 }
 
@@ -544,10 +560,12 @@ fn a_primary_that_answers_but_completes_nothing_is_failed_over_once() {
                 fence #1
                 close #1.kick
                 close #1.call
+                close #1.probe
             > up 3
                 close #3.channel
                 close #3.kick
                 close #3.call
+                close #3.probe
             > wait 3000ms
                 #2 <- GET_FEATURES
                 #2 <- GET_FEATURES
@@ -567,25 +585,26 @@ fn a_dead_shadow_is_replaced_at_once() {
     check(
         "~ready 1\nexit 2\nup 3\nstatus",
         &expect![[r#"
-        > exit 2
-            close #2.kick
-            close #2.call
-            retire #2
-            * ShadowLost backend=2 reason="killed by signal 9" next="another one is started in 0ns"
-            start #3
-            #3 is shadow
-        > up 3
-            #3 <- GET_FEATURES
-            #3 <- GET_PROTOCOL_FEATURES
-            #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
-            close #3.channel
-            #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
-            #3 <- GET_FEATURES
-            #3 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
-            * ShadowReady backend=3
-        > status
-            protected Idle; primary #1 active, shadow #3 ready; recovery exact; ring 0 served exact inflight 0
-    "#]],
+            > exit 2
+                close #2.kick
+                close #2.call
+                close #2.probe
+                retire #2
+                * ShadowLost backend=2 reason="killed by signal 9" next="another one is started in 0ns"
+                start #3
+                #3 is shadow
+            > up 3
+                #3 <- GET_FEATURES
+                #3 <- GET_PROTOCOL_FEATURES
+                #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
+                close #3.channel
+                #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #3 <- GET_FEATURES
+                #3 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
+                * ShadowReady backend=3
+            > status
+                protected Idle; primary #1 active, shadow #3 ready; recovery exact; ring 0 served exact inflight 0
+        "#]],
     );
 }
 
@@ -594,42 +613,44 @@ fn with_both_dead_a_cold_backend_is_started_and_the_guest_waits() {
     check(
         "~ready 1\n~submit 0 1 2\n~wait 1ms\nexit 2\nexit 1\nfenced 1\nup 3\ncomplete 0 1 2\nwait 1ms\nstatus",
         &expect![[r#"
-        > exit 2
-            close #2.kick
-            close #2.call
-            retire #2
-            * ShadowLost backend=2 reason="killed by signal 9" next="another one is started in 0ns"
-            start #3
-            #3 is shadow
-        > exit 1
-            close #1.kick
-            close #1.call
-            * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
-            * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
-            fence #1
-        > fenced 1
-        > up 3
-            #3 <- GET_FEATURES
-            #3 <- GET_PROTOCOL_FEATURES
-            #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
-            close #3.channel
-            #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
-            #3 <- GET_FEATURES
-            #3 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
-            * ShadowReady backend=3
-            #3 is primary
-            #3 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-        > complete 0 1 2
-        > wait 1ms
-            retire #1
-            * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=2
-            start #4
-            #4 is shadow
-        > status
-            unprotected Idle; primary #3 active, shadow #4 starting; recovery exact; ring 0 served exact inflight 0
-    "#]],
+            > exit 2
+                close #2.kick
+                close #2.call
+                close #2.probe
+                retire #2
+                * ShadowLost backend=2 reason="killed by signal 9" next="another one is started in 0ns"
+                start #3
+                #3 is shadow
+            > exit 1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
+                * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
+                fence #1
+            > fenced 1
+            > up 3
+                #3 <- GET_FEATURES
+                #3 <- GET_PROTOCOL_FEATURES
+                #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
+                close #3.channel
+                #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #3 <- GET_FEATURES
+                #3 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
+                * ShadowReady backend=3
+                #3 is primary
+                #3 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+            > complete 0 1 2
+            > wait 1ms
+                retire #1
+                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=2
+                start #4
+                #4 is shadow
+            > status
+                unprotected Idle; primary #3 active, shadow #4 starting; recovery exact; ring 0 served exact inflight 0
+        "#]],
     );
 }
 
@@ -640,46 +661,47 @@ fn a_pair_without_a_shadow_starts_a_cold_backend() {
         config,
         "start\nup 1\n~boot 1\n~submit 0 1\nexit 1\nfenced 1\nup 2\ncomplete 0 1\nwait 1ms\nstatus",
         &expect![[r#"
-        > start
-            start #1
-            #1 is primary
-        > up 1
-            #1 <- GET_FEATURES
-            #1 <- GET_PROTOCOL_FEATURES
-            #1 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #1.channel
-            close #1.channel
-            #1 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
-            #1 <- GET_FEATURES
-            * PrimaryReady backend=1
-        > exit 1
-            close #1.kick
-            close #1.call
-            * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
-            * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
-            fence #1
-        > fenced 1
-            start #2
-            #2 is shadow
-        > up 2
-            #2 <- GET_FEATURES
-            #2 <- GET_PROTOCOL_FEATURES
-            #2 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #2.channel
-            close #2.channel
-            #2 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
-            #2 <- GET_FEATURES
-            #2 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
-            * ShadowReady backend=2
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-        > complete 0 1
-        > wait 1ms
-            retire #1
-            * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1
-        > status
-            unprotected Idle; primary #2 active, shadow none; recovery exact; ring 0 served exact inflight 0
-    "#]],
+            > start
+                start #1
+                #1 is primary
+            > up 1
+                #1 <- GET_FEATURES
+                #1 <- GET_PROTOCOL_FEATURES
+                #1 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #1.channel
+                close #1.channel
+                #1 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #1 <- GET_FEATURES
+                * PrimaryReady backend=1
+            > exit 1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
+                * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
+                fence #1
+            > fenced 1
+                start #2
+                #2 is shadow
+            > up 2
+                #2 <- GET_FEATURES
+                #2 <- GET_PROTOCOL_FEATURES
+                #2 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #2.channel
+                close #2.channel
+                #2 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #2 <- GET_FEATURES
+                #2 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
+                * ShadowReady backend=2
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+            > complete 0 1
+            > wait 1ms
+                retire #1
+                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1
+            > status
+                unprotected Idle; primary #2 active, shadow none; recovery exact; ring 0 served exact inflight 0
+        "#]],
     );
 }
 
@@ -688,22 +710,24 @@ fn a_shadow_that_dies_while_the_primary_is_fenced_does_not_make_anybody_spin() {
     check(
         "~ready 1\n~submit 0 1\n~wait 1ms\nexit 1\nexit 2\nwait 5000ms\nfenced 1",
         &expect![[r#"
-        > exit 1
-            close #1.kick
-            close #1.call
-            * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
-            * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
-            fence #1
-        > exit 2
-            close #2.kick
-            close #2.call
-            retire #2
-            * ShadowLost backend=2 reason="killed by signal 9" next="another one is started in 0ns"
-        > wait 5000ms
-        > fenced 1
-            start #3
-            #3 is shadow
-    "#]],
+            > exit 1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
+                * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
+                fence #1
+            > exit 2
+                close #2.kick
+                close #2.call
+                close #2.probe
+                retire #2
+                * ShadowLost backend=2 reason="killed by signal 9" next="another one is started in 0ns"
+            > wait 5000ms
+            > fenced 1
+                start #3
+                #3 is shadow
+        "#]],
     );
 }
 
@@ -712,25 +736,26 @@ fn a_fence_without_proof_waits_and_nothing_is_handed_over() {
     check(
         "~ready 1\n~submit 0 1\n~wait 1ms\nexit 1\nwait 9000ms\nstatus",
         &expect![[r#"
-        > exit 1
-            close #1.kick
-            close #1.call
-            * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
-            * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
-            fence #1
-        > wait 9000ms
-            #2 <- GET_FEATURES
-            #2 <- GET_FEATURES
-            #2 <- GET_FEATURES
-            #2 <- GET_FEATURES
-            #2 <- GET_FEATURES
-            #2 <- GET_FEATURES
-            #2 <- GET_FEATURES
-            #2 <- GET_FEATURES
-            #2 <- GET_FEATURES
-        > status
-            failing-over Fencing; primary #1 ended, shadow #2 ready; recovery exact; ring 0 served exact inflight 1
-    "#]],
+            > exit 1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
+                * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
+                fence #1
+            > wait 9000ms
+                #2 <- GET_FEATURES
+                #2 <- GET_FEATURES
+                #2 <- GET_FEATURES
+                #2 <- GET_FEATURES
+                #2 <- GET_FEATURES
+                #2 <- GET_FEATURES
+                #2 <- GET_FEATURES
+                #2 <- GET_FEATURES
+                #2 <- GET_FEATURES
+            > status
+                failing-over Fencing; primary #1 ended, shadow #2 ready; recovery exact; ring 0 served exact inflight 1
+        "#]],
     );
 }
 
@@ -739,38 +764,39 @@ fn a_target_that_dies_before_it_acknowledged_is_fenced_like_a_primary() {
     check(
         "~ready 1\n~submit 0 1 2\n~wait 1ms\n~exit 1\n~mute 2\nfenced 1\nstatus\nexit 2\nfenced 2\nup 3\nring 0",
         &expect![[r#"
-        > fenced 1
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-        > status
-            failing-over Resuming; primary #1 ended, shadow #2 active; recovery exact; ring 0 served exact inflight 2
-        > exit 2
-            close #2.kick
-            close #2.call
-            * ShadowFailed backend=2 reason="killed by signal 9" next="it is fenced and another one takes over"
-            retire #1
-            fence #2
-        > fenced 2
-            start #3
-            #3 is shadow
-        > up 3
-            #3 <- GET_FEATURES
-            #3 <- GET_PROTOCOL_FEATURES
-            #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
-            close #3.channel
-            #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
-            #3 <- GET_FEATURES
-            #3 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
-            * ShadowReady backend=3
-            #3 is primary
-            #3 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-        > ring 0
-            avail 2 used 0 owed [1 2] flags 0 avail_event 0
-    "#]],
+            > fenced 1
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+            > status
+                failing-over Resuming; primary #1 ended, shadow #2 active; recovery exact; ring 0 served exact inflight 2
+            > exit 2
+                close #2.kick
+                close #2.call
+                close #2.probe
+                * ShadowFailed backend=2 reason="killed by signal 9" next="it is fenced and another one takes over"
+                retire #1
+                fence #2
+            > fenced 2
+                start #3
+                #3 is shadow
+            > up 3
+                #3 <- GET_FEATURES
+                #3 <- GET_PROTOCOL_FEATURES
+                #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
+                close #3.channel
+                #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #3 <- GET_FEATURES
+                #3 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
+                * ShadowReady backend=3
+                #3 is primary
+                #3 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+            > ring 0
+                avail 2 used 0 owed [1 2] flags 0 avail_event 0
+        "#]],
     );
 }
 
@@ -779,33 +805,34 @@ fn a_target_that_dies_while_it_is_confirmed_is_fenced_like_a_primary() {
     check(
         "~ready 1\n~submit 0 1 2\n~wait 1ms\n~exit 1\n~fenced 1\nstatus\nexit 2\nfenced 2\nup 3\nstatus",
         &expect![[r#"
-        > status
-            failing-over Confirming; primary #1 ended, shadow #2 active; recovery exact; ring 0 served exact inflight 2
-        > exit 2
-            close #2.kick
-            close #2.call
-            * ShadowFailed backend=2 reason="killed by signal 9" next="it is fenced and another one takes over"
-            retire #1
-            fence #2
-        > fenced 2
-            start #3
-            #3 is shadow
-        > up 3
-            #3 <- GET_FEATURES
-            #3 <- GET_PROTOCOL_FEATURES
-            #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
-            close #3.channel
-            #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
-            #3 <- GET_FEATURES
-            #3 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
-            * ShadowReady backend=3
-            #3 is primary
-            #3 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-        > status
-            failing-over Confirming; primary #2 ended, shadow #3 active; recovery exact; ring 0 served exact inflight 2
-    "#]],
+            > status
+                failing-over Confirming; primary #1 ended, shadow #2 active; recovery exact; ring 0 served exact inflight 2
+            > exit 2
+                close #2.kick
+                close #2.call
+                close #2.probe
+                * ShadowFailed backend=2 reason="killed by signal 9" next="it is fenced and another one takes over"
+                retire #1
+                fence #2
+            > fenced 2
+                start #3
+                #3 is shadow
+            > up 3
+                #3 <- GET_FEATURES
+                #3 <- GET_PROTOCOL_FEATURES
+                #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
+                close #3.channel
+                #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #3 <- GET_FEATURES
+                #3 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
+                * ShadowReady backend=3
+                #3 is primary
+                #3 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+            > status
+                failing-over Confirming; primary #2 ended, shadow #3 active; recovery exact; ring 0 served exact inflight 2
+        "#]],
     );
 }
 
@@ -814,17 +841,18 @@ fn a_target_that_refuses_the_rings_is_fenced_like_a_primary() {
     check(
         "~ready 1\n~submit 0 1\n~wait 1ms\n~exit 1\n~refuses 2\nfenced 1",
         &expect![[r#"
-        > fenced 1
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-            close #2.kick
-            close #2.call
-            * ShadowFailed backend=2 reason="it refused the rings" next="it is fenced and another one takes over"
-            retire #1
-            fence #2
-    "#]],
+            > fenced 1
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                close #2.kick
+                close #2.call
+                close #2.probe
+                * ShadowFailed backend=2 reason="it refused the rings" next="it is fenced and another one takes over"
+                retire #1
+                fence #2
+        "#]],
     );
 }
 
@@ -833,19 +861,20 @@ fn a_target_that_falls_silent_is_fenced_like_a_primary() {
     check(
         "~ready 1\n~submit 0 1\n~wait 1ms\n~exit 1\n~mute 2\nfenced 1\nwait 2500ms",
         &expect![[r#"
-        > fenced 1
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-        > wait 2500ms
-            #2 <- GET_FEATURES
-            close #2.kick
-            close #2.call
-            * ShadowFailed backend=2 reason="its control channel has been silent for 500ms" next="it is fenced and another one takes over"
-            retire #1
-            fence #2
-    "#]],
+            > fenced 1
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+            > wait 2500ms
+                #2 <- GET_FEATURES
+                close #2.kick
+                close #2.call
+                close #2.probe
+                * ShadowFailed backend=2 reason="its control channel has been silent for 500ms" next="it is fenced and another one takes over"
+                retire #1
+                fence #2
+        "#]],
     );
 }
 
@@ -858,6 +887,7 @@ fn a_target_that_refuses_a_change_of_the_vmm_is_fenced_before_anybody_else_is_gi
                 #2 <- ADD_MEM_REG! mem1
                 close #2.kick
                 close #2.call
+                close #2.probe
                 vmm <- ADD_MEM_REG ok
                 * ShadowFailed backend=2 reason="it refused a change that the VMM made" next="it is fenced and another one takes over"
                 retire #1
@@ -928,10 +958,12 @@ fn a_drained_primary_that_falls_silent_afterwards_does_not_make_anybody_spin() {
                 #2 <- GET_FEATURES
                 close #2.kick
                 close #2.call
+                close #2.probe
                 * ShadowFailed backend=2 reason="its control channel has been silent for 500ms" next="it is fenced and another one takes over"
                 retire #1
                 close #1.kick
                 close #1.call
+                close #1.probe
                 fence #2
             > status
                 failing-over Fencing; primary #2 ended, shadow none; recovery exact; ring 0 served exact inflight 1
@@ -947,48 +979,50 @@ fn a_device_whose_requests_must_not_run_twice_is_handed_over_only_after_a_drain(
         device.clone(),
         &format!("{script}status\nfailover\nstatus"),
         &expect![[r#"
-        > status
-            protected Idle; primary #1 active, shadow #2 ready; recovery drained; ring 0 served exact inflight 0
-        > failover
-            * FailoverStarted kind="planned" cause="operator: test" backend=1
-            #1 <- SET_VRING_KICK! #1.kick
-            #1 <- GET_VRING_BASE 0
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=0
-            signal kick0
-            signal call0
-            retire #1
-            close #1.channel
-            close #1.kick
-            close #1.call
-            * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="stopped"
-            answer: settled drained
-            start #3
-            #3 is shadow
-        > status
-            unprotected Idle; primary #2 active, shadow #3 starting; recovery drained; ring 0 served exact inflight 0
-    "#]],
+            > status
+                protected Idle; primary #1 active, shadow #2 ready; recovery drained; ring 0 served exact inflight 0
+            > failover
+                * FailoverStarted kind="planned" cause="operator: test" backend=1
+                #1 <- SET_VRING_KICK! #1.kick
+                #1 <- GET_VRING_BASE 0
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=0
+                signal kick0
+                signal call0
+                retire #1
+                close #1.channel
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="stopped"
+                answer: settled drained
+                start #3
+                #3 is shadow
+            > status
+                unprotected Idle; primary #2 active, shadow #3 starting; recovery drained; ring 0 served exact inflight 0
+        "#]],
     );
     check_with(
         device,
         &format!("{script}~submit 0 1\n~wait 1ms\nexit 1\nfenced 1\nstatus"),
         &expect![[r#"
-        > exit 1
-            close #1.channel
-            close #1.kick
-            close #1.call
-            * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
-            * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
-            fence #1
-        > fenced 1
-            retire #1
-            * FailoverHalted kind="crash" cause="killed by signal 9" recovery="refused" fence="reaped" survivors=1 message="the fs device owed 1 requests, and its requests must not be executed twice"
-            #2 is primary
-            start #3
-            #3 is shadow
-        > status
-            halted Halted; primary #2 ready, shadow #3 starting; recovery drained; ring 0 waiting exact inflight 1; halted: the fs device owed 1 requests, and its requests must not be executed twice
-    "#]],
+            > exit 1
+                close #1.channel
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
+                * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
+                fence #1
+            > fenced 1
+                retire #1
+                * FailoverHalted kind="crash" cause="killed by signal 9" recovery="refused" fence="reaped" survivors=1 message="the fs device owed 1 requests, and its requests must not be executed twice"
+                #2 is primary
+                start #3
+                #3 is shadow
+            > status
+                halted Halted; primary #2 ready, shadow #3 starting; recovery drained; ring 0 waiting exact inflight 1; halted: the fs device owed 1 requests, and its requests must not be executed twice
+        "#]],
     );
 }
 
@@ -997,48 +1031,50 @@ fn a_primary_that_dies_before_it_was_given_a_ring_needs_no_fence() {
     check(
         "~start\n~up 1\n~up 2\nexit 1\nstatus\n~up 3\n~boot 1\nstatus",
         &expect![[r#"
-        > exit 1
-            close #1.kick
-            close #1.call
-            * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
-            * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
-            retire #1
-            #2 is primary
-            retire #1
-            * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="stopped"
-            start #3
-            #3 is shadow
-        > status
-            unprotected Idle; primary #2 ready, shadow #3 starting; recovery exact
-        > status
-            protected Idle; primary #2 active, shadow #3 ready; recovery exact; ring 0 served exact inflight 0
-    "#]],
+            > exit 1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
+                * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
+                retire #1
+                #2 is primary
+                retire #1
+                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="stopped"
+                start #3
+                #3 is shadow
+            > status
+                unprotected Idle; primary #2 ready, shadow #3 starting; recovery exact
+            > status
+                protected Idle; primary #2 active, shadow #3 ready; recovery exact; ring 0 served exact inflight 0
+        "#]],
     );
     check(
         "~start\n~up 1\n~up 2\n~exit 2\nexit 1\nwait 50ms\nup 3\nstatus",
         &expect![[r#"
-        > exit 1
-            close #1.kick
-            close #1.call
-            * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
-            * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
-            retire #1
-        > wait 50ms
-        > up 3
-            #3 <- GET_FEATURES
-            #3 <- GET_PROTOCOL_FEATURES
-            #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
-            close #3.channel
-            #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
-            #3 <- GET_FEATURES
-            * ShadowReady backend=3
-            #3 is primary
-            retire #1
-            * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="stopped"
-            start #4
-            #4 is shadow
-        > status
-            unprotected Idle; primary #3 ready, shadow #4 starting; recovery exact
-    "#]],
+            > exit 1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
+                * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
+                retire #1
+            > wait 50ms
+            > up 3
+                #3 <- GET_FEATURES
+                #3 <- GET_PROTOCOL_FEATURES
+                #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
+                close #3.channel
+                #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #3 <- GET_FEATURES
+                * ShadowReady backend=3
+                #3 is primary
+                retire #1
+                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="stopped"
+                start #4
+                #4 is shadow
+            > status
+                unprotected Idle; primary #3 ready, shadow #4 starting; recovery exact
+        "#]],
     );
 }

@@ -31,19 +31,20 @@ use warmswap_wire::{
     VringState,
 };
 
+use crate::canary;
 use crate::drain::DrainMethod;
 use crate::event::{Action, Actions, BackendId, CommandId, Event, FenceLevel, PrivateEvents};
 use crate::journal::{Entry, Value};
 use crate::memory::GuestMemory;
+use crate::memory::PRIVATE_ADDR;
 use crate::pair::Pair;
+use crate::pair::isolate::{TRIAL_AVAILABLE, TRIAL_USED};
 use crate::policy::{Limits, PairConfig, Survivors};
-use crate::testing::{PlainMemory, PlainRing};
+use crate::testing::{PRIVATE_SLOTS, PlainMemory, PlainRing};
 use crate::time::Nanos;
 
 /// Where the guest's memory starts in the VMM's address space.
 const USER: u64 = 0x1000_0000;
-/// The slot of the broker's private ring, which belongs to guest memory and not to the pair.
-const PRIVATE_RING: u32 = 9_999;
 /// virtio-blk features of a backend: flush, discard.
 const FEATURES: u64 = VirtioFeatures::PROTOCOL_FEATURES.bits() | VirtioFeatures::VERSION_1.bits() | 1 << 9 | 1 << 13;
 const PROTOCOL: ProtocolFeatures = ProtocolFeatures::MQ
@@ -60,6 +61,7 @@ pub(super) fn config() -> PairConfig {
         survivors: Survivors::Place,
         fence: FenceLevel::Stopped,
         shadow: true,
+        canary: false,
         limits: Limits::default(),
     }
 }
@@ -77,6 +79,13 @@ pub(super) struct Backend {
     acked: u64,
     owes: VecDeque<(Header, Vec<u8>)>,
     private_kick: FdSlot,
+    probe_kick: FdSlot,
+    /// Memory of the broker's own that it was given.
+    private: Option<FdSlot>,
+    /// It completes canary reads.
+    pub(super) canary: bool,
+    /// A canary read is under way.
+    reading: bool,
 }
 
 /// A driver's view of one ring: what it has submitted and not seen completed, in order.
@@ -197,6 +206,13 @@ impl Harness {
             "unmute" => self.unmute(id()),
             "claims" => self.backend(id()).claims = Some(args[1].parse().expect("a base")),
             "refuses" => self.backend(id()).refuses = true,
+            "canary" => match args[1] {
+                "off" => self.backend(id()).canary = false,
+                result => {
+                    let private = self.backend(id()).private.expect("it has memory for a canary read");
+                    canary::complete(&mut self.memory, private, number(result) as u8);
+                }
+            },
             "garbage" => {
                 let header = Header { request: 4711, flags: HeaderFlags::REPLY, size: 3 };
                 self.inbox.push_back((id(), header, vec![1, 2, 3]));
@@ -237,8 +253,11 @@ impl Harness {
             "flags" => self.memory.ring(number(args[0])).used_flags = number(args[1]) as u16,
             "trial" => {
                 // The backend completes the request it was given alone.
-                let (head, used) = self.memory.private.as_mut().expect("a trial is running");
-                *used = Some(warmswap_wire::ring::UsedElem { id: u32::from(*head), len: 512 });
+                let tried = self.trials.iter().find_map(|id| self.backends.get(id)?.private);
+                let private = tried.expect("a trial is running");
+                let head = self.memory.read_region(private, TRIAL_AVAILABLE + 4, 2).expect("it is there");
+                let used = [0, 0, 1, 0, head[0], head[1], 0, 0, 0, 2, 0, 0];
+                self.memory.write_private(private, TRIAL_USED, &used);
             }
             "failover" => {
                 let now = args.first() == Some(&"now");
@@ -399,8 +418,11 @@ impl Harness {
 
     /// Whether a request runs alone and is not completed yet.
     pub(super) fn tries(&self) -> bool {
-        let alive = self.trials.iter().any(|id| self.backends.contains_key(id));
-        alive && self.memory.private.is_some_and(|(_, used)| used.is_none())
+        let running = |id: &u64| {
+            let private = self.backends.get(id).and_then(|backend| backend.private);
+            private.is_some_and(|fd| self.memory.read_region(fd, TRIAL_USED, 4).is_some_and(|used| used[2] == 0))
+        };
+        self.trials.iter().any(running)
     }
 
     /// The backend that holds a ring of the guest's, if any does.
@@ -416,7 +438,8 @@ impl Harness {
     }
 
     pub(super) fn up(&mut self, id: u64, options: &[&str]) {
-        let private = PrivateEvents { kick: self.slot(format!("#{id}.kick")), call: self.slot(format!("#{id}.call")) };
+        let [kick, call, probe] = ["kick", "call", "probe"].map(|name| self.slot(format!("#{id}.{name}")));
+        let private = PrivateEvents { kick, call, probe };
         let mut backend = Backend {
             features: FEATURES,
             protocol: PROTOCOL,
@@ -429,6 +452,10 @@ impl Harness {
             acked: 0,
             owes: VecDeque::new(),
             private_kick: private.kick,
+            probe_kick: private.probe,
+            private: None,
+            canary: true,
+            reading: false,
         };
         for option in options {
             match option.split_once('=') {
@@ -436,6 +463,7 @@ impl Harness {
                 Some(("queues", value)) => backend.queues = value.parse().expect("a number"),
                 Some(("slots", value)) => backend.slots = value.parse().expect("a number"),
                 Some(("config", value)) => backend.config[0] = value.parse().expect("a number"),
+                _ if *option == "no-canary" => backend.canary = false,
                 _ if *option == "no-ack" => backend.protocol.remove(ProtocolFeatures::REPLY_ACK),
                 _ if *option == "no-slots" => backend.protocol.remove(ProtocolFeatures::CONFIGURE_MEM_SLOTS),
                 _ if *option == "no-config" => backend.protocol.remove(ProtocolFeatures::CONFIG),
@@ -492,6 +520,7 @@ impl Harness {
         let header = Header::decode(head).expect("ours");
         let request = Request::decode(&header, payload, fds).expect("ours");
         self.note_rings(id, &request);
+        self.note_private(id, &request);
         let base = if let Request::GetVringBase(state) = request { self.truthful_base(state.index) } else { 0 };
         let Some(backend) = self.backends.get_mut(&id) else { return };
         let ack = u64::from(backend.refuses);
@@ -536,18 +565,23 @@ impl Harness {
     fn note_rings(&mut self, id: u64, request: &Request) {
         let Request::SetVringKick(VringFd { index, fd }) = request else { return };
         let private = self.backends.get(&id).map(|backend| backend.private_kick);
+        let trial = fd.is_some() && *fd == self.backends.get(&id).map(|backend| backend.probe_kick);
+        if self.backends.get(&id).is_some_and(|backend| backend.reading) {
+            assert!(trial, "#{id} is given ring {index} during a canary read\n{}", self.out);
+            return;
+        }
         let holds = self.holds.entry(id).or_default();
         if fd.is_some() && *fd == private && holds.contains(index) {
             return;
         }
         let fresh = holds.insert(*index);
-        if *fd == private {
+        if trial {
             self.trials.insert(id);
         }
         let others: Vec<u64> =
             self.holds.iter().filter(|(other, rings)| **other != id && !rings.is_empty()).map(|it| *it.0).collect();
         assert!(others.is_empty(), "#{id} is given ring {index} while {others:?} may still serve\n{}", self.out);
-        if fresh && *fd != private {
+        if fresh && !trial {
             self.handed += 1;
             let index = *index;
             self.check_handed(index);
@@ -556,6 +590,32 @@ impl Harness {
             driver.popped = used;
             driver.positions =
                 driver.inflight.iter().zip(0..).map(|(head, at)| (*head, used.wrapping_add(at))).collect();
+        }
+    }
+
+    /// What it has of the broker's own, and the canary read it is given there: it completes it at once, or never.
+    fn note_private(&mut self, id: u64, request: &Request) {
+        let Some(backend) = self.backends.get_mut(&id) else { return };
+        let given = |fd: &FdSlot| fd.0 > PRIVATE_SLOTS;
+        match request {
+            Request::AddMemReg { fd: Some(fd), .. } if given(fd) => backend.private = Some(*fd),
+            Request::SetMemTable(regions) => backend.private = regions.iter().map(|it| it.1).find(given),
+            Request::SetVringAddr(addr) => backend.reading = addr.descriptor >= PRIVATE_ADDR,
+            Request::SetVringEnable(VringState { value: 1, .. }) if backend.reading => {
+                let private = backend.private.expect("a canary read needs memory");
+                if backend.canary && !backend.muted {
+                    canary::complete(&mut self.memory, private, 0);
+                }
+            }
+            Request::GetVringBase(_) if backend.reading => {
+                let private = backend.private.expect("a canary read needs memory");
+                assert!(
+                    canary::status(&self.memory, private).is_some(),
+                    "a ring is stopped in the middle of a canary read"
+                );
+                backend.reading = false;
+            }
+            _ => {}
         }
     }
 
@@ -589,7 +649,12 @@ impl Harness {
     }
 
     fn name(&self, fd: FdSlot) -> String {
-        if fd.0 == PRIVATE_RING {
+        if fd.0 > PRIVATE_SLOTS {
+            assert!(
+                self.memory.private.contains_key(&fd),
+                "memory of the broker's own is used after its end\n{}",
+                self.out
+            );
             return "private-ring".to_owned();
         }
         let name = self.open.get(&fd.0);
@@ -597,7 +662,8 @@ impl Harness {
     }
 
     fn close(&mut self, fd: FdSlot) {
-        assert!(self.open.remove(&fd.0).is_some(), "slot {} is closed twice\n{}", fd.0, self.out);
+        let open = self.open.remove(&fd.0).is_some() || self.memory.private.remove(&fd).is_some();
+        assert!(open, "slot {} is closed twice\n{}", fd.0, self.out);
     }
 
     /// Everybody leaves; nothing may be left open.
@@ -614,6 +680,7 @@ impl Harness {
             self.wait(Nanos::from_millis(200));
         }
         assert!(self.open.is_empty(), "descriptors leak: {:?}\n{}", self.open, self.out);
+        assert!(self.memory.private.is_empty(), "memory of the broker's own leaks\n{}", self.out);
         assert!(self.watched.is_empty(), "a kick is watched for nobody: {:?}", self.watched);
     }
 

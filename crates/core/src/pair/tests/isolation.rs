@@ -48,16 +48,18 @@ fn after_three_deaths_each_suspect_runs_alone_and_the_guilty_one_is_answered_wit
                 #4 <- GET_FEATURES
                 #4 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
                 * ShadowReady backend=4
-                #4 <- ADD_MEM_REG private-ring, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #4.call, SET_VRING_KICK #4.kick, SET_VRING_ENABLE! 0=1
-                signal #4.kick
+                #4 <- ADD_MEM_REG private-ring, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #4.call, SET_VRING_KICK #4.probe, SET_VRING_ENABLE! 0=1
+                signal #4.probe
                 #4 <- GET_FEATURES
             > exit 4
                 close #4.kick
                 close #4.call
+                close #4.probe
                 fence #4
                 start #5
                 #5 is shadow
             > fenced 4
+                close private-ring
                 * RequestIsolated head=3 status_written=true reason="every backend that ran it died; it was answered with an I/O error"
                 signal call0
             > ring 0
@@ -100,10 +102,12 @@ fn an_innocent_request_is_completed_by_its_trial() {
             > wait 1ms
                 close #4.kick
                 close #4.call
+                close #4.probe
                 fence #4
                 start #5
                 #5 is shadow
             > fenced 4
+                close private-ring
                 signal call0
             > ring 0
                 avail 2 used 1 owed [5] flags 0 avail_event 0
@@ -116,16 +120,18 @@ fn an_innocent_request_is_completed_by_its_trial() {
                 #5 <- GET_FEATURES
                 #5 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
                 * ShadowReady backend=5
-                #5 <- ADD_MEM_REG private-ring, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #5.call, SET_VRING_KICK #5.kick, SET_VRING_ENABLE! 0=1
-                signal #5.kick
+                #5 <- ADD_MEM_REG private-ring, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #5.call, SET_VRING_KICK #5.probe, SET_VRING_ENABLE! 0=1
+                signal #5.probe
                 #5 <- GET_FEATURES
             > exit 5
                 close #5.kick
                 close #5.call
+                close #5.probe
                 fence #5
                 start #6
                 #6 is shadow
             > fenced 5
+                close private-ring
                 * RequestIsolated head=5 status_written=true reason="every backend that ran it died; it was answered with an I/O error"
                 signal call0
             > up 6
@@ -158,19 +164,20 @@ fn a_trial_that_takes_its_time_is_asked_for_a_sign_of_life_now_and_then() {
     check(
         &format!("{THREE_DEATHS}\n~fenced 3\n~up 4\nwait 600ms\ntrial\nwait 3ms"),
         &expect![[r#"
-        > wait 600ms
-            #4 <- GET_FEATURES
-            #4 <- GET_FEATURES
-            #4 <- GET_FEATURES
-            #4 <- GET_FEATURES
-        > trial
-        > wait 3ms
-            close #4.kick
-            close #4.call
-            fence #4
-            start #5
-            #5 is shadow
-    "#]],
+            > wait 600ms
+                #4 <- GET_FEATURES
+                #4 <- GET_FEATURES
+                #4 <- GET_FEATURES
+                #4 <- GET_FEATURES
+            > trial
+            > wait 3ms
+                close #4.kick
+                close #4.call
+                close #4.probe
+                fence #4
+                start #5
+                #5 is shadow
+        "#]],
     );
 }
 
@@ -179,14 +186,15 @@ fn a_trial_that_hangs_is_decided_by_its_silence() {
     check(
         &format!("{THREE_DEATHS}\n~fenced 3\n~up 4\n~mute 4\nwait 3000ms"),
         &expect![[r#"
-        > wait 3000ms
-            #4 <- GET_FEATURES
-            close #4.kick
-            close #4.call
-            fence #4
-            start #5
-            #5 is shadow
-    "#]],
+            > wait 3000ms
+                #4 <- GET_FEATURES
+                close #4.kick
+                close #4.call
+                close #4.probe
+                fence #4
+                start #5
+                #5 is shadow
+        "#]],
     );
 }
 
@@ -245,10 +253,12 @@ fn a_ring_the_vmm_resets_during_the_trial_is_not_touched_afterwards() {
             > exit 4
                 close #4.kick
                 close #4.call
+                close #4.probe
                 fence #4
                 start #5
                 #5 is shadow
             > fenced 4
+                close private-ring
             > ring 0
                 avail 2 used 0 owed [3 5] flags 0 avail_event 0
             > up 5

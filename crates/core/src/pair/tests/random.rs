@@ -29,6 +29,7 @@ fn random_config(random: &mut Random) -> PairConfig {
     PairConfig {
         drain: DrainMethod::ALL[random.below(3) as usize],
         shadow: random.below(5) > 0,
+        canary: random.below(2) == 0,
         fence: [FenceLevel::Stopped, FenceLevel::Reaped][random.below(2) as usize],
         ..config()
     }
@@ -283,7 +284,8 @@ fn nonsense_step(harness: &mut Harness, vmm: &mut bool, random: &mut Random) {
         }
         12 if random.below(4) == 0 => harness.lose(any.0, random.below(2) == 0),
         13 => {
-            let private = PrivateEvents { kick: harness.fresh_slot("kick"), call: harness.fresh_slot("call") };
+            let [kick, call, probe] = ["kick", "call", "probe"].map(|name| harness.fresh_slot(name));
+            let private = PrivateEvents { kick, call, probe };
             let backend = BackendId(1_000 + random.below(9));
             harness.event(Event::LinkUp { backend, backend_req: None, private });
         }

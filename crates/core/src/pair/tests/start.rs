@@ -202,7 +202,7 @@ fn the_vmm_is_offered_what_both_have_and_nothing_that_is_masked() {
             > vmm GET_QUEUE_NUM
                 vmm <- GET_QUEUE_NUM 0x2
             > vmm GET_MAX_MEM_SLOTS
-                vmm <- GET_MAX_MEM_SLOTS 0x8
+                vmm <- GET_MAX_MEM_SLOTS 0x7
             > vmm GET_CONFIG
                 vmm <- GET_CONFIG [7, 7, 7, 7]
         "#]],
@@ -229,7 +229,7 @@ fn the_offer_is_the_least_of_queues_and_memory_slots() {
             > vmm GET_QUEUE_NUM
                 vmm <- GET_QUEUE_NUM 0x2
             > vmm GET_MAX_MEM_SLOTS
-                vmm <- GET_MAX_MEM_SLOTS 0x8
+                vmm <- GET_MAX_MEM_SLOTS 0x7
             > status
                 protected Idle; primary #1 ready, shadow #2 ready; recovery exact
         "#]],
@@ -252,6 +252,7 @@ fn a_late_shadow_with_fewer_features_is_refused_with_the_difference() {
                 retire #3
                 close #3.kick
                 close #3.call
+                close #3.probe
                 * ShadowLost backend=3 reason="refused: features 0x2000 were offered to the VMM and it lacks them" next="another one is started in 10ms"
         "#]],
     );
@@ -262,20 +263,21 @@ fn a_shadow_of_another_capacity_is_refused_with_the_difference() {
     check(
         "~start\n~up 1\nup 2 config=9",
         &expect![[r#"
-        > up 2 config=9
-            #2 <- GET_FEATURES
-            #2 <- GET_PROTOCOL_FEATURES
-            #2 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #2.channel
-            close #2.channel
-            #2 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
-            #2 <- GET_FEATURES
-            * PrimaryReady backend=1
-            * ShadowRefused backend=2 reason="its configuration space differs from the device's at byte 0 (capacity)" next="the device runs unprotected; another start is tried with back-off"
-            retire #2
-            close #2.kick
-            close #2.call
-            * ShadowLost backend=2 reason="refused: its configuration space differs from the device's at byte 0 (capacity)" next="another one is started in 10ms"
-    "#]],
+            > up 2 config=9
+                #2 <- GET_FEATURES
+                #2 <- GET_PROTOCOL_FEATURES
+                #2 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #2.channel
+                close #2.channel
+                #2 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #2 <- GET_FEATURES
+                * PrimaryReady backend=1
+                * ShadowRefused backend=2 reason="its configuration space differs from the device's at byte 0 (capacity)" next="the device runs unprotected; another start is tried with back-off"
+                retire #2
+                close #2.kick
+                close #2.call
+                close #2.probe
+                * ShadowLost backend=2 reason="refused: its configuration space differs from the device's at byte 0 (capacity)" next="another one is started in 10ms"
+        "#]],
     );
 }
 
@@ -284,31 +286,33 @@ fn a_late_shadow_with_fewer_queues_or_slots_is_refused_with_the_difference() {
     check(
         "~start\n~exit 2\n~up 1\n~wait 15ms\nup 3 queues=1\n~wait 25ms\nup 4 slots=2",
         &expect![[r#"
-        > up 3 queues=1
-            #3 <- GET_FEATURES
-            #3 <- GET_PROTOCOL_FEATURES
-            #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
-            close #3.channel
-            #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
-            #3 <- GET_FEATURES
-            * ShadowRefused backend=3 reason="it serves 1 rings, 2 were offered to the VMM" next="the device runs unprotected; another start is tried with back-off"
-            retire #3
-            close #3.kick
-            close #3.call
-            * ShadowLost backend=3 reason="refused: it serves 1 rings, 2 were offered to the VMM" next="another one is started in 10ms"
-        > up 4 slots=2
-            #4 <- GET_FEATURES
-            #4 <- GET_PROTOCOL_FEATURES
-            #4 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #4.channel
-            close #4.channel
-            #4 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
-            #4 <- GET_FEATURES
-            * ShadowRefused backend=4 reason="it takes 2 memory regions, 8 were offered" next="the device runs unprotected; another start is tried with back-off"
-            retire #4
-            close #4.kick
-            close #4.call
-            * ShadowLost backend=4 reason="refused: it takes 2 memory regions, 8 were offered" next="another one is started in 20ms"
-    "#]],
+            > up 3 queues=1
+                #3 <- GET_FEATURES
+                #3 <- GET_PROTOCOL_FEATURES
+                #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
+                close #3.channel
+                #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #3 <- GET_FEATURES
+                * ShadowRefused backend=3 reason="it serves 1 rings, 2 were offered to the VMM" next="the device runs unprotected; another start is tried with back-off"
+                retire #3
+                close #3.kick
+                close #3.call
+                close #3.probe
+                * ShadowLost backend=3 reason="refused: it serves 1 rings, 2 were offered to the VMM" next="another one is started in 10ms"
+            > up 4 slots=2
+                #4 <- GET_FEATURES
+                #4 <- GET_PROTOCOL_FEATURES
+                #4 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #4.channel
+                close #4.channel
+                #4 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #4 <- GET_FEATURES
+                * ShadowRefused backend=4 reason="it takes 1 memory regions, 7 were offered" next="the device runs unprotected; another start is tried with back-off"
+                retire #4
+                close #4.kick
+                close #4.call
+                close #4.probe
+                * ShadowLost backend=4 reason="refused: it takes 1 memory regions, 7 were offered" next="another one is started in 20ms"
+        "#]],
     );
 }
 
@@ -317,30 +321,32 @@ fn a_late_shadow_without_protocol_features_that_were_offered_is_refused() {
     check(
         "~start\n~exit 2\n~up 1\n~wait 15ms\nup 3 no-slots\n~wait 25ms\nup 4 no-config",
         &expect![[r#"
-        > up 3 no-slots
-            #3 <- GET_FEATURES
-            #3 <- GET_PROTOCOL_FEATURES
-            #3 <- SET_PROTOCOL_FEATURES 0x229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
-            close #3.channel
-            #3 <- GET_QUEUE_NUM, GET_CONFIG 256
-            #3 <- GET_FEATURES
-            * ShadowRefused backend=3 reason="protocol features ProtocolFeatures(CONFIGURE_MEM_SLOTS) were offered to the VMM and it lacks them" next="the device runs unprotected; another start is tried with back-off"
-            retire #3
-            close #3.kick
-            close #3.call
-            * ShadowLost backend=3 reason="refused: protocol features ProtocolFeatures(CONFIGURE_MEM_SLOTS) were offered to the VMM and it lacks them" next="another one is started in 10ms"
-        > up 4 no-config
-            #4 <- GET_FEATURES
-            #4 <- GET_PROTOCOL_FEATURES
-            #4 <- SET_PROTOCOL_FEATURES 0x8029, SET_OWNER, SET_BACKEND_REQ_FD #4.channel
-            close #4.channel
-            #4 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_FEATURES
-            * ShadowRefused backend=4 reason="its configuration space has 0 bytes, the device's 256" next="the device runs unprotected; another start is tried with back-off"
-            retire #4
-            close #4.kick
-            close #4.call
-            * ShadowLost backend=4 reason="refused: its configuration space has 0 bytes, the device's 256" next="another one is started in 20ms"
-    "#]],
+            > up 3 no-slots
+                #3 <- GET_FEATURES
+                #3 <- GET_PROTOCOL_FEATURES
+                #3 <- SET_PROTOCOL_FEATURES 0x229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
+                close #3.channel
+                #3 <- GET_QUEUE_NUM, GET_CONFIG 256
+                #3 <- GET_FEATURES
+                * ShadowRefused backend=3 reason="protocol features ProtocolFeatures(CONFIGURE_MEM_SLOTS) were offered to the VMM and it lacks them" next="the device runs unprotected; another start is tried with back-off"
+                retire #3
+                close #3.kick
+                close #3.call
+                close #3.probe
+                * ShadowLost backend=3 reason="refused: protocol features ProtocolFeatures(CONFIGURE_MEM_SLOTS) were offered to the VMM and it lacks them" next="another one is started in 10ms"
+            > up 4 no-config
+                #4 <- GET_FEATURES
+                #4 <- GET_PROTOCOL_FEATURES
+                #4 <- SET_PROTOCOL_FEATURES 0x8029, SET_OWNER, SET_BACKEND_REQ_FD #4.channel
+                close #4.channel
+                #4 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_FEATURES
+                * ShadowRefused backend=4 reason="its configuration space has 0 bytes, the device's 256" next="the device runs unprotected; another start is tried with back-off"
+                retire #4
+                close #4.kick
+                close #4.call
+                close #4.probe
+                * ShadowLost backend=4 reason="refused: its configuration space has 0 bytes, the device's 256" next="another one is started in 20ms"
+        "#]],
     );
 }
 
@@ -349,27 +355,28 @@ fn a_refused_shadow_is_tried_again_ever_more_rarely() {
     check(
         "~start\n~up 1\n~up 2 config=9\nwait 9ms\nwait 2ms\nup 3 config=9\nwait 19ms\nwait 2ms",
         &expect![[r#"
-        > wait 9ms
-        > wait 2ms
-            start #3
-            #3 is shadow
-        > up 3 config=9
-            #3 <- GET_FEATURES
-            #3 <- GET_PROTOCOL_FEATURES
-            #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
-            close #3.channel
-            #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
-            #3 <- GET_FEATURES
-            * ShadowRefused backend=3 reason="its configuration space differs from the device's at byte 0 (capacity)" next="the device runs unprotected; another start is tried with back-off"
-            retire #3
-            close #3.kick
-            close #3.call
-            * ShadowLost backend=3 reason="refused: its configuration space differs from the device's at byte 0 (capacity)" next="another one is started in 20ms"
-        > wait 19ms
-        > wait 2ms
-            start #4
-            #4 is shadow
-    "#]],
+            > wait 9ms
+            > wait 2ms
+                start #3
+                #3 is shadow
+            > up 3 config=9
+                #3 <- GET_FEATURES
+                #3 <- GET_PROTOCOL_FEATURES
+                #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
+                close #3.channel
+                #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #3 <- GET_FEATURES
+                * ShadowRefused backend=3 reason="its configuration space differs from the device's at byte 0 (capacity)" next="the device runs unprotected; another start is tried with back-off"
+                retire #3
+                close #3.kick
+                close #3.call
+                close #3.probe
+                * ShadowLost backend=3 reason="refused: its configuration space differs from the device's at byte 0 (capacity)" next="another one is started in 20ms"
+            > wait 19ms
+            > wait 2ms
+                start #4
+                #4 is shadow
+        "#]],
     );
 }
 
@@ -444,16 +451,17 @@ fn a_backend_that_does_not_answer_while_it_is_warmed_is_replaced() {
     check(
         "~start\n~up 1\n~up 2\n~mute 2\n~boot 1\nwait 1200ms",
         &expect![[r#"
-        > wait 1200ms
-            watch kick0
-            #1 <- GET_FEATURES
-            close #2.kick
-            close #2.call
-            retire #2
-            * ShadowLost backend=2 reason="it does not answer while the session is replayed to it" next="another one is started in 0ns"
-            start #3
-            #3 is shadow
-    "#]],
+            > wait 1200ms
+                watch kick0
+                #1 <- GET_FEATURES
+                close #2.kick
+                close #2.call
+                close #2.probe
+                retire #2
+                * ShadowLost backend=2 reason="it does not answer while the session is replayed to it" next="another one is started in 0ns"
+                start #3
+                #3 is shadow
+        "#]],
     );
 }
 
@@ -462,15 +470,16 @@ fn what_comes_unasked_from_a_backend_ends_its_link() {
     check(
         "~ready 1\ngarbage 2\n~wait 5ms\ngarbage 9",
         &expect![[r#"
-        > garbage 2
-            close #2.kick
-            close #2.call
-            retire #2
-            * ShadowLost backend=2 reason="it broke the protocol: an unknown message: reply flag is true, expected false" next="another one is started in 0ns"
-            start #3
-            #3 is shadow
-        > garbage 9
-    "#]],
+            > garbage 2
+                close #2.kick
+                close #2.call
+                close #2.probe
+                retire #2
+                * ShadowLost backend=2 reason="it broke the protocol: an unknown message: reply flag is true, expected false" next="another one is started in 0ns"
+                start #3
+                #3 is shadow
+            > garbage 9
+        "#]],
     );
 }
 
@@ -479,10 +488,11 @@ fn a_backend_that_comes_up_after_it_was_given_up_gets_its_descriptors_closed() {
     check(
         "~start\n~up 1\n~wait 11000ms\nup 2",
         &expect![[r#"
-        > up 2
-            close #2.channel
-            close #2.kick
-            close #2.call
-    "#]],
+            > up 2
+                close #2.channel
+                close #2.kick
+                close #2.call
+                close #2.probe
+        "#]],
     );
 }

@@ -64,26 +64,27 @@ fn a_silent_primary_is_fenced_so_that_the_stop_can_be_answered() {
     check(
         "~ready 1\n~submit 0 1 2\n~wait 1ms\n~complete 0 2\n~mute 1\nvmm GET_VRING_BASE 0\nwait 6ms\nfenced 1\nring 0\nstatus",
         &expect![[r#"
-        > vmm GET_VRING_BASE 0
-            #1 <- SET_VRING_KICK! #1.kick
-        > wait 6ms
-            * FailoverStarted kind="crash" cause="its control channel is silent while the VMM stops a ring" backend=1
-            fence #1
-            close #1.kick
-            close #1.call
-        > fenced 1
-            * RingStopped base=1
-            vmm <- GET_VRING_BASE 0=1
-            #2 is primary
-            retire #1
-            * FailoverSettled kind="crash" cause="its control channel is silent while the VMM stops a ring" recovery="exact" fence="reaped" survivors=1
-            start #3
-            #3 is shadow
-        > ring 0
-            avail 2 used 1 owed [1] flags 0 avail_event 0
-        > status
-            unprotected Idle; primary #2 ready, shadow #3 starting; recovery exact
-    "#]],
+            > vmm GET_VRING_BASE 0
+                #1 <- SET_VRING_KICK! #1.kick
+            > wait 6ms
+                * FailoverStarted kind="crash" cause="its control channel is silent while the VMM stops a ring" backend=1
+                fence #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+            > fenced 1
+                * RingStopped base=1
+                vmm <- GET_VRING_BASE 0=1
+                #2 is primary
+                retire #1
+                * FailoverSettled kind="crash" cause="its control channel is silent while the VMM stops a ring" recovery="exact" fence="reaped" survivors=1
+                start #3
+                #3 is shadow
+            > ring 0
+                avail 2 used 1 owed [1] flags 0 avail_event 0
+            > status
+                unprotected Idle; primary #2 ready, shadow #3 starting; recovery exact
+        "#]],
     );
 }
 
@@ -94,25 +95,26 @@ fn a_primary_that_does_not_complete_is_fenced_when_the_patience_is_over() {
         config,
         "~ready 1\n~submit 0 1\n~wait 1ms\n~mute 1\nvmm GET_VRING_BASE 0\nwait 1100ms\nfenced 1",
         &expect![[r#"
-        > vmm GET_VRING_BASE 0
-            #1 <- GET_VRING_BASE 0
-        > wait 1100ms
-            #1 <- GET_FEATURES
-            * FailoverStarted kind="hang" cause="nothing was completed for 500.973115ms and its control channel is silent" backend=1
-            fence #1
-            close #1.kick
-            close #1.call
-            #2 <- GET_FEATURES
-            * AnsweredFromRecord request="GET_VRING_BASE" reason="the old primary is not proved quiet yet; the ring is abandoned"
-            * RingStopped
-            vmm <- GET_VRING_BASE 0=0
-        > fenced 1
-            #2 is primary
-            retire #1
-            * FailoverSettled kind="hang" cause="nothing was completed for 500.973115ms and its control channel is silent" recovery="exact" fence="reaped"
-            start #3
-            #3 is shadow
-    "#]],
+            > vmm GET_VRING_BASE 0
+                #1 <- GET_VRING_BASE 0
+            > wait 1100ms
+                #1 <- GET_FEATURES
+                * FailoverStarted kind="hang" cause="nothing was completed for 500.973115ms and its control channel is silent" backend=1
+                fence #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                #2 <- GET_FEATURES
+                * AnsweredFromRecord request="GET_VRING_BASE" reason="the old primary is not proved quiet yet; the ring is abandoned"
+                * RingStopped
+                vmm <- GET_VRING_BASE 0=0
+            > fenced 1
+                #2 is primary
+                retire #1
+                * FailoverSettled kind="hang" cause="nothing was completed for 500.973115ms and its control channel is silent" recovery="exact" fence="reaped"
+                start #3
+                #3 is shadow
+        "#]],
     );
 }
 
@@ -185,26 +187,28 @@ fn a_vmm_that_leaves_has_its_rings_brought_to_rest_and_both_backends_replaced() 
     check(
         "~ready 1\nvmm gone\nstatus",
         &expect![[r#"
-        > vmm gone
-            * VmmGone reason="the connection was closed"
-            #1 <- SET_VRING_KICK! #1.kick
-            #1 <- GET_VRING_BASE 0
-            close mem0
-            close kick0
-            close call0
-            retire #1
-            close #1.kick
-            close #1.call
-            retire #2
-            close #2.kick
-            close #2.call
-            start #3
-            #3 is primary
-            start #4
-            #4 is shadow
-        > status
-            unprotected Idle; primary #3 starting, shadow #4 starting; recovery exact
-    "#]],
+            > vmm gone
+                * VmmGone reason="the connection was closed"
+                #1 <- SET_VRING_KICK! #1.kick
+                #1 <- GET_VRING_BASE 0
+                close mem0
+                close kick0
+                close call0
+                retire #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                retire #2
+                close #2.kick
+                close #2.call
+                close #2.probe
+                start #3
+                #3 is primary
+                start #4
+                #4 is shadow
+            > status
+                unprotected Idle; primary #3 starting, shadow #4 starting; recovery exact
+        "#]],
     );
 }
 
@@ -240,6 +244,7 @@ fn a_vmm_that_leaves_requests_behind_finds_them_in_the_ring_when_it_comes_back()
                 fence #1
                 close #1.kick
                 close #1.call
+                close #1.probe
             > fenced 1
                 retire #1
                 * FailoverSettled kind="hang" cause="its control channel has been silent for 500ms" recovery="exact" fence="reaped" survivors=2 message="not handed over: the VMM disconnected"
@@ -249,6 +254,7 @@ fn a_vmm_that_leaves_requests_behind_finds_them_in_the_ring_when_it_comes_back()
                 retire #2
                 close #2.kick
                 close #2.call
+                close #2.probe
                 start #3
                 #3 is primary
                 start #4
@@ -293,6 +299,7 @@ fn a_vmm_that_comes_back_while_its_rings_still_rest_has_to_wait() {
                 fence #1
                 close #1.kick
                 close #1.call
+                close #1.probe
             > fenced 1
                 retire #1
                 * FailoverSettled kind="hang" cause="its control channel has been silent for 500ms" recovery="exact" fence="reaped" survivors=1 message="not handed over: the VMM disconnected"
@@ -302,6 +309,7 @@ fn a_vmm_that_comes_back_while_its_rings_still_rest_has_to_wait() {
                 retire #2
                 close #2.kick
                 close #2.call
+                close #2.probe
                 start #3
                 #3 is primary
                 start #4
@@ -316,24 +324,25 @@ fn a_vmm_that_leaves_during_a_failover_is_not_handed_over() {
     check(
         "~ready 1\n~submit 0 1\n~wait 1ms\n~exit 1\nvmm gone\nfenced 1\nstatus",
         &expect![[r#"
-        > vmm gone
-            * VmmGone reason="the connection was closed"
-        > fenced 1
-            retire #1
-            * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1 message="not handed over: the VMM disconnected"
-            close mem0
-            close kick0
-            close call0
-            retire #2
-            close #2.kick
-            close #2.call
-            start #3
-            #3 is primary
-            start #4
-            #4 is shadow
-        > status
-            unprotected Idle; primary #3 starting, shadow #4 starting; recovery exact
-    "#]],
+            > vmm gone
+                * VmmGone reason="the connection was closed"
+            > fenced 1
+                retire #1
+                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1 message="not handed over: the VMM disconnected"
+                close mem0
+                close kick0
+                close call0
+                retire #2
+                close #2.kick
+                close #2.call
+                close #2.probe
+                start #3
+                #3 is primary
+                start #4
+                #4 is shadow
+            > status
+                unprotected Idle; primary #3 starting, shadow #4 starting; recovery exact
+        "#]],
     );
 }
 
@@ -367,24 +376,25 @@ fn a_vmm_that_leaves_a_halted_device_frees_it() {
     check(
         "~ready 1\n~submit 0 1\n~wait 1ms\n~jump 90ms\n~exit 1\n~fenced 1\nstatus\nvmm gone\nstatus\n~up 3\n~boot 1\nstatus",
         &expect![[r#"
-        > status
-            halted Halted; primary #2 ready, shadow #3 starting; recovery refused; ring 0 waiting inexact inflight 1; halted: ring 0: what is in flight is not known exactly: the ring was not observed for so long that its indices may have wrapped
-        > vmm gone
-            * VmmGone reason="the connection was closed"
-            close mem0
-            close kick0
-            close call0
-            retire #2
-            close #2.kick
-            close #2.call
-            #3 is primary
-            start #4
-            #4 is shadow
-        > status
-            unprotected Idle; primary #3 starting, shadow #4 starting; recovery exact
-        > status
-            unprotected Idle; primary #3 active, shadow #4 starting; recovery exact; ring 0 served exact inflight 1
-    "#]],
+            > status
+                halted Halted; primary #2 ready, shadow #3 starting; recovery refused; ring 0 waiting inexact inflight 1; halted: ring 0: what is in flight is not known exactly: the ring was not observed for so long that its indices may have wrapped
+            > vmm gone
+                * VmmGone reason="the connection was closed"
+                close mem0
+                close kick0
+                close call0
+                retire #2
+                close #2.kick
+                close #2.call
+                close #2.probe
+                #3 is primary
+                start #4
+                #4 is shadow
+            > status
+                unprotected Idle; primary #3 starting, shadow #4 starting; recovery exact
+            > status
+                unprotected Idle; primary #3 active, shadow #4 starting; recovery exact; ring 0 served exact inflight 1
+        "#]],
     );
 }
 
@@ -393,22 +403,24 @@ fn a_vmm_that_leaves_before_it_started_a_ring_leaves_nothing() {
     check(
         "~start\n~up 1\n~up 2\n~vmm connect\n~vmm SET_FEATURES\n~vmm SET_MEM_TABLE 0 1\n~vmm SET_VRING_CALL 0\nvmm gone",
         &expect![[r#"
-        > vmm gone
-            * VmmGone reason="the connection was closed"
-            close mem0
-            close mem1
-            close call0
-            retire #1
-            close #1.kick
-            close #1.call
-            retire #2
-            close #2.kick
-            close #2.call
-            start #3
-            #3 is primary
-            start #4
-            #4 is shadow
-    "#]],
+            > vmm gone
+                * VmmGone reason="the connection was closed"
+                close mem0
+                close mem1
+                close call0
+                retire #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                retire #2
+                close #2.kick
+                close #2.call
+                close #2.probe
+                start #3
+                #3 is primary
+                start #4
+                #4 is shadow
+        "#]],
     );
 }
 
@@ -476,6 +488,7 @@ fn a_stop_is_never_answered_while_a_living_backend_may_still_serve_the_ring() {
                 retire #1
                 close #1.kick
                 close #1.call
+                close #1.probe
                 * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="stopped"
                 answer: settled drained
                 start #3
