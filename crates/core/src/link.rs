@@ -7,11 +7,11 @@
 //! Replies come in the order of the requests, so what is unanswered is a queue. Acknowledgements belong to one link: where the
 //! backend lacks REPLY_ACK, a GET_FEATURES behind the message serves as one.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use warmswap_wire::{
     ConfigSpace, DeviceType, Error, FdSlot, Header, HeaderFlags, InflightDescription, ProtocolFeatures, Reply,
-    ReplyKind, Request, RequestCode, VirtioFeatures,
+    ReplyKind, Request, RequestCode, VirtioFeatures, VringFd, VringState,
 };
 
 use crate::canary::Canary;
@@ -126,7 +126,11 @@ pub(crate) struct Link {
     pub(crate) region: Region,
     /// Memory of the broker's own that the backend has, or is about to have, as one more region.
     pub(crate) private_memory: Option<FdSlot>,
+    /// It has been told of a session.
+    pub(crate) warmed: bool,
     pub(crate) canary: Canary,
+    /// Rings it has a call descriptor for.
+    pub(crate) calls: BTreeSet<u32>,
     may_have_region: bool,
     backend_req: Option<FdSlot>,
     pending: VecDeque<Pending>,
@@ -167,7 +171,9 @@ impl Link {
             touched: false,
             region: Region::None,
             private_memory: None,
+            warmed: false,
             canary: Canary::new(now),
+            calls: BTreeSet::new(),
             may_have_region,
             backend_req: None,
             pending: VecDeque::new(),
@@ -275,6 +281,13 @@ impl Link {
     }
 
     fn transmit(&mut self, request: &Request, flags: HeaderFlags, out: &mut Actions) {
+        match request {
+            Request::SetVringCall(call) if call.fd.is_some() => _ = self.calls.insert(call.index),
+            Request::SetVringCall(VringFd { index, .. }) | Request::GetVringBase(VringState { index, .. }) => {
+                self.calls.remove(index);
+            }
+            _ => {}
+        }
         let (mut bytes, mut fds) = (Vec::with_capacity(64), Vec::new());
         request.encode(flags, &mut bytes, &mut fds);
         out.push(Action::SendLink { backend: self.id, bytes, fds });

@@ -63,6 +63,8 @@ pub enum Gap {
     },
     /// So much time passed that the indices may have wrapped unnoticed.
     Silence,
+    /// The entries that were followed do not add up to what the indices say.
+    Mismatch,
 }
 
 /// What cannot be in a ring that driver and device use as they must.
@@ -114,6 +116,7 @@ impl std::fmt::Display for Gap {
             Gap::Overrun { avail, used } => {
                 write!(f, "{avail} submissions and {used} completions passed between two observations")
             }
+            Gap::Mismatch => f.write_str("the entries that were followed do not add up to what the indices say"),
             Gap::Silence => f.write_str("the ring was not observed for so long that its indices may have wrapped"),
         }
     }
@@ -225,10 +228,22 @@ impl Observer {
         self.completions
     }
 
-    /// Entries that may pass between two observations. Both sides write slots ahead of the index they publish: Linux and
-    /// libvhost-user one, others a batch. A sixteenth of the ring is kept as distance.
+    /// Entries that may pass between two observations where nothing else bounds them. Both sides write slots ahead of the index they
+    /// publish: Linux and libvhost-user one, others a batch. A sixteenth of the ring is kept as distance.
     fn reach(&self) -> u16 {
         self.layout.size() - (self.layout.size() / 16).max(1)
+    }
+
+    /// Whether a slot from `avail_from` or `used_from` on may have been overwritten, by indices that were read after the slots.
+    ///
+    /// Entry `i` of the available ring is overwritten by entry `i + size`, which needs a free head, so what lies from `used.idx` on is
+    /// intact however much of it there is. Entry `i` of the used ring is overwritten by entry `i + size`, which must have been
+    /// submitted, so it is intact while `avail.idx` is not beyond that.
+    fn overtaken(&self, avail_from: u16, used_from: u16, avail: u16, used: u16) -> bool {
+        let submitted = avail.wrapping_sub(avail_from);
+        let all_owed = submitted <= avail.wrapping_sub(used);
+        let none_ahead = avail.wrapping_sub(used_from) <= self.layout.size();
+        (submitted > self.reach() && !all_owed) || (used.wrapping_sub(used_from) > self.reach() && !none_ahead)
     }
 
     /// Reads the ring once.
@@ -244,13 +259,19 @@ impl Observer {
         seen.outstanding = avail.wrapping_sub(used);
         let silent = now.since(self.observed_at) > SILENCE_MAX;
         self.observed_at = now;
-        // Without a gap the indices alone show an impossible count; after one, the count is all there is to go by.
         if seen.outstanding > self.layout.size() {
-            return self.violate(seen, Violation::TooManyOutstanding { avail_idx: avail, used_idx: used });
+            // Impossible at one instant; but between the two reads the reader may have been kept from its processor.
+            let used_again = memory.used_idx(ring);
+            if used_again == used {
+                return self.violate(seen, Violation::TooManyOutstanding { avail_idx: avail, used_idx: used });
+            }
+            let gap = Gap::Overrun { avail: seen.submitted, used: used_again.wrapping_sub(self.used_seen) };
+            let avail_again = memory.avail_idx(ring);
+            return self.lose(seen, gap, avail_again, used_again, ring, memory);
         }
         // While nothing at all moved a wrap is told from rest by the ring being idle on both sides of the silence.
         let rested = seen.submitted == 0 && seen.completed == 0 && self.sum == 0;
-        if seen.submitted > self.reach() || seen.completed > self.reach() {
+        if self.overtaken(self.avail_seen, self.used_seen, avail, used) {
             return self.lose(
                 seen,
                 Gap::Overrun { avail: seen.submitted, used: seen.completed },
@@ -304,10 +325,6 @@ impl Observer {
             self.at_cut(&mut seen, avail, used);
         }
         seen
-    }
-
-    fn overtaken(&self, avail_from: u16, used_from: u16, avail: u16, used: u16) -> bool {
-        avail.wrapping_sub(avail_from) > self.reach() || used.wrapping_sub(used_from) > self.reach()
     }
 
     /// An impossible entry is either a slot that was overwritten while it was read, or a ring that is driven wrongly.
@@ -366,7 +383,8 @@ impl Observer {
     fn shift(&mut self, at: usize, by: i16) {
         let odd = |balance: i16| u16::from(!(0..=1).contains(&balance));
         self.odd -= odd(self.balance[at]);
-        self.balance[at] += by;
+        // Only a driver that breaks the rules gets anywhere near the bounds.
+        self.balance[at] = self.balance[at].saturating_add(by);
         self.odd += odd(self.balance[at]);
         self.sum = self.sum.saturating_add_signed(i32::from(by));
     }
@@ -374,6 +392,10 @@ impl Observer {
     /// `used.idx` did not move while `avail.idx` was read: balances are now 0 or 1 and their sum is what is outstanding.
     fn at_cut(&mut self, seen: &mut Observation, avail: u16, used: u16) {
         let outstanding = u32::from(avail.wrapping_sub(used));
+        if outstanding > u32::from(self.layout.size()) {
+            // Read at two instants. The next look counts.
+            return;
+        }
         let Some(unknown) = self.unknown else {
             // The first cut after a gap: whatever is outstanding now is unknown, and counting starts here.
             self.clear();
@@ -388,7 +410,12 @@ impl Observer {
             return;
         }
         if self.sum + u32::from(unknown) != outstanding {
-            *seen = self.violate(*seen, Violation::TooManyOutstanding { avail_idx: avail, used_idx: used });
+            // What was followed is not what the indices say: it is given up, and counting starts anew.
+            self.clear();
+            self.unknown = Some(avail.wrapping_sub(used));
+            self.gap = Some(Gap::Mismatch);
+            seen.lost = Some(Gap::Mismatch);
+            self.regain(seen);
             return;
         }
         self.regain(seen);
@@ -415,6 +442,9 @@ impl Observer {
         ring: u32,
         memory: &mut dyn GuestMemory,
     ) -> Observation {
+        if memory.faulted() {
+            return self.violate(seen, Violation::MemoryGone);
+        }
         self.clear();
         self.unknown = None;
         self.gap = Some(gap);
@@ -431,6 +461,11 @@ impl Observer {
     fn violate(&mut self, seen: Observation, violation: Violation) -> Observation {
         self.violation = Some(violation);
         seen
+    }
+
+    /// Tells the observer that the memory behind the ring cannot be reached any more.
+    pub fn memory_gone(&mut self) {
+        self.violation = Some(Violation::MemoryGone);
     }
 
     /// The requests in flight at the last observation, in the order of their submission. Only a ring that no backend serves
@@ -454,14 +489,7 @@ impl Observer {
         self.submission.get(usize::from(head)).copied().unwrap_or(0)
     }
 
-    /// Tells the observer that nothing can have been submitted until now: the ring was idle, and its first kick has just come.
-    pub fn rested(&mut self, now: Nanos) {
-        if self.outstanding() == 0 {
-            self.observed_at = now;
-        }
-    }
-
-    /// Tells the observer that the ring was stopped since the last observation, so that its indices cannot have gone round.
+    /// Tells the observer that no backend has served the ring since the last observation, so that its indices cannot have gone round.
     pub fn forgive_silence(&mut self, now: Nanos) {
         self.observed_at = now;
     }

@@ -174,10 +174,14 @@ impl GuestMemory for MemoryAccess<'_> {
         let refuse = |reason: String| MemoryError::Map { guest_addr: region.guest_addr, size: region.size, reason };
         let overlaps = |known: &Region| {
             let known = &known.described;
-            known.guest_addr < region.guest_addr + region.size && region.guest_addr < known.guest_addr + known.size
+            let meet = |left: u64, right: u64| left < right + region.size && right < left + known.size;
+            meet(known.guest_addr, region.guest_addr) || meet(known.user_addr, region.user_addr)
         };
         if self.memory.regions.iter().any(overlaps) {
             return Err(refuse("it overlaps another region".to_owned()));
+        }
+        if region.guest_addr + region.size > PRIVATE_ADDR || region.user_addr + region.size > PRIVATE_ADDR {
+            return Err(refuse("it lies where the broker keeps memory of its own".to_owned()));
         }
         let fd = self.fds.get(fd).ok_or_else(|| refuse("its descriptor is missing".to_owned()))?;
         let mapping = Mapping::new(fd, region.mmap_offset, region.size).map_err(refuse)?;
@@ -243,10 +247,13 @@ impl GuestMemory for MemoryAccess<'_> {
     }
 
     fn avail_idx(&self, ring: u32) -> u16 {
+        // What was read before stays before: an index tells whether slots read earlier were still intact.
+        fence(Ordering::Acquire);
         self.memory.ring(ring).map_or(0, |parts| load_u16(parts.available, IDX, Ordering::Acquire))
     }
 
     fn used_idx(&self, ring: u32) -> u16 {
+        fence(Ordering::Acquire);
         self.memory.ring(ring).map_or(0, |parts| load_u16(parts.used, IDX, Ordering::Acquire))
     }
 

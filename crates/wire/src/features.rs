@@ -142,7 +142,19 @@ impl DeviceType {
         matches!(self, DeviceType::Blk | DeviceType::Net | DeviceType::Rng)
     }
 
-    /// Virtio features that may pass. Everything else is masked: packed rings expose no index to observe, an IOMMU makes
+    /// Whether a ring of that index carries requests that wait for an answer. The others hold buffers that wait to be filled, which
+    /// may take for ever (virtio 1.3 §5.1.2, §5.3.2, §5.6.2, §5.8.2).
+    #[must_use]
+    pub fn carries_requests(self, ring: u32) -> bool {
+        match self {
+            DeviceType::Blk | DeviceType::Fs | DeviceType::Rng => true,
+            DeviceType::Scsi => ring != 1,
+            DeviceType::Net | DeviceType::Console | DeviceType::Input => ring % 2 == 1,
+        }
+    }
+
+    /// Virtio features that may pass. Everything else is masked: packed rings expose no index to observe, in-order devices may write
+    /// one used entry for many requests, an IOMMU makes
     /// addresses private to a backend, notification data and ring reset change how rings are driven, and zoned devices have
     /// requests that must not be executed twice.
     #[must_use]
@@ -154,7 +166,6 @@ impl DeviceType {
             | VirtioFeatures::EVENT_IDX
             | VirtioFeatures::PROTOCOL_FEATURES
             | VirtioFeatures::VERSION_1
-            | VirtioFeatures::IN_ORDER
             | VirtioFeatures::ORDER_PLATFORM;
         // Bits 0 to 23 and 50 to 63 belong to the device type.
         let device: u64 = match self {
@@ -185,7 +196,7 @@ impl DeviceType {
             DeviceType::Blk => common | P::BACKEND_REQ | P::CONFIG,
             DeviceType::Scsi => common | P::BACKEND_REQ,
             DeviceType::Net => common | P::RARP | P::MTU | P::BACKEND_REQ,
-            DeviceType::Fs => common | P::DEVICE_STATE,
+            DeviceType::Fs => common,
             DeviceType::Rng | DeviceType::Console | DeviceType::Input => common | P::CONFIG,
         }
     }

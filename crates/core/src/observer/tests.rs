@@ -162,3 +162,40 @@ fn what_cannot_be_is_refused() {
         Knowledge::Violated(Violation::CompletedTwice { head: 2 })
     ));
 }
+
+#[test]
+fn a_ring_that_fills_at_once_is_known_and_so_is_one_that_empties_at_once() {
+    for size in [4, 8, 64, 256] {
+        let mut memory = memory_with(PlainRing::new(size, 65_530));
+        let mut observer = Observer::new(Layout::new(size).expect("a power of two"), 65_530, Nanos(0));
+        for look in 0..40_u64 {
+            (0..size).for_each(|head| memory.ring(0).submit(head));
+            observer.observe(Nanos::from_micros(2 * look), 0, &mut memory);
+            assert_eq!(observer.survivors(), Ok((0..size).collect()), "size {size}, look {look}");
+            (0..size).rev().for_each(|head| memory.ring(0).complete(head));
+            observer.observe(Nanos::from_micros(2 * look + 1), 0, &mut memory);
+            assert_eq!(observer.survivors(), Ok(vec![]), "size {size}, look {look}");
+        }
+    }
+}
+
+#[test]
+fn a_stall_between_the_reads_of_the_two_indices_is_a_gap_and_not_a_broken_ring() {
+    let mut memory = memory_with(PlainRing::new(8, 0));
+    memory.live = RefCell::new(memory.rings.clone());
+    let reads = RefCell::new(0);
+    memory.on_read = Some(RefCell::new(Box::new(move |ring| {
+        *reads.borrow_mut() += 1;
+        // used.idx has been read; before avail.idx is, more passes than the ring holds.
+        if *reads.borrow() == 2 {
+            for _ in 0..20 {
+                ring.submit(3);
+                ring.complete(3);
+            }
+            ring.submit(3);
+        }
+    })));
+    let mut observer = Observer::new(Layout::new(8).expect("a power of two"), 0, Nanos(0));
+    observer.observe(Nanos(1), 0, &mut memory);
+    assert!(matches!(observer.knowledge(), Knowledge::Inexact(_)), "{:?}", observer.knowledge());
+}

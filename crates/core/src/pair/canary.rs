@@ -64,7 +64,11 @@ impl Pair {
             match canary.state {
                 CanaryState::Reading if step.now >= canary.poll_at => self.look_at_canary(id, step),
                 CanaryState::Resting if self.canary_due(link).is_some_and(|due| due <= step.now) => {
-                    self.begin_canary(id, step);
+                    let began = self.begin_canary(id, step);
+                    if let Some(link) = self.link_mut(id).filter(|_| !began) {
+                        // The device has nothing to read.
+                        link.canary.possible = false;
+                    }
                 }
                 _ => {}
             }

@@ -12,6 +12,7 @@ use warmswap_wire::ring::{
 };
 use warmswap_wire::{DeviceType, FdSlot, ProtocolFeatures, Request, VringAddr, VringFd, VringState};
 
+use super::vmm::Ticket;
 use super::{Pair, Step};
 use crate::event::{Action, BackendId};
 use crate::failover::{Isolation, Kind, Phase, Recovery, Report, Trial};
@@ -98,7 +99,7 @@ impl Pair {
     fn next_trial(&mut self, step: &mut Step<'_>) {
         let failover = self.failover.as_mut().expect("only a failover isolates");
         let isolation = failover.isolation.as_mut().expect("the phase has begun");
-        if isolation.queue.is_empty() {
+        if isolation.queue.is_empty() || self.closing {
             failover.isolation = None;
             self.suspects.clear();
             self.hand_over(step);
@@ -134,6 +135,9 @@ impl Pair {
         let layout = layout.ok_or("the ring is not observed")?;
         let link = self.links.iter_mut().find(|link| link.id == backend).ok_or("the backend is gone")?;
         let events = link.private.ok_or("the link has no eventfds")?;
+        if link.tracks_in_flight() {
+            return Err("the backend tracks what is in flight, and would find the trial among it".to_owned());
+        }
         let known = link.private_memory.is_some();
         if !known && !link.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
             return Err("the backend takes no further memory region".to_owned());
@@ -245,7 +249,25 @@ impl Pair {
         if !trial.abandoned {
             self.complete_for_guest(trial, used, step);
         }
+        if let Some(Ticket::Stop { ring, .. }) = self.ticket
+            && ring == trial.ring
+        {
+            self.finish_vmm_stop(ring, step);
+        }
         self.next_trial(step);
+    }
+
+    /// Whether a request of this ring is on trial, and its backend not proved gone.
+    pub(crate) fn is_tried(&self, ring: u32) -> bool {
+        let trial = self.failover.as_ref().and_then(|it| it.isolation.as_ref()?.trial);
+        trial.is_some_and(|trial| trial.ring == ring)
+    }
+
+    /// The VMM stops a ring: a request of it on trial is given up, so that its buffers are left alone.
+    pub(crate) fn end_trial_on(&mut self, ring: u32, step: &mut Step<'_>) {
+        if self.is_tried(ring) {
+            self.end_trial(step);
+        }
     }
 
     /// The VMM has stopped a ring: what was in it is its own again.

@@ -198,7 +198,12 @@ impl Pair {
         }
         let now = step.now;
         let Some(link) = self.link_mut(backend) else { return };
+        if link.state == LinkState::Ready {
+            // What took its time before was the VMM.
+            link.started_at = now;
+        }
         link.state = LinkState::Warming;
+        link.warmed = true;
         link.warming_at = now;
         for request in &script {
             link.tell(request, step.out);
@@ -272,7 +277,7 @@ impl Pair {
         if link.state == LinkState::Ended {
             return;
         }
-        let early = matches!(link.state, LinkState::Starting | LinkState::Negotiating);
+        let early = !matches!(link.state, LinkState::Ready | LinkState::Active);
         link.end(step.out);
         self.stop_waiting_for(backend, step);
         if self.offer.is_none() {
@@ -381,7 +386,7 @@ impl Pair {
             return;
         }
         if failing.is_none() && self.primary == Some(backend) && self.offer.is_some() {
-            self.begin_failover(Kind::Hang, reason.to_owned(), backend, None, false, step);
+            self.hang_found(backend, reason.to_owned(), step);
         } else {
             self.backend_lost(backend, reason, step);
         }
@@ -438,7 +443,7 @@ impl Pair {
 
     /// Fresh backends for the next session: the old ones hold the old guest's memory.
     pub(crate) fn recycle_backends(&mut self, step: &mut Step<'_>) {
-        let ids: Vec<BackendId> = self.links.iter().filter(|link| link.mirrors()).map(|link| link.id).collect();
+        let ids: Vec<BackendId> = self.links.iter().filter(|link| link.warmed).map(|link| link.id).collect();
         for id in ids {
             step.out.push(Action::Retire { backend: id });
             self.forget_backend(id, step.out);
@@ -496,7 +501,7 @@ impl Pair {
             link.offer.config.clone_from(&config);
         }
         if self.primary != Some(backend) {
-            return;
+            return self.compare_shadow(backend, step);
         }
         let Some(offer) = &mut self.offer else { return };
         if offer.config == config {
@@ -509,6 +514,17 @@ impl Pair {
         }
         if let Some(shadow) = self.shadow.and_then(|id| self.link_mut(id)) {
             shadow.read_config_again(step.out);
+        }
+    }
+
+    /// A shadow that presents another device than the guest knows must not take over: a fresh one sees what is there now.
+    fn compare_shadow(&mut self, backend: BackendId, step: &mut Step<'_>) {
+        let taking_over = self.failover.as_ref().is_some_and(|failover| failover.target == Some(backend));
+        if self.shadow == Some(backend)
+            && !taking_over
+            && let Some(difference) = self.shadow_differs()
+        {
+            self.lose_shadow(backend, &difference, step);
         }
     }
 

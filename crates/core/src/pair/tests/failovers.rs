@@ -1,6 +1,7 @@
 //! Planned failovers, crashes, hangs, and everything that can go wrong on the way.
 
 use expect_test::expect;
+use warmswap_wire::DeviceType;
 
 use super::harness::config;
 use super::{check, check_with};
@@ -271,7 +272,7 @@ fn a_fence_below_the_configured_level_halts() {
                 start #3
                 #3 is shadow
             > status
-                halted Halted; primary #2 ready, shadow #3 starting; recovery exact; ring 0 served exact inflight 0; halted: proved reaped, configured is target
+                halted Halted; primary #2 ready, shadow #3 starting; recovery exact; ring 0 waiting exact inflight 0; halted: proved reaped, configured is target
         "#]],
     );
 }
@@ -1075,6 +1076,53 @@ fn a_primary_that_dies_before_it_was_given_a_ring_needs_no_fence() {
                 #4 is shadow
             > status
                 unprotected Idle; primary #3 ready, shadow #4 starting; recovery exact
+        "#]],
+    );
+}
+
+#[test]
+fn a_hang_while_it_is_not_known_what_is_owed_is_left_alone_for_a_while() {
+    check("~ready 1\n~submit 0 1 2\n~wait 1ms\n~jump 70ms\nmute 1\nwait 2000ms\nstatus", &expect![[r#"
+        > mute 1
+        > wait 2000ms
+            #1 <- GET_FEATURES
+            * FailoverPutOff backend=1 cause="nothing was completed for 500ms and its control channel is silent" reason="what ring 0 has in flight is not known exactly: the ring was not observed for so long that its indices may have wrapped" next="the primary is left alone for a while: it may come back"
+            #2 <- GET_FEATURES
+            #1 <- GET_FEATURES
+            #2 <- GET_FEATURES
+        > status
+            protected Idle; primary #1 active, shadow #2 ready; recovery refused; ring 0 served inexact inflight 2
+    "#]]);
+}
+
+#[test]
+fn buffers_that_wait_to_be_filled_are_no_requests_that_wait() {
+    let config = PairConfig { device: DeviceType::Net, ..config() };
+    check_with(
+        config,
+        "~ready 2 no-config\n~submit 0 1 2\n~wait 32000ms\nstatus\nexit 1\nfenced 1\nwait 1ms",
+        &expect![[r#"
+            > status
+                protected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 2; ring 1 served exact inflight 0
+            > exit 1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
+                * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
+                fence #1
+            > fenced 1
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1, SET_VRING_BASE 1=0, SET_VRING_ADDR 1, SET_VRING_KICK kick1, SET_VRING_ENABLE! 1=1
+                signal kick0
+                signal call0
+                signal kick1
+                signal call1
+                retire #1
+                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped"
+                start #3
+                #3 is shadow
+            > wait 1ms
         "#]],
     );
 }

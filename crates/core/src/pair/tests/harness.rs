@@ -289,6 +289,11 @@ impl Harness {
         let request = match code {
             None if name == "connect" => return self.event(Event::VmmConnected),
             None if name == "gone" => return self.vmm_gone(),
+            None if name == "garbled" => {
+                let reason = "GET_CONFIG: 3 bytes, expected 12".to_owned();
+                let request = RequestCode::GetConfig as u32;
+                return self.event(Event::VmmRefused { request, reason, need_reply: false });
+            }
             None if name == "unknown" => {
                 let reason = "unknown request 77 on the front-end channel".to_owned();
                 return self.event(Event::VmmRefused { request: 77, reason, need_reply });

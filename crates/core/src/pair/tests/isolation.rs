@@ -242,8 +242,14 @@ fn a_ring_the_vmm_resets_during_the_trial_is_not_touched_afterwards() {
         ),
         &expect![[r#"
             > vmm GET_VRING_BASE 0
+                close #4.kick
+                close #4.call
+                close #4.probe
+                fence #4
+                start #5
+                #5 is shadow
             > wait 6ms
-                * AnsweredFromRecord request="GET_VRING_BASE" reason="the old primary is not proved quiet yet; the ring is abandoned"
+                * AnsweredFromRecord request="GET_VRING_BASE" reason="the backend that had the ring is not proved quiet yet; the ring is abandoned"
                 * RingStopped
                 vmm <- GET_VRING_BASE 0=0
             > vmm SET_VRING_KICK 0
@@ -251,12 +257,6 @@ fn a_ring_the_vmm_resets_during_the_trial_is_not_touched_afterwards() {
                 * RingStarted size=8 pending=2 goes_on=false
                 vmm <- SET_VRING_KICK ok
             > exit 4
-                close #4.kick
-                close #4.call
-                close #4.probe
-                fence #4
-                start #5
-                #5 is shadow
             > fenced 4
                 close private-ring
             > ring 0

@@ -168,7 +168,7 @@ fn world_step(harness: &mut Harness, random: &mut Random) {
 #[test]
 fn nothing_is_lost_or_repeated_in_random_histories_of_a_vmm_that_keeps_the_rules() {
     let (mut handed, mut settled) = (0, 0);
-    for seed in seeds(150) {
+    for seed in seeds(200) {
         println!("seed {seed}");
         let mut random = random(seed);
         let mut harness = Harness::new(random_config(&mut random));

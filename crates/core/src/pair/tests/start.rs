@@ -458,7 +458,7 @@ fn a_backend_that_does_not_answer_while_it_is_warmed_is_replaced() {
                 close #2.call
                 close #2.probe
                 retire #2
-                * ShadowLost backend=2 reason="it does not answer while the session is replayed to it" next="another one is started in 0ns"
+                * ShadowLost backend=2 reason="it does not answer while the session is replayed to it" next="another one is started in 10ms"
                 start #3
                 #3 is shadow
         "#]],

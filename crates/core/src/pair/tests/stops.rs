@@ -49,7 +49,7 @@ fn a_ring_can_be_stopped_and_started_while_another_runs_on() {
             > vmm SET_VRING_KICK 0
                 close kick0
                 * RingStarted size=8 goes_on=false
-                #1 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1
+                #1 <- SET_VRING_CALL call0, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1
                 signal kick0
                 signal call0
                 vmm <- SET_VRING_KICK ok
@@ -105,7 +105,7 @@ fn a_primary_that_does_not_complete_is_fenced_when_the_patience_is_over() {
                 close #1.call
                 close #1.probe
                 #2 <- GET_FEATURES
-                * AnsweredFromRecord request="GET_VRING_BASE" reason="the old primary is not proved quiet yet; the ring is abandoned"
+                * AnsweredFromRecord request="GET_VRING_BASE" reason="the backend that had the ring is not proved quiet yet; the ring is abandoned"
                 * RingStopped
                 vmm <- GET_VRING_BASE 0=0
             > fenced 1
@@ -143,20 +143,20 @@ fn a_stop_that_the_proof_keeps_waiting_is_answered_and_the_ring_is_abandoned() {
     check(
         "~ready 1\n~submit 0 1\n~wait 1ms\n~exit 1\nvmm GET_VRING_BASE 0\nwait 6ms\nfenced 1\nstatus",
         &expect![[r#"
-        > vmm GET_VRING_BASE 0
-        > wait 6ms
-            * AnsweredFromRecord request="GET_VRING_BASE" reason="the old primary is not proved quiet yet; the ring is abandoned"
-            * RingStopped
-            vmm <- GET_VRING_BASE 0=0
-        > fenced 1
-            #2 is primary
-            retire #1
-            * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped"
-            start #3
-            #3 is shadow
-        > status
-            unprotected Idle; primary #2 ready, shadow #3 starting; recovery exact
-    "#]],
+            > vmm GET_VRING_BASE 0
+            > wait 6ms
+                * AnsweredFromRecord request="GET_VRING_BASE" reason="the backend that had the ring is not proved quiet yet; the ring is abandoned"
+                * RingStopped
+                vmm <- GET_VRING_BASE 0=0
+            > fenced 1
+                #2 is primary
+                retire #1
+                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped"
+                start #3
+                #3 is shadow
+            > status
+                unprotected Idle; primary #2 ready, shadow #3 starting; recovery exact
+        "#]],
     );
 }
 
@@ -247,7 +247,7 @@ fn a_vmm_that_leaves_requests_behind_finds_them_in_the_ring_when_it_comes_back()
                 close #1.probe
             > fenced 1
                 retire #1
-                * FailoverSettled kind="hang" cause="its control channel has been silent for 500ms" recovery="exact" fence="reaped" survivors=2 message="not handed over: the VMM disconnected"
+                * FailoverRefused kind="hang" cause="its control channel has been silent for 500ms" recovery="exact" fence="reaped" survivors=2 message="not handed over: the VMM disconnected"
                 close mem0
                 close kick0
                 close call0
@@ -302,7 +302,7 @@ fn a_vmm_that_comes_back_while_its_rings_still_rest_has_to_wait() {
                 close #1.probe
             > fenced 1
                 retire #1
-                * FailoverSettled kind="hang" cause="its control channel has been silent for 500ms" recovery="exact" fence="reaped" survivors=1 message="not handed over: the VMM disconnected"
+                * FailoverRefused kind="hang" cause="its control channel has been silent for 500ms" recovery="exact" fence="reaped" survivors=1 message="not handed over: the VMM disconnected"
                 close mem0
                 close kick0
                 close call0
@@ -328,7 +328,7 @@ fn a_vmm_that_leaves_during_a_failover_is_not_handed_over() {
                 * VmmGone reason="the connection was closed"
             > fenced 1
                 retire #1
-                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1 message="not handed over: the VMM disconnected"
+                * FailoverRefused kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1 message="not handed over: the VMM disconnected"
                 close mem0
                 close kick0
                 close call0
@@ -354,7 +354,7 @@ fn a_vmm_that_leaves_while_no_backend_can_be_had_is_let_go() {
             > vmm gone
                 * VmmGone reason="the connection was closed"
                 retire #1
-                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1 message="not handed over: the VMM disconnected"
+                * FailoverRefused kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1 message="not handed over: the VMM disconnected"
                 close mem0
                 close kick0
                 close call0

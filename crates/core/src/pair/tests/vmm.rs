@@ -371,22 +371,34 @@ fn writes_to_the_configuration_space_are_bounded() {
 #[test]
 fn a_resize_seen_by_the_primary_is_told_to_the_vmm_and_followed_by_the_shadow() {
     check(
-        "~ready 1\n~vmm SET_BACKEND_REQ_FD\nconfig 1 9\nvmm GET_CONFIG\nstatus\nconfig 2 9\nstatus",
+        "~ready 1\n~vmm SET_BACKEND_REQ_FD\nconfig 1 9\nvmm GET_CONFIG\nstatus\n~wait 20ms\nup 3 config=9\nstatus",
         &expect![[r#"
-        > config 1 9
-            #1 <- GET_CONFIG 256
-            * ConfigChanged backend=1
-            vmm-channel <- BACKEND_CONFIG_CHANGE_MSG
-            #2 <- GET_CONFIG 256
-        > vmm GET_CONFIG
-            vmm <- GET_CONFIG [9, 7, 7, 7]
-        > status
-            unprotected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 0
-        > config 2 9
-            #2 <- GET_CONFIG 256
-        > status
-            protected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 0
-    "#]],
+            > config 1 9
+                #1 <- GET_CONFIG 256
+                * ConfigChanged backend=1
+                vmm-channel <- BACKEND_CONFIG_CHANGE_MSG
+                #2 <- GET_CONFIG 256
+                retire #2
+                close #2.kick
+                close #2.call
+                close #2.probe
+                * ShadowLost backend=2 reason="its configuration space differs from the device's at byte 0 (capacity)" next="another one is started in 10ms"
+            > vmm GET_CONFIG
+                vmm <- GET_CONFIG [9, 7, 7, 7]
+            > status
+                unprotected Idle; primary #1 active, shadow none; recovery exact; ring 0 served exact inflight 0
+            > up 3 config=9
+                #3 <- GET_FEATURES
+                #3 <- GET_PROTOCOL_FEATURES
+                #3 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #3.channel
+                close #3.channel
+                #3 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #3 <- GET_FEATURES
+                #3 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
+                * ShadowReady backend=3
+            > status
+                protected Idle; primary #1 active, shadow #3 ready; recovery exact; ring 0 served exact inflight 0
+        "#]],
     );
 }
 
@@ -432,6 +444,8 @@ fn a_ring_whose_indices_cannot_be_is_reported_and_never_guessed_at() {
             > status
                 protected Idle; primary #1 active, shadow #2 ready; recovery refused; ring 0 served violated inflight 0
             > failover
+                * FailoverRefused cause="operator: test" reason="ring 0: avail.idx 900 is further ahead of used.idx 0 than the ring is long"
+                answer: refused refused ring 0: avail.idx 900 is further ahead of used.idx 0 than the ring is long
         "#]],
     );
 }
@@ -466,4 +480,31 @@ fn writes_to_the_configuration_space_end_with_the_session() {
                 protected Idle; primary #4 ready, shadow #5 ready; recovery exact
         "#]],
     );
+}
+
+#[test]
+fn a_dirty_log_is_not_acknowledged_before_the_primary_marks_its_writes() {
+    check("~ready 1 log\nmute 1\nvmm SET_LOG_BASE\nwait 20ms\nunmute 1", &expect![[r#"
+        > mute 1
+        > vmm SET_LOG_BASE
+            #1 <- SET_LOG_BASE log
+            #2 <- SET_LOG_BASE log
+        > wait 20ms
+            #1 <- GET_FEATURES
+            watch kick0
+        > unmute 1
+            vmm <- SET_LOG_BASE 0x0
+    "#]]);
+}
+
+#[test]
+fn a_question_that_cannot_be_read_and_must_be_answered_ends_the_connection() {
+    check("~ready 1\nvmm unknown\nvmm garbled", &expect![[r#"
+        > vmm unknown
+            * MessageRefused peer="vmm" request=77 reason="unknown request 77 on the front-end channel"
+            vmm <- 77 refused
+        > vmm garbled
+            * MessageRefused peer="vmm" request=24 reason="GET_CONFIG: 3 bytes, expected 12"
+            drop the VMM
+    "#]]);
 }
