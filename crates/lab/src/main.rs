@@ -3,6 +3,7 @@
 //! Each subcommand is one instrument; its module says what it checks and what it does not.
 
 mod bench;
+mod common;
 mod fence;
 mod guest;
 mod rig;

@@ -66,7 +66,7 @@ pub(crate) struct Args {
 
 /// Runs the instrument.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    interrupt::note_signals();
+    crate::common::interrupt::note_signals();
     let workspace = Workspace::new(&args.run_dir)?;
     let report = Report {
         guarded: rounds(args, &workspace, Engine::IoUring, Arm::Guarded, true, args.rounds)?,

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use warmswap_wire::{MemoryRegion, VirtioFeatures};
 
 use super::blk::{BlkQueue, QueueShape};
@@ -99,11 +100,15 @@ impl Guest {
         Ok(())
     }
 
-    /// Makes the rings new and starts them: the driver's probe after a boot.
+    /// Makes the rings new and starts them: the driver's probe after a boot. Indices begin where the options say.
     pub(crate) fn start(&mut self) -> anyhow::Result<()> {
+        self.start_at(self.options.shape.start)
+    }
+
+    /// As [`Guest::start`], with indices that begin at `start`; after a real reset that is 0.
+    pub(crate) fn start_at(&mut self, start: u16) -> anyhow::Result<()> {
         let (event_idx, indirect) = (self.event_idx()?, self.indirect()?);
         for queue in &mut self.queues {
-            let start = queue.shape().start;
             queue.reset(event_idx, indirect, start);
         }
         let bases: Vec<u16> = self.queues.iter().map(|queue| queue.vring().used_idx()).collect();
@@ -225,6 +230,14 @@ impl Guest {
     /// Whether there is a connection.
     pub(crate) fn is_connected(&self) -> bool {
         self.front.is_some()
+    }
+
+    /// Whether there is a connection that the other side has closed.
+    pub(crate) fn is_hung_up(&self) -> anyhow::Result<bool> {
+        let Some(front) = &self.front else { return Ok(false) };
+        let mut fds = [PollFd::new(front, PollFlags::RDHUP)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        Ok(rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, Some(&now)))? > 0)
     }
 
     /// What the device said about itself at the last connect.

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use rustix::process::Signal;
 use serde_json::json;
 
 use super::control::{Answer, DeviceStatus, Lines, StatusAnswer};
+use super::halt::{Halted, Halts};
 use super::process::Target;
 use super::sys::die_with_parent;
 use crate::guest::now_ns;
@@ -52,6 +54,9 @@ pub(crate) struct Broker {
     asked_ns: u64,
     waiting: bool,
     event_came: bool,
+    halts: Halts,
+    /// Failovers asked for whose answers have not come.
+    unanswered: u64,
     answer: Option<Answer>,
 }
 
@@ -70,6 +75,8 @@ impl Broker {
         command.args(&setup.extra).arg("--").args(&setup.backend);
         let log = std::fs::File::create(directory.join("broker.log"))?;
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+        // An interrupt from the terminal is for the rig, which ends the broker in its turn.
+        command.process_group(0);
         let mut child = die_with_parent(&mut command).spawn().context("starting the broker")?;
         let ready = wait_until_ready(&mut child).with_context(|| log_tail(&directory, LOG_LINES));
         if let Err(error) = ready {
@@ -91,6 +98,8 @@ impl Broker {
             asked_ns: 0,
             waiting: false,
             event_came: false,
+            halts: Halts::default(),
+            unanswered: 0,
             answer: None,
         })
     }
@@ -108,10 +117,11 @@ impl Broker {
     /// Asks for a failover; the answer comes with [`Broker::take_answer`].
     pub(crate) fn ask_failover(&mut self, now: bool) -> anyhow::Result<()> {
         self.answer = None;
+        self.unanswered += 1;
         self.commands.send(&json!({"verb": "failover", "device": NAME, "now": now, "reason": "lab rig"}))
     }
 
-    /// The answer to the last command, once.
+    /// The answer to the last command, once. Those of earlier ones, which nobody waited for, are dropped.
     pub(crate) fn take_answer(&mut self) -> Option<Answer> {
         self.answer.take()
     }
@@ -119,14 +129,18 @@ impl Broker {
     /// Reads what came, and asks for the status if `watch` wants to know it. Never blocks.
     pub(crate) fn tick(&mut self, watch: bool) -> anyhow::Result<()> {
         while let Some(line) = self.events.next()? {
-            self.event_came = !line.is_empty();
+            self.event_came = true;
+            self.halts.event(&line);
         }
-        if let Some(line) = self.commands.next()? {
-            self.answer = Some(Answer::parse(&line)?);
+        while let Some(line) = self.commands.next()? {
+            self.unanswered = self.unanswered.saturating_sub(1);
+            let answer = Answer::parse(&line)?;
+            self.answer = (self.unanswered == 0).then_some(answer);
         }
         if let Some(line) = self.status.next()? {
             let answer: StatusAnswer = serde_json::from_str(&line).with_context(|| format!("status: {line}"))?;
             let device = answer.devices.into_iter().next().context("the broker has no device")?;
+            self.halts.status(device.failovers.halted, device.halt_message());
             self.latest = Some((self.asked_ns, device));
             self.waiting = false;
         }
@@ -136,6 +150,11 @@ impl Broker {
             (self.asked_ns, self.waiting, self.event_came) = (now, true, false);
         }
         Ok(())
+    }
+
+    /// Takes a halt of the device that was not taken before.
+    pub(crate) fn take_halt(&mut self) -> Option<Halted> {
+        self.halts.take()
     }
 
     /// The status, if one was asked for after `since_ns`.

@@ -101,6 +101,14 @@ pub(crate) struct DeviceStatus {
     pub(crate) broker: BrokerStatus,
 }
 
+impl DeviceStatus {
+    /// What the report of the last failover says, if that one was halted.
+    pub(crate) fn halt_message(&self) -> Option<&str> {
+        let last = self.last_failover.as_ref().filter(|last| last.result == "halted");
+        last.and_then(|last| last.message.as_deref())
+    }
+}
+
 /// A backend.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
@@ -129,6 +137,8 @@ pub(crate) struct RingStatus {
 pub(crate) struct Counts {
     /// Ended well.
     pub(crate) settled: u64,
+    /// Of these, because a backend hung.
+    pub(crate) hang: u64,
     /// Not begun.
     pub(crate) refused: u64,
     /// Ended for an operator to decide.

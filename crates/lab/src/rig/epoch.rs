@@ -2,23 +2,28 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 
 use super::broker::{Broker, Setup};
 use super::failover;
+use super::halt;
 use super::kind::Kind;
 use super::ledger::Ledger;
 use super::load::Load;
 use super::options::{EpochChoices, Fixed, SessionChoices};
 use super::process::{Holdings, reap_orphans};
+use super::progress::Progress;
 use super::rng::Rng;
 use super::tally::Tally;
 use super::vmm::{self, Behaviour};
 use super::world::World;
+use crate::common::interrupt;
 use crate::guest::{BLOCK, now_ns};
 
 /// Failovers of one guest.
 const SESSION_FAILOVERS: u64 = 50;
+/// Refusals and halts after each other with which a broker has stopped to do its work.
+const REFUSED_IN_A_ROW_MAX: u64 = 100;
 /// Growth of private memory over an epoch that counts as a leak.
 const GROWTH_MAX_BYTES: u64 = 2 << 20;
 /// How long holdings may take to return to what they were.
@@ -61,7 +66,7 @@ impl Plan<'_> {
 }
 
 /// Runs one epoch. The tally has what was seen even where it fails.
-pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally) -> anyhow::Result<()> {
+pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally, progress: &mut Progress) -> anyhow::Result<()> {
     let mut options = plan.stream(0);
     let choices = EpochChoices::draw(&mut options, plan.direct_possible);
     eprintln!("epoch {}: {}", plan.epoch, serde_json::to_string(&choices)?);
@@ -80,9 +85,9 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally) -> anyhow::Result<()> {
     let load = Load::new(Ledger::new(device, blocks), plan.stream(2), session.mix(false));
     let socket = Broker::socket(plan.directory);
     let mut world = World::new(broker, load, plan.stream(1), session, plan.behaviours, plan.verbose, socket)?;
-    let ended = sessions(plan, &choices, &mut options, &mut world, tally);
+    let ended = sessions(plan, &choices, &mut options, &mut world, tally, progress);
     tally.requests += world.load.completed;
-    let World { broker, mut load, .. } = match ended {
+    let World { mut broker, mut load, .. } = match ended {
         Ok(()) => world,
         Err(error) => {
             tally.verdict.add(&world.load.verdict);
@@ -91,6 +96,10 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally) -> anyhow::Result<()> {
             return Err(error.context(format!("rings:\n{}\n{words}", rings.join("\n"))));
         }
     };
+    while let Some(halted) = broker.take_halt() {
+        eprintln!("  HALTED when the last guest was gone: {}", halted.reason);
+        tally.halt(&halted.reason);
+    }
     broker.end()?;
     for orphan in reap_orphans()? {
         tally.leaks += 1;
@@ -116,34 +125,48 @@ fn sessions(
     options: &mut Rng,
     world: &mut World,
     tally: &mut Tally,
+    progress: &mut Progress,
 ) -> anyhow::Result<()> {
     let end = tally.failovers + plan.failovers;
     let mut baseline = None;
     loop {
         let session_end = end.min(tally.failovers + SESSION_FAILOVERS);
-        while tally.failovers < session_end {
-            failover::impatient(world, tally)?;
-            let started = now_ns();
-            vmm::between_failovers(world, tally)?;
-            tally.waited("vmm", now_ns() - started);
-            let kind = draw_kind(plan.kinds, &mut world.choices);
-            failover::inject(world, kind, tally).with_context(|| {
-                format!("failover {} (of the run), kind {kind}, guest {:?}", tally.failovers + 1, world.session)
-            })?;
+        while tally.failovers < session_end && !interrupt::is_asked() {
+            let step = one_failover(plan, world, tally);
+            halt::recover(step, world, tally)?;
+            progress.say(tally);
+            let refused = tally.refused_in_a_row;
+            ensure!(refused < REFUSED_IN_A_ROW_MAX, "{refused} failovers in a row were refused");
         }
-        world.shut_down()?;
+        let down = world.shut_down();
+        if down.is_err() {
+            halt::recover(down, world, tally)?;
+            world.shut_down()?;
+        }
         let now = holdings(world, baseline.as_ref())?;
         tally.broker_rss_max_bytes = tally.broker_rss_max_bytes.max(now.rss_bytes);
         match &baseline {
             None => baseline = Some(now),
             Some(before) => count_leaks(before, &now, tally),
         }
-        if tally.failovers >= end {
+        if tally.failovers >= end || interrupt::is_asked() {
             return Ok(());
         }
         world.session = next_session(plan, options, choices)?;
         world.boot_again()?;
     }
+}
+
+/// What the VMM does before, and the failover.
+fn one_failover(plan: &Plan<'_>, world: &mut World, tally: &mut Tally) -> anyhow::Result<()> {
+    failover::impatient(world, tally)?;
+    let started = now_ns();
+    vmm::between_failovers(world, tally)?;
+    tally.waited("vmm", now_ns() - started);
+    let kind = draw_kind(plan.kinds, &mut world.choices);
+    failover::inject(world, kind, tally).with_context(|| {
+        format!("failover {} (of the run), kind {kind}, guest {:?}", tally.failovers + 1, world.session)
+    })
 }
 
 /// What the broker holds without a VMM, once its pair is whole again. With `baseline`, waits a while for it to come back to

@@ -2,7 +2,7 @@
 //!
 //! Two requests that touch the same block are never in flight together unless both read, so what a read must return is
 //! known when it is submitted: what the last acknowledged write left. A write that was never acknowledged (its guest was
-//! shut off) leaves two possibilities until the next acknowledged one.
+//! shut off or reset) adds a possibility until the block is seen, or written again and acknowledged.
 
 use std::sync::atomic::AtomicU64;
 
@@ -19,13 +19,28 @@ struct Version {
 
 const ZEROES: Version = Version { sequence: 0, generation: 0 };
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Cell {
     acknowledged: Version,
-    /// What an abandoned write or a discard may have put there instead.
-    alternative: Option<Version>,
+    /// What abandoned writes and discards may have put there instead.
+    alternatives: Vec<Version>,
     readers: u16,
     writing: bool,
+}
+
+impl Cell {
+    /// The block holds this and nothing else.
+    fn is_now(&mut self, version: Version) {
+        self.acknowledged = version;
+        self.alternatives.clear();
+    }
+
+    /// The block may hold this as well.
+    fn may_be(&mut self, version: Version) {
+        if version != self.acknowledged && !self.alternatives.contains(&version) {
+            self.alternatives.push(version);
+        }
+    }
 }
 
 /// The record of one image.
@@ -39,7 +54,7 @@ pub(crate) struct Ledger {
 impl Ledger {
     /// An image of `blocks` blocks, all zero.
     pub(crate) fn new(device: u32, blocks: usize) -> Self {
-        let cell = Cell { acknowledged: ZEROES, alternative: None, readers: 0, writing: false };
+        let cell = Cell { acknowledged: ZEROES, alternatives: Vec::new(), readers: 0, writing: false };
         Ledger { device, cells: vec![cell; blocks], sequence: 0 }
     }
 
@@ -94,27 +109,12 @@ impl Ledger {
         match request.kind {
             Kind::Read | Kind::Flush | Kind::Poison => {}
             Kind::Write => written.for_each(|(lba, sequence)| {
-                self.cells[lba].acknowledged = Version { sequence, generation };
-                self.cells[lba].alternative = None;
+                self.cells[lba].is_now(Version { sequence, generation });
             }),
-            Kind::WriteZeroes => written.for_each(|(lba, _)| {
-                self.cells[lba].acknowledged = ZEROES;
-                self.cells[lba].alternative = None;
-            }),
-            // A device may ignore a discard. With an alternative already there, a block may hold any of three things; it
-            // is not discarded then (see `may_discard`).
-            Kind::Discard => written.for_each(|(lba, _)| self.cells[lba].alternative = Some(ZEROES)),
+            Kind::WriteZeroes => written.for_each(|(lba, _)| self.cells[lba].is_now(ZEROES)),
+            // A device may ignore a discard.
+            Kind::Discard => written.for_each(|(lba, _)| self.cells[lba].may_be(ZEROES)),
         }
-    }
-
-    /// Whether a discard leaves no more than two possibilities.
-    pub(crate) fn may_discard(&self, request: &Request) -> bool {
-        self.cells[Self::range(request)].iter().all(|cell| cell.alternative.is_none_or(|version| version == ZEROES))
-    }
-
-    /// Whether a request may be given up: its blocks must not have two possibilities already.
-    pub(crate) fn is_certain(&self, request: &Request) -> bool {
-        self.cells[Self::range(request)].iter().all(|cell| cell.alternative.is_none())
     }
 
     /// A request will never be acknowledged: its guest is gone. It may have been executed or not.
@@ -123,8 +123,8 @@ impl Ledger {
         for (lba, sequence) in Self::range(request).zip(sequence..) {
             let cell = &mut self.cells[lba];
             match request.kind {
-                Kind::Write => cell.alternative = Some(Version { sequence, generation }),
-                Kind::Discard | Kind::WriteZeroes => cell.alternative = Some(ZEROES),
+                Kind::Write => cell.may_be(Version { sequence, generation }),
+                Kind::Discard | Kind::WriteZeroes => cell.may_be(ZEROES),
                 Kind::Read | Kind::Flush | Kind::Poison => {}
             }
         }
@@ -145,28 +145,22 @@ impl Ledger {
         }
     }
 
-    /// Checks what was read from `lba`. What was seen once must stay: of two possibilities only that one is left.
+    /// Checks what was read from `lba`. What was seen once must stay: of several possibilities only that one is left.
     ///
     /// # Errors
     /// What is there and what should be.
     pub(crate) fn check(&mut self, lba: u64, block: &[AtomicU64]) -> Result<(), String> {
-        let cell = self.cells[lba as usize];
-        let found = [Some(cell.acknowledged), cell.alternative]
-            .into_iter()
-            .flatten()
-            .find(|version| self.holds(lba, *version, block));
-        match found {
+        let cell = &self.cells[lba as usize];
+        let possible = std::iter::once(cell.acknowledged).chain(cell.alternatives.iter().copied());
+        match possible.clone().find(|version| self.holds(lba, *version, block)) {
             Some(version) => {
-                self.cells[lba as usize].acknowledged = version;
-                self.cells[lba as usize].alternative = None;
+                self.cells[lba as usize].is_now(version);
                 Ok(())
             }
-            None => Err(format!(
-                "block {lba} holds {}; expected {}{}",
-                explain(block),
-                self.describe(lba, cell.acknowledged),
-                cell.alternative.map(|version| format!(" or {}", self.describe(lba, version))).unwrap_or_default(),
-            )),
+            None => {
+                let expected: Vec<String> = possible.map(|version| self.describe(lba, version)).collect();
+                Err(format!("block {lba} holds {}; expected {}", explain(block), expected.join(" or ")))
+            }
         }
     }
 
@@ -237,7 +231,6 @@ mod tests {
         let sequence = ledger.next_sequence(&request);
         assert!(ledger.begin(&request));
         ledger.abandon(&request, sequence, 0);
-        assert!(!ledger.is_certain(&request));
         let abandoned = block_of(Some(ledger.stamp(0, sequence, 0)));
         assert_eq!(ledger.check(0, &abandoned), Ok(()));
         assert!(ledger.check(0, &block_of(None)).is_err(), "it was seen to be there");
@@ -248,6 +241,31 @@ mod tests {
     }
 
     #[test]
+    fn every_abandoned_write_is_admitted_and_nothing_else() {
+        let request = write(0, 1);
+        let abandoned_twice = || {
+            let mut ledger = Ledger::new(1, 8);
+            for generation in 0..2 {
+                let sequence = ledger.next_sequence(&request);
+                assert!(ledger.begin(&request));
+                ledger.abandon(&request, sequence, generation);
+            }
+            ledger
+        };
+        let (first, second) = (
+            abandoned_twice().stamp(0, 1, 0),
+            Stamp { sequence: 2, generation: 1, ..abandoned_twice().stamp(0, 1, 0) },
+        );
+        for possible in [None, Some(first), Some(second)] {
+            assert_eq!(abandoned_twice().check(0, &block_of(possible)), Ok(()));
+        }
+        let other = Stamp { sequence: 3, ..second };
+        assert!(
+            abandoned_twice().check(0, &block_of(Some(other))).is_err_and(|found| found.matches(" or ").count() == 2)
+        );
+    }
+
+    #[test]
     fn zeroes_and_discards() {
         let mut ledger = Ledger::new(1, 8);
         let request = write(0, 1);
@@ -255,7 +273,6 @@ mod tests {
         ledger.acknowledge(&request, sequence, 0);
         let written = block_of(Some(ledger.stamp(0, sequence, 0)));
         let discard = Request { kind: Kind::Discard, ..request };
-        assert!(ledger.may_discard(&discard));
         ledger.acknowledge(&discard, 0, 0);
         assert_eq!(ledger.check(0, &block_of(None)), Ok(()));
         assert!(ledger.check(0, &written).is_err(), "it was seen to be gone");

@@ -269,8 +269,7 @@ impl Load {
     fn submit(&mut self, queue: &mut BlkQueue, slot: Slot) -> bool {
         let drawn = (0..DRAWS_MAX).find_map(|_| {
             let request = self.draw();
-            let allowed = request.kind != Kind::Discard || self.ledger.may_discard(&request);
-            (allowed && self.ledger.begin(&request)).then_some(request)
+            self.ledger.begin(&request).then_some(request)
         });
         drawn.is_some_and(|request| self.submit_reserved(queue, slot, request))
     }
@@ -392,7 +391,7 @@ impl Load {
         }
     }
 
-    /// Counts every request in flight as lost; their blocks may hold either content.
+    /// Counts every request in flight as lost; their writes may have happened or not.
     pub(crate) fn give_up(&mut self, guest: &mut Guest, why: &str) {
         for index in 0..guest.queues.len() {
             let unseen = guest.queues[index].vring().used_idx().wrapping_sub(guest.queues[index].vring().taken_idx());
@@ -414,7 +413,7 @@ impl Load {
         self.abandon(guest, false);
     }
 
-    /// Forgets every request in flight: its guest is shut off. Their blocks may hold either content from now on. Where the
+    /// Forgets every request in flight: its guest is shut off. What their writes would have left is possible from now on. Where the
     /// rings were `stopped`, nothing may be executed any more and the buffers are poisoned; a killed guest's memory stays as
     /// it is, for its requests may still be executed.
     pub(crate) fn abandon(&mut self, guest: &Guest, stopped: bool) {
@@ -430,14 +429,6 @@ impl Load {
                 }
             }
         }
-    }
-
-    /// Whether every request in flight may be abandoned (see [`Ledger::is_certain`]).
-    pub(crate) fn may_abandon(&self, guest: &Guest) -> bool {
-        guest.queues.iter().all(|queue| {
-            let mut busy = (0..queue.shape().depth).filter_map(|slot| queue.in_flight(slot));
-            busy.all(|(request, _)| request.kind == Kind::Read || self.ledger.is_certain(&request))
-        })
     }
 
     /// Poisons the buffers of all idle slots again, after they were replaced or their guest was reset.

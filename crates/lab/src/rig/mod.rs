@@ -8,7 +8,8 @@
 //! What is checked: each request is completed exactly once, in bounded time, with the right status and length, and with an
 //! interrupt; each read returns what the last acknowledged write left; the whole image agrees at the end; no completed
 //! buffer or recycled descriptor is used again; the broker holds no more descriptors, processes or memory than before;
-//! each failover settles or is refused with a reason. What is not: network storage, packed rings, guests other than ours.
+//! each failover settles or is refused with a reason. A device that the broker halts with a reason counts as refused; the
+//! guest is reset and the run goes on ([`halt`]). What is not: network storage, packed rings, guests other than ours.
 //!
 //! The control ([`unguarded`]) runs the same oracle without a broker, by the reconnect rules of QEMU and Cloud Hypervisor.
 //! It must find losses.
@@ -18,11 +19,13 @@ mod broker;
 pub(crate) mod control;
 mod epoch;
 mod failover;
+mod halt;
 mod kind;
 mod ledger;
 mod load;
 mod options;
 pub(crate) mod process;
+mod progress;
 pub(crate) mod qsd;
 pub(crate) mod rng;
 pub(crate) mod sys;
@@ -43,12 +46,12 @@ use serde_json::{Value, json};
 use self::epoch::{Plan, Workspace};
 use self::kind::Kind;
 use self::options::Fixed;
+use self::progress::Progress;
 use self::tally::Tally;
 use self::unguarded::{Damage, Rule};
 use self::vmm::Behaviour;
+use crate::common::interrupt;
 
-/// Failovers of one broker, before the next epoch begins with other options.
-const EPOCH_FAILOVERS: u64 = 250;
 /// Kills per rule in the control.
 const CONTROL_KILLS: u64 = 15;
 
@@ -85,6 +88,9 @@ pub(crate) struct Args {
     /// Directory for images and sockets; a tmpfs by default.
     #[arg(long, default_value = "/dev/shm")]
     image_dir: PathBuf,
+    /// Failovers of one broker, before the next epoch begins with other options.
+    #[arg(long, default_value_t = EPOCH_FAILOVERS, value_parser = clap::value_parser!(u64).range(1..))]
+    epoch_failovers: u64,
     /// First epoch, to repeat one of a longer run.
     #[arg(long, default_value_t = 0)]
     first_epoch: u64,
@@ -99,6 +105,8 @@ pub(crate) struct Args {
     guard: Vec<String>,
 }
 
+const EPOCH_FAILOVERS: u64 = 250;
+
 const ALL_KINDS: [Kind; 8] =
     [Kind::Planned, Kind::Now, Kind::Crash, Kind::Stop, Kind::Spin, Kind::Shadow, Kind::Both, Kind::Poison];
 
@@ -108,13 +116,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         args.size.is_none_or(|size| size.is_power_of_two() && size >= 32),
         "--size must be a power of two from 32 on"
     );
+    interrupt::note_signals();
     let workspace = Workspace::new(&args.image_dir)?;
     let lost_by_rule = control(args, &workspace)?;
     let started = Instant::now();
     let mut tally = Tally::default();
     let ended = if args.no_guard { Ok(()) } else { epochs(args, &workspace, &mut tally) };
     let seconds = started.elapsed().as_secs_f64();
-    let report = report(args, &tally, &lost_by_rule, seconds, ended.is_ok());
+    let complete = ended.is_ok() && !interrupt::is_asked();
+    let report = report(args, &tally, &lost_by_rule, seconds, complete);
     if args.json {
         println!("{report}");
     } else {
@@ -122,6 +132,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     ended?;
     ensure!(tally.is_clean(), "the oracle found something");
+    ensure!(complete, "interrupted after {} of {} failovers", tally.failovers, args.failovers);
     Ok(())
 }
 
@@ -133,7 +144,7 @@ fn control(args: &Args, workspace: &Workspace) -> anyhow::Result<Value> {
         let damage = unguarded::measure(rule, kills, kills_max, args.seed, workspace.path())
             .with_context(|| format!("the control by the rule of {rule:?}"))?;
         ensure!(
-            damage.is_seen(),
+            damage.is_seen() || interrupt::is_asked(),
             "the oracle has no teeth: {kills} kills by the rule of {rule:?} showed nothing",
             kills = damage.kills
         );
@@ -145,14 +156,15 @@ fn control(args: &Args, workspace: &Workspace) -> anyhow::Result<Value> {
 fn epochs(args: &Args, workspace: &Workspace, tally: &mut Tally) -> anyhow::Result<()> {
     process::adopt_orphans()?;
     let direct_possible = epoch::has_direct(workspace.path())?;
+    let mut progress = Progress::new(args.failovers);
     let mut epoch = args.first_epoch;
-    while tally.failovers < args.failovers {
+    while tally.failovers < args.failovers && !interrupt::is_asked() {
         let directory = workspace.path().join(format!("epoch-{epoch}"));
         std::fs::create_dir_all(&directory)?;
         let plan = Plan {
             seed: args.seed,
             epoch,
-            failovers: EPOCH_FAILOVERS.min(args.failovers - tally.failovers),
+            failovers: args.epoch_failovers.min(args.failovers - tally.failovers),
             kinds: &args.kinds,
             behaviours: &args.vmm,
             fixed: Fixed { queues: args.queues, size: args.size, depth: args.depth },
@@ -163,7 +175,7 @@ fn epochs(args: &Args, workspace: &Workspace, tally: &mut Tally) -> anyhow::Resu
         };
         let started = Instant::now();
         let before = tally.failovers;
-        let ended = epoch::run(&plan, tally);
+        let ended = epoch::run(&plan, tally, &mut progress);
         let done = tally.failovers - before;
         if ended.is_err() || !tally.is_clean() {
             explain_failure(args, epoch, tally);
@@ -171,6 +183,7 @@ fn epochs(args: &Args, workspace: &Workspace, tally: &mut Tally) -> anyhow::Resu
             bail!("the oracle found something in epoch {epoch}");
         }
         std::fs::remove_dir_all(&directory)?;
+        tally.rig_rss.note(progress::rss_bytes()?);
         let seconds = started.elapsed().as_secs_f64();
         eprintln!(
             "epoch {epoch}: {done} failovers in {seconds:.1} s ({:.0}/s), {} in all, {} with requests in flight",
@@ -225,6 +238,9 @@ fn command(args: &Args) -> String {
     if args.vmm != Behaviour::ALL {
         let behaviours: Vec<&str> = args.vmm.iter().map(|behaviour| behaviour.name()).collect();
         command.push_str(&format!(" --vmm {}", behaviours.join(",")));
+    }
+    if args.epoch_failovers != EPOCH_FAILOVERS {
+        command.push_str(&format!(" --epoch-failovers {}", args.epoch_failovers));
     }
     if args.no_guard {
         command.push_str(" --no-guard");

@@ -1,6 +1,7 @@
 //! qemu-storage-daemon: its command line, and one as a child of ours.
 
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -65,7 +66,8 @@ impl Qsd {
     pub(crate) fn spawn(&self, socket: &Path) -> anyhow::Result<Running> {
         let line = self.command_line(&socket.display().to_string());
         let mut command = Command::new(&line[0]);
-        command.args(&line[1..]).stdin(Stdio::null()).stdout(Stdio::null());
+        // An interrupt from the terminal is for the instrument.
+        command.args(&line[1..]).stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         let child = die_with_parent(&mut command).spawn().with_context(|| format!("starting {}", line[0]))?;
         let mut running = Running { child };
         running.wait_for(socket)?;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use hdrhistogram::Histogram;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::control::Failover;
@@ -56,6 +57,53 @@ pub(crate) struct Seen {
     pub(crate) report: Failover,
 }
 
+/// What the rig itself holds at the end of an epoch: it must not grow with the length of a run.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(crate) struct RigMemory {
+    first: u64,
+    last: u64,
+    max: u64,
+}
+
+impl RigMemory {
+    /// Notes what it holds now.
+    pub(crate) fn note(&mut self, bytes: u64) {
+        if self.first == 0 {
+            self.first = bytes;
+        }
+        self.last = bytes;
+        self.max = self.max.max(bytes);
+    }
+}
+
+/// Most kinds of reasons that are told apart.
+const REASONS_MAX: usize = 100;
+
+/// Reasons by their kind, with their counts.
+#[derive(Debug, Default)]
+struct Reasons(BTreeMap<String, u64>);
+
+impl Reasons {
+    fn count(&mut self, reason: &str) {
+        let kind = kind_of_reason(reason);
+        let known = self.0.len() < REASONS_MAX || self.0.contains_key(&kind);
+        *self.0.entry(if known { kind } else { "others".into() }).or_default() += 1;
+    }
+}
+
+/// A reason without its numbers and without the ring it is about.
+fn kind_of_reason(reason: &str) -> String {
+    let mut kind = String::new();
+    for letter in reason.chars() {
+        match letter {
+            '0'..='9' if kind.ends_with('N') => {}
+            '0'..='9' => kind.push('N'),
+            _ => kind.push(letter),
+        }
+    }
+    kind.strip_prefix("ring N: ").map(str::to_owned).unwrap_or(kind)
+}
+
 /// The record of a run.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
@@ -63,14 +111,18 @@ pub(crate) struct Tally {
     pub(crate) failovers: u64,
     /// Of these, with requests in flight.
     pub(crate) with_inflight: u64,
-    /// Refused with a reason.
+    /// Refused with a reason, halted ones included.
     pub(crate) refused: u64,
-    /// Reasons given, with their counts.
-    refusals: BTreeMap<String, u64>,
+    /// Refused or halted since one settled.
+    pub(crate) refused_in_a_row: u64,
+    /// Kinds of reasons for what was refused, with their counts.
+    refusals: Reasons,
+    /// Kinds of reasons for what was halted.
+    halts: Reasons,
     /// Shadows killed without a failover; each was replaced.
     pub(crate) shadows_replaced: u64,
-    /// Failovers the broker did without being made to.
-    pub(crate) unasked: u64,
+    /// Failovers the broker did without being made to: of primaries it found hung under load.
+    pub(crate) unexpected: u64,
     /// Reports that name another kind than was injected.
     pub(crate) other_kind: BTreeMap<String, u64>,
     kinds: BTreeMap<Kind, OfKind>,
@@ -83,6 +135,8 @@ pub(crate) struct Tally {
     pub(crate) leaks: u64,
     /// Largest resident memory of a broker seen.
     pub(crate) broker_rss_max_bytes: u64,
+    /// Resident memory of the rig itself at the end of the first epoch and of the last, and most of it at such an end.
+    pub(crate) rig_rss: RigMemory,
     /// Requests completed and judged.
     pub(crate) requests: u64,
     /// What the oracle found.
@@ -98,6 +152,7 @@ impl Tally {
     /// Counts a failover that settled.
     pub(crate) fn settled(&mut self, seen: &Seen) {
         self.failovers += 1;
+        self.refused_in_a_row = 0;
         let of_kind = self.kinds.entry(seen.kind).or_insert_with(OfKind::new);
         of_kind.settled += 1;
         if seen.inflight > 0 {
@@ -118,7 +173,20 @@ impl Tally {
     /// Counts a refusal.
     pub(crate) fn refusal(&mut self, reason: &str) {
         self.refused += 1;
-        *self.refusals.entry(reason.to_owned()).or_default() += 1;
+        self.refused_in_a_row += 1;
+        self.refusals.count(reason);
+    }
+
+    /// Counts a failover that ended with a halted device.
+    pub(crate) fn halt(&mut self, reason: &str) {
+        self.refused += 1;
+        self.refused_in_a_row += 1;
+        self.halts.count(reason);
+    }
+
+    /// Failovers that ended with a halted device.
+    pub(crate) fn halted(&self) -> u64 {
+        self.halts.0.values().sum()
     }
 
     /// Records how long the rig waited for something.
@@ -153,7 +221,9 @@ impl Tally {
             "late_writes": self.verdict.late_writes,
             "leaks": self.leaks,
             "refused": self.refused,
-            "refusals": self.refusals,
+            "refusals": self.refusals.0,
+            "halted": self.halted(),
+            "halts": self.halts.0,
             "io_errors": self.verdict.io_errors,
             "wrong_lengths": self.verdict.wrong_lengths,
             "missed_calls": self.verdict.missed_calls,
@@ -163,13 +233,35 @@ impl Tally {
             "recovery": self.recovery,
             "fence": self.fence,
             "reported_as_other_kind": self.other_kind,
-            "unasked_failovers": self.unasked,
+            "unexpected": self.unexpected,
             "shadows_replaced": self.shadows_replaced,
             "vmm_behaviours": self.behaviours,
             "waits_us": waits,
             "broker_rss_max_bytes": self.broker_rss_max_bytes,
+            "rig_rss_bytes": self.rig_rss,
             "bound_95": bound,
             "findings": self.verdict.findings,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_counted_by_kind_and_do_not_grow_without_bound() {
+        let mut tally = Tally::default();
+        for ring in 0..500 {
+            tally.halt(&format!("ring {ring}: {ring} submissions and 1{ring} completions passed"));
+            tally.refusal("the shadow is warming, not ready");
+        }
+        assert_eq!((tally.refused, tally.halted(), tally.refused_in_a_row), (1000, 500, 1000));
+        let json = tally.json();
+        assert_eq!(json["halts"], json!({"N submissions and N completions passed": 500}));
+        assert_eq!(json["refusals"], json!({"the shadow is warming, not ready": 500}));
+        ('a'..='z').flat_map(|one| ('a'..='z').map(move |two| format!("{one}{two}"))).for_each(|it| tally.halt(&it));
+        assert_eq!(tally.halts.0.len(), REASONS_MAX + 1);
+        assert_eq!(tally.halted(), 500 + 26 * 26);
     }
 }

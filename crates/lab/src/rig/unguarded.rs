@@ -11,6 +11,7 @@ use super::load::{Load, Mix, Pace};
 use super::options::BACKEND_QUEUES;
 use super::qsd::{Aio, Qsd, Running};
 use super::rng::Rng;
+use crate::common::interrupt;
 use crate::guest::{BLOCK, Guest, Options, QueueShape, now_ns};
 
 /// Blocks of the image: small, for it is read after every kill.
@@ -56,7 +57,7 @@ pub(crate) fn measure(rule: Rule, kills: u64, kills_max: u64, seed: u64, directo
     let qsd = Qsd { image, queues: BACKEND_QUEUES, aio: Aio::Threads, direct: false, throttle: None };
     let mut damage = Damage::default();
     for kill in 0..kills_max {
-        if kill >= kills && damage.is_seen() {
+        if (kill >= kills && damage.is_seen()) || interrupt::is_asked() {
             break;
         }
         let mut rng = Rng::new(seed, u64::MAX - 2 * kill - rule as u64);

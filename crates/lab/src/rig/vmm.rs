@@ -182,7 +182,7 @@ pub(crate) fn unmask(world: &mut World) -> anyhow::Result<()> {
 }
 
 /// Looks at all memory while nothing is in flight.
-fn look(world: &mut World) -> anyhow::Result<()> {
+pub(crate) fn look(world: &mut World) -> anyhow::Result<()> {
     world.load.look_everywhere(&world.guest)?;
     ensure!(world.load.verdict.is_clean(), "the oracle found something");
     Ok(())
@@ -191,7 +191,7 @@ fn look(world: &mut World) -> anyhow::Result<()> {
 /// Stops the rings. What the device took it must have completed by now; what it did not take stays in the ring.
 ///
 /// A VMM is not kept waiting: a backend that does not stop in time is failed over, and that is not counted against anybody.
-fn stop(world: &mut World) -> anyhow::Result<Vec<u16>> {
+pub(crate) fn stop(world: &mut World) -> anyhow::Result<Vec<u16>> {
     world.resynchronise = true;
     let bases = world.guest.stop()?;
     for (queue, base) in world.guest.queues.iter().zip(&bases) {
@@ -217,7 +217,7 @@ fn pause(world: &mut World, busy: bool) -> anyhow::Result<()> {
 fn reboot(world: &mut World, busy: bool) -> anyhow::Result<()> {
     world.pace = Pace::Full;
     world.run_for(300_000)?;
-    if !busy || !world.load.may_abandon(&world.guest) {
+    if !busy {
         world.quiesce()?;
     }
     stop(world)?;
@@ -250,9 +250,6 @@ fn crash_around_stop(world: &mut World, stop_first: bool) -> anyhow::Result<()> 
 fn killed(world: &mut World) -> anyhow::Result<()> {
     world.pace = Pace::Full;
     world.run_for(300_000)?;
-    if !world.load.may_abandon(&world.guest) {
-        world.quiesce()?;
-    }
     world.guest.disconnect();
     world.load.abandon(&world.guest, false);
     world.pace = Pace::Trickle;

@@ -9,6 +9,7 @@ use warmswap_wire::VirtioFeatures;
 
 use super::broker::Broker;
 use super::control::{BackendStatus, DeviceStatus};
+use super::halt::Halted;
 use super::load::{Load, Pace};
 use super::options::SessionChoices;
 use super::rng::Rng;
@@ -23,6 +24,8 @@ const STATE_NS: u64 = 20_000_000_000;
 const SLEEP_NS: u64 = 1_000_000;
 /// Sleep of a guest that polls.
 const POLLING_SLEEP_NS: u64 = 50_000;
+/// How long the word that the device is halted may be on its way.
+const PENDING_NS: u64 = 500_000_000;
 /// How often things that must not happen are looked for.
 const LOOK_NS: u64 = 50_000_000;
 
@@ -112,6 +115,9 @@ impl World {
         self.load.service(&mut self.guest, self.pace);
         ensure!(self.load.verdict.is_clean(), "the oracle found something");
         self.broker.tick(watch)?;
+        if let Some(halted) = self.broker.take_halt() {
+            return Err(halted.into());
+        }
         let now = now_ns();
         if now > self.looked_ns + LOOK_NS {
             self.looked_ns = now;
@@ -204,6 +210,19 @@ impl World {
         let has_process = |backend: &Option<BackendStatus>| backend.as_ref().is_some_and(|it| it.pid.is_some());
         let ready = status.shadow.as_ref().is_some_and(|shadow| shadow.state == "ready");
         Ok(ready && has_process(&status.primary))
+    }
+
+    /// A halt that has come, if one comes soon: the guest may learn that it gets no service before the rig learns why.
+    pub(crate) fn pending_halt(&mut self) -> anyhow::Result<Option<Halted>> {
+        let deadline = now_ns() + PENDING_NS;
+        while now_ns() < deadline {
+            self.broker.tick(true)?;
+            if let Some(halted) = self.broker.take_halt() {
+                return Ok(Some(halted));
+            }
+            std::thread::sleep(std::time::Duration::from_micros(200));
+        }
+        Ok(None)
     }
 
     /// Requests the device holds at this instant, by the indices in the rings.

@@ -1,0 +1,3 @@
+//! What several instruments need in the same way.
+
+pub(crate) mod interrupt;
