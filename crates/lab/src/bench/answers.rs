@@ -18,10 +18,10 @@ use super::backend;
 use super::broker::Broker;
 use super::driver::{Driver, Shape};
 use super::spread::{Samples, Spread};
-use super::workspace::Workspace;
+use crate::common::process::Target;
+use crate::common::rng::Rng;
+use crate::common::workspace::Workspace;
 use crate::guest::{Acks, now_ns};
-use crate::rig::process::Target;
-use crate::rig::rng::Rng;
 
 /// Bytes of memory plugged.
 const PLUG_BYTES: u64 = 2 << 20;

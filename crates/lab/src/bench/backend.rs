@@ -5,9 +5,9 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, bail};
 
+use crate::common::process::die_with_parent;
+use crate::common::qsd::{Aio, Qsd};
 use crate::guest::BLOCK;
-use crate::rig::qsd::{Aio, Qsd};
-use crate::rig::sys::die_with_parent;
 
 /// Blocks of an image: 64 MiB.
 pub(super) const BLOCKS: u64 = 16_384;

@@ -16,8 +16,8 @@ use super::driver::Shape;
 use super::guarded::{Blackout, Guarded};
 use super::report::Report;
 use super::spread::{Samples, Spread, header, line, rounded};
-use super::workspace::Workspace;
-use crate::rig::rng::Rng;
+use crate::common::rng::Rng;
+use crate::common::workspace::Workspace;
 use crate::rig::unguarded::{self, Rule};
 
 /// Load before a failure: shortest and longest.
@@ -104,7 +104,7 @@ struct MemoryRow {
 /// Runs the bench.
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     ensure!(args.memory.iter().chain([&args.guest_mib]).all(|mib| *mib >= 32), "a guest needs 32 MiB");
-    let workspace = Workspace::new(&args.common.image_dir)?;
+    let workspace = Workspace::new(&args.common.image_dir, "bench")?;
     let (felt, restarts) = side_by_side(args, &workspace)?;
     let memory = by_memory(args, &workspace)?;
     let lost_by_rule = lost_by_rule(args, &workspace)?;

@@ -14,9 +14,9 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::backend::{self, Bare};
 use super::driver::{Driver, SILENCE_NS, Shape, pause};
+use crate::common::qsd::Qsd;
+use crate::common::rng::Rng;
 use crate::guest::now_ns;
-use crate::rig::qsd::Qsd;
-use crate::rig::rng::Rng;
 
 /// No completion for this long after a reconnect: nothing more will come.
 const LOST_NS: u64 = 20_000_000;

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::{bail, ensure};
 
 use super::backend::BLOCKS;
+use crate::common::rng::Rng;
 use crate::guest::{Acks, BLOCK, Completion, Guest, Options, QueueShape, Request, Slot, Status, Window, now_ns};
-use crate::rig::rng::Rng;
 
 /// Data buffers per guest. They lie all over its memory and every request takes another one, as a page cache does.
 const BUFFERS_MAX: u64 = 4096;

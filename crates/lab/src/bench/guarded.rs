@@ -19,9 +19,9 @@ use serde_json::Value;
 
 use super::broker::Broker;
 use super::driver::{Driver, SILENCE_NS, Shape, pause};
+use crate::common::process::Target;
+use crate::common::rng::Rng;
 use crate::guest::now_ns;
-use crate::rig::process::Target;
-use crate::rig::rng::Rng;
 
 /// How long the pair may take to be whole again.
 const WHOLE_NS: u64 = 15_000_000_000;

@@ -20,7 +20,6 @@ mod report;
 mod spread;
 mod throughput;
 mod usage;
-mod workspace;
 
 use std::path::PathBuf;
 

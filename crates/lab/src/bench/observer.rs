@@ -19,8 +19,8 @@ use super::report::Report;
 use super::spread::{header, line, rounded};
 use super::throughput::{self, Waiting};
 use super::usage;
-use super::workspace::Workspace;
-use crate::rig::rng::Rng;
+use crate::common::rng::Rng;
+use crate::common::workspace::Workspace;
 
 /// Queues and requests in flight per queue that are tried for the highest rate.
 const SHAPES: [(u16, u16); 5] = [(1, 32), (1, 64), (1, 128), (2, 32), (2, 128)];
@@ -56,7 +56,7 @@ struct Busiest {
 
 /// Runs the bench.
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
-    let workspace = Workspace::new(&args.common.image_dir)?;
+    let workspace = Workspace::new(&args.common.image_dir, "bench")?;
     let (idle, rss_bytes) = idle(args, &workspace)?;
     eprintln!("idle: {idle} % of a core, {} KiB", rss_bytes / 1024);
     let busiest = busiest(args, &workspace)?;

@@ -15,9 +15,9 @@ use super::driver::{Driver, SILENCE_NS, Shape};
 use super::report::Report;
 use super::spread::{Samples, rounded};
 use super::throughput::{self, Run, Waiting};
-use super::workspace::Workspace;
+use crate::common::rng::Rng;
+use crate::common::workspace::Workspace;
 use crate::guest::now_ns;
-use crate::rig::rng::Rng;
 
 /// The cells: queues and requests in flight per queue.
 const CELLS: [(u16, u16); 4] = [(1, 1), (1, 32), (2, 1), (2, 32)];
@@ -99,7 +99,7 @@ struct Pairs {
 /// Runs the bench.
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     anyhow::ensure!(args.seconds > 0.0 && args.seconds <= 3600.0, "--seconds must be positive");
-    let workspace = Workspace::new(&args.common.image_dir)?;
+    let workspace = Workspace::new(&args.common.image_dir, "bench")?;
     let mut devices = Devices::start(args, &workspace)?;
     let mut choices = Rng::new(args.common.seed, 1);
     let mut cells = Vec::new();

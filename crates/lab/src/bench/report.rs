@@ -1,11 +1,10 @@
 //! What every bench prints: its figures, and what is needed to repeat them.
 
-use std::process::Command;
-
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::Common;
+use crate::common::commit::commit;
 
 /// A report: one JSON object.
 #[derive(Debug)]
@@ -42,18 +41,5 @@ impl Report {
             let text = |name: &str| self.fields[name].as_str().unwrap_or_default().to_owned();
             println!("seed {}, commit {}\n{}", self.fields["seed"], text("commit"), text("command"));
         }
-    }
-}
-
-/// The commit the sources are at, with a mark where they differ from it.
-fn commit() -> String {
-    let git = |arguments: &[&str]| {
-        let output = Command::new("git").args(arguments).output().ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    match git(&["rev-parse", "--short=12", "HEAD"]) {
-        Some(commit) if git(&["status", "--porcelain"]).is_some_and(|changes| changes.is_empty()) => commit,
-        Some(commit) => format!("{commit}+changes"),
-        None => "unknown".into(),
     }
 }

@@ -1,25 +1,21 @@
 //! A broker process, as shipped or sabotaged, and its status.
 
-use std::fs::File;
-use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
-use rustix::process::Signal;
+use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
 use super::interrupt::pause;
-use crate::rig::control::Lines;
-use crate::rig::process::Target;
-use crate::rig::sys::signal_with_parent;
+use crate::common::broker::{BrokerProcess, Launch, Refusal};
+use crate::common::lines::Lines;
+use crate::common::process::Target;
 
 /// Name of the guarded device.
 const NAME: &str = "fence";
 /// Makes the lab's build of warmswap take a reaped process for a quiet one.
 const TRUST_EXIT: &str = "WARMSWAP_LAB_TRUST_EXIT";
-/// How long it may take to start, to answer and to end.
+/// How long it may take to answer.
 const TURN_MAX: Duration = Duration::from_secs(20);
 /// Lines of its log in an error.
 const LOG_LINES: usize = 40;
@@ -33,54 +29,27 @@ pub(super) enum Arm {
     Sabotaged,
 }
 
-/// How a broker ended that did not become ready.
-#[derive(Debug)]
-pub(super) struct Refusal {
-    /// Its exit.
-    pub(super) status: ExitStatus,
-    /// What it printed.
-    pub(super) log: String,
-}
-
 /// A broker that runs. Ended on drop.
 #[derive(Debug)]
 pub(super) struct Broker {
-    process: Ending,
-    directory: PathBuf,
+    process: BrokerProcess,
     status: Lines,
 }
 
 impl Broker {
     /// Starts one with its backends and waits until it listens, or until it has refused to.
     pub(super) fn start(directory: &Path, arm: Arm, backend: &[String]) -> anyhow::Result<Result<Self, Refusal>> {
-        let control = directory.join("control");
-        std::fs::create_dir_all(&control)?;
-        let mut command = Command::new(std::env::current_exe()?);
-        command.args(["warmswap", "guard", "--name", NAME, "--type", "blk"]);
-        command.arg("--socket").arg(directory.join("vmm.sock"));
-        command.arg("--control").arg(&control).arg("--run-dir").arg(directory.join("run"));
-        command.arg("--journal").arg(directory.join("journal"));
-        command.arg("--").args(backend).env_remove(TRUST_EXIT);
-        if arm == Arm::Sabotaged {
-            command.env(TRUST_EXIT, "1");
+        let options = ["--journal".to_owned(), directory.join("journal").display().to_string()];
+        let environment = Some((TRUST_EXIT, (arm == Arm::Sabotaged).then_some("1")));
+        match BrokerProcess::try_start(&Launch { name: NAME, directory, options: &options, backend, environment })? {
+            Ok(process) => Ok(Ok(Broker { status: process.connect()?, process })),
+            Err(refusal) => Ok(Err(refusal)),
         }
-        let log = File::create(directory.join("broker.log"))?;
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
-        // Asked to end in order, it takes its backends and control groups along.
-        let child = signal_with_parent(&mut command, Signal::TERM).spawn().context("starting the broker")?;
-        let mut process = Ending(child);
-        if !process.becomes_ready().with_context(|| log_tail(directory))? {
-            let status = process.0.wait()?;
-            let log = std::fs::read_to_string(directory.join("broker.log"))?;
-            return Ok(Err(Refusal { status, log }));
-        }
-        let status = Lines::connect(&control.join(format!("{NAME}.sock")))?;
-        Ok(Ok(Broker { process, directory: directory.to_path_buf(), status }))
     }
 
     /// Where the VMM connects.
     pub(super) fn socket(&self) -> PathBuf {
-        self.directory.join("vmm.sock")
+        self.process.socket()
     }
 
     /// The device's status.
@@ -114,71 +83,11 @@ impl Broker {
 
     /// The end of its log, for the report of a failure.
     pub(super) fn last_words(&self) -> String {
-        log_tail(&self.directory)
+        self.process.log_tail(LOG_LINES)
     }
 
     /// Ends it as an operator does and waits until it is gone.
-    pub(super) fn end(mut self) -> anyhow::Result<()> {
-        let status = self.process.end()?;
-        ensure!(status.success(), "on SIGTERM the broker ended with {status}\n{}", self.last_words());
-        Ok(())
+    pub(super) fn end(self) -> anyhow::Result<()> {
+        self.process.end()
     }
-}
-
-/// A broker process: ended in order, whatever fails.
-#[derive(Debug)]
-struct Ending(Child);
-
-impl Ending {
-    /// Waits for the line that says so. False: it has ended, or is about to.
-    fn becomes_ready(&mut self) -> anyhow::Result<bool> {
-        let stdout = self.0.stdout.take().context("the broker's output")?;
-        let (sender, receiver) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            let mut lines = BufReader::new(stdout).lines();
-            // The receiver may have given up; the pipe is drained all the same, so that the broker never blocks on it.
-            let _ = sender.send(lines.next());
-            lines.for_each(drop);
-        });
-        match receiver.recv_timeout(TURN_MAX) {
-            Ok(Some(line)) => {
-                let line = line?;
-                ensure!(line.starts_with("ready:"), "the broker said {line:?} instead of that it is ready");
-                Ok(true)
-            }
-            Ok(None) => Ok(false),
-            Err(_) => bail!("the broker was not ready within {TURN_MAX:?}"),
-        }
-    }
-
-    fn end(&mut self) -> anyhow::Result<ExitStatus> {
-        if let Some(status) = self.0.try_wait()? {
-            return Ok(status);
-        }
-        Target::open(self.0.id())?.signal(Signal::TERM)?;
-        let deadline = Instant::now() + TURN_MAX;
-        loop {
-            if let Some(status) = self.0.try_wait()? {
-                return Ok(status);
-            }
-            ensure!(Instant::now() < deadline, "the broker did not end on SIGTERM within {TURN_MAX:?}");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-}
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        if self.end().is_err() {
-            // Its backends die with it.
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
-    }
-}
-
-fn log_tail(directory: &Path) -> String {
-    let log = std::fs::read_to_string(directory.join("broker.log")).unwrap_or_default();
-    let lines: Vec<&str> = log.lines().collect();
-    format!("end of the broker's log:\n{}", lines[lines.len().saturating_sub(LOG_LINES)..].join("\n"))
 }

@@ -23,7 +23,6 @@ mod report;
 mod round;
 mod stamp;
 mod throttle;
-mod workspace;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -35,8 +34,8 @@ use self::broker::Arm;
 use self::probe::Cost;
 use self::report::Report;
 use self::round::{Plan, Round};
-use self::workspace::Workspace;
-use crate::rig::rng::Rng;
+use crate::common::rng::Rng;
+use crate::common::workspace::Workspace;
 
 /// Rounds of the engines whose exit waits.
 const EXIT_WAITS_ROUNDS: u64 = 1;
@@ -67,7 +66,7 @@ pub(crate) struct Args {
 /// Runs the instrument.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     crate::common::interrupt::note_signals();
-    let workspace = Workspace::new(&args.run_dir)?;
+    let workspace = Workspace::new(&args.run_dir, "fence")?;
     let report = Report {
         guarded: rounds(args, &workspace, Engine::IoUring, Arm::Guarded, true, args.rounds)?,
         sabotaged: rounds(args, &workspace, Engine::IoUring, Arm::Sabotaged, true, args.rounds)?,

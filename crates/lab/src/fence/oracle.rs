@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use super::disk::{Disk, EXTENT, EXTENT_BLOCKS, EXTENTS};
 use super::stamp::{Generation, Stamp, explain};
+use crate::common::rng::Rng;
 use crate::guest::{BLOCK, BlkQueue, Completion, Kind, Request, Slot, Status, Window};
-use crate::rig::rng::Rng;
 
 /// Where a late write was seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -1,13 +1,12 @@
 //! What was found, for people and for programs, and whether it is good.
 
-use std::process::Command;
-
 use anyhow::ensure;
 use serde_json::{Value, json};
 
 use super::Args;
 use super::probe::{Cost, Sample};
 use super::round::{Round, tenths};
+use crate::common::commit::commit;
 
 /// Everything a run showed.
 #[derive(Debug)]
@@ -134,19 +133,6 @@ fn median(values: &[f64]) -> f64 {
 
 fn max(values: &[f64]) -> f64 {
     values.iter().copied().fold(0.0, f64::max)
-}
-
-/// The commit the sources are at, with a mark where they differ from it.
-fn commit() -> String {
-    let git = |arguments: &[&str]| {
-        let output = Command::new("git").args(arguments).output().ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    match git(&["rev-parse", "--short=12", "HEAD"]) {
-        Some(commit) if git(&["status", "--porcelain"]).is_some_and(|changes| changes.is_empty()) => commit,
-        Some(commit) => format!("{commit}+changes"),
-        None => "unknown".into(),
-    }
 }
 
 #[cfg(test)]

@@ -14,9 +14,9 @@ use super::disk::{Disk, EXTENT, EXTENT_BLOCKS};
 use super::interrupt::pause;
 use super::oracle::{Findings, Oracle, request};
 use super::throttle::Throttle;
+use crate::common::process::Target;
+use crate::common::rng::Rng;
 use crate::guest::{BlkQueue, Guest, Kind, Options, QueueShape, Status};
-use crate::rig::process::Target;
-use crate::rig::rng::Rng;
 
 /// Bytes per second of the primary's disk, for reads and for writes.
 const RATE: u64 = 192 << 10;

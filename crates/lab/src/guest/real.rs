@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::rig::qsd::{Aio, Qsd, Running};
+use crate::common::qsd::{Aio, Qsd, Running};
 
 /// A backend, its image and a guest; the directory goes with it.
 struct Bench {

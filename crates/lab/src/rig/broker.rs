@@ -1,28 +1,20 @@
 //! A real broker process with its backends, and the three lines to it: commands, status, events.
 
-use std::io::{BufRead as _, BufReader};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
 
-use anyhow::{Context, bail, ensure};
-use rustix::process::Signal;
+use anyhow::{Context, bail};
 use serde_json::json;
 
-use super::control::{Answer, DeviceStatus, Lines, StatusAnswer};
+use super::control::{Answer, DeviceStatus, StatusAnswer};
 use super::halt::{Halted, Halts};
-use super::process::Target;
-use super::sys::die_with_parent;
+use crate::common::broker::{BrokerProcess, Launch};
+use crate::common::lines::Lines;
+use crate::common::process::Target;
 use crate::guest::now_ns;
 
 /// Name of the guarded device.
 const NAME: &str = "rig";
-/// How long a broker may take to start its backends and listen.
-const READY_MAX: Duration = Duration::from_secs(20);
-/// How long it may take to end.
-const END_MAX: Duration = Duration::from_secs(10);
 /// While the rig waits for a state, it asks this often, and at once when an event came.
 const ASK_EVERY_NS: u64 = 2_000_000;
 /// Lines of the broker's log in the report of a failure.
@@ -44,9 +36,8 @@ pub(crate) struct Setup {
 /// A broker that runs. Ended on drop.
 #[derive(Debug)]
 pub(crate) struct Broker {
-    child: Child,
+    process: BrokerProcess,
     target: Target,
-    directory: PathBuf,
     commands: Lines,
     status: Lines,
     events: Lines,
@@ -63,37 +54,23 @@ pub(crate) struct Broker {
 impl Broker {
     /// Starts a broker and waits until it listens.
     pub(crate) fn start(setup: &Setup) -> anyhow::Result<Self> {
-        let directory = setup.directory.clone();
-        let control = directory.join("control");
-        std::fs::create_dir_all(&control)?;
-        let mut command = Command::new(std::env::current_exe()?);
-        command.args(["warmswap", "guard", "--name", NAME, "--type", "blk"]);
-        command.arg("--socket").arg(directory.join("vmm.sock"));
-        command.arg("--control").arg(&control);
-        command.arg("--run-dir").arg(directory.join("run"));
-        command.arg("--hang-ms").arg(setup.hang_ms.to_string());
-        command.args(&setup.extra).arg("--").args(&setup.backend);
-        let log = std::fs::File::create(directory.join("broker.log"))?;
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
-        // An interrupt from the terminal is for the rig, which ends the broker in its turn.
-        command.process_group(0);
-        let mut child = die_with_parent(&mut command).spawn().context("starting the broker")?;
-        let ready = wait_until_ready(&mut child).with_context(|| log_tail(&directory, LOG_LINES));
-        if let Err(error) = ready {
-            let _ = child.kill();
-            let _ = child.wait();
-            return Err(error);
-        }
-        let socket = control.join(format!("{NAME}.sock"));
-        let mut events = Lines::connect(&socket)?;
+        let mut options = vec!["--hang-ms".to_owned(), setup.hang_ms.to_string()];
+        options.extend_from_slice(&setup.extra);
+        let process = BrokerProcess::start(&Launch {
+            name: NAME,
+            directory: &setup.directory,
+            options: &options,
+            backend: &setup.backend,
+            environment: None,
+        })?;
+        let mut events = process.connect()?;
         events.send(&json!({"verb": "events", "follow": true}))?;
         Ok(Broker {
-            target: Target::open(child.id())?,
-            child,
-            commands: Lines::connect(&socket)?,
-            status: Lines::connect(&socket)?,
+            target: Target::open(process.pid())?,
+            commands: process.connect()?,
+            status: process.connect()?,
             events,
-            directory,
+            process,
             latest: None,
             asked_ns: 0,
             waiting: false,
@@ -105,8 +82,8 @@ impl Broker {
     }
 
     /// Where the VMM connects.
-    pub(crate) fn socket(directory: &Path) -> PathBuf {
-        directory.join("vmm.sock")
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.process.socket()
     }
 
     /// Its process.
@@ -169,74 +146,25 @@ impl Broker {
 
     /// Fails if the broker has ended.
     pub(crate) fn must_live(&mut self) -> anyhow::Result<()> {
-        match self.child.try_wait()? {
+        match self.process.ended()? {
             None => Ok(()),
             Some(status) => bail!("the broker ended: {status}"),
         }
     }
 
     /// Ends it as an operator does and waits until it is gone.
-    pub(crate) fn end(mut self) -> anyhow::Result<()> {
-        self.terminate().with_context(|| log_tail(&self.directory, LOG_LINES))
-    }
-
-    fn terminate(&mut self) -> anyhow::Result<()> {
-        self.target.signal(Signal::TERM)?;
-        let deadline = Instant::now() + END_MAX;
-        let status = loop {
-            if let Some(status) = self.child.try_wait()? {
-                break status;
-            }
-            ensure!(Instant::now() < deadline, "the broker did not end on SIGTERM within {END_MAX:?}");
-            std::thread::sleep(Duration::from_millis(1));
-        };
-        ensure!(status.success(), "on SIGTERM the broker ended with {status}");
-        let left = [Broker::socket(&self.directory), self.directory.join("control").join(format!("{NAME}.sock"))];
-        for socket in left {
-            ensure!(!socket.exists(), "the broker left {} behind", socket.display());
-        }
-        Ok(())
+    pub(crate) fn end(self) -> anyhow::Result<()> {
+        self.process.end()
     }
 
     /// The last few events.
     pub(crate) fn last_events(&self) -> String {
-        log_tail(&self.directory, LOG_LINES / 3)
+        self.process.log_tail(LOG_LINES / 3)
     }
 
     /// Its last status and the last events, as its log has them, for the report of a failure.
     pub(crate) fn last_words(&self) -> String {
         let status = self.latest.as_ref().map(|(_, status)| format!("{status:?}")).unwrap_or_default();
-        format!("last status: {status}\n{}", log_tail(&self.directory, LOG_LINES))
+        format!("last status: {status}\n{}", self.process.log_tail(LOG_LINES))
     }
-}
-
-impl Drop for Broker {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn wait_until_ready(child: &mut Child) -> anyhow::Result<()> {
-    let stdout = child.stdout.take().context("the broker's output")?;
-    let (sender, receiver) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        let mut lines = BufReader::new(stdout).lines();
-        let first = lines.next();
-        // The receiver may have given up; the pipe is drained all the same, so that the broker never blocks on it.
-        let _ = sender.send(first);
-        lines.for_each(drop);
-    });
-    match receiver.recv_timeout(READY_MAX) {
-        Ok(Some(Ok(line))) if line.starts_with("ready:") => Ok(()),
-        Ok(Some(Ok(line))) => bail!("the broker said {line:?} instead of that it is ready"),
-        Ok(_) => bail!("the broker ended before it was ready"),
-        Err(_) => bail!("the broker was not ready within {READY_MAX:?}"),
-    }
-}
-
-fn log_tail(directory: &Path, count: usize) -> String {
-    let log = std::fs::read_to_string(directory.join("broker.log")).unwrap_or_default();
-    let lines: Vec<&str> = log.lines().collect();
-    format!("end of the broker's log:\n{}", lines[lines.len().saturating_sub(count)..].join("\n"))
 }

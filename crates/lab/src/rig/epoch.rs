@@ -13,11 +13,11 @@ use super::load::Load;
 use super::options::{EpochChoices, Fixed, SessionChoices};
 use super::process::{Holdings, reap_orphans};
 use super::progress::Progress;
-use super::rng::Rng;
 use super::tally::Tally;
 use super::vmm::{self, Behaviour};
 use super::world::World;
 use crate::common::interrupt;
+use crate::common::rng::Rng;
 use crate::guest::{BLOCK, now_ns};
 
 /// Failovers of one guest.
@@ -83,7 +83,7 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally, progress: &mut Progress) -
     let blocks = usize::try_from(choices.image_blocks)?;
     let session = next_session(plan, &mut options, &choices)?;
     let load = Load::new(Ledger::new(device, blocks), plan.stream(2), session.mix(false));
-    let socket = Broker::socket(plan.directory);
+    let socket = broker.socket();
     let mut world = World::new(broker, load, plan.stream(1), session, plan.behaviours, plan.verbose, socket)?;
     let ended = sessions(plan, &choices, &mut options, &mut world, tally, progress);
     tally.requests += world.load.completed;
@@ -226,60 +226,9 @@ pub(crate) fn has_direct(directory: &Path) -> anyhow::Result<bool> {
     Ok(opened.is_ok())
 }
 
-/// A directory that is gone when the run ends.
-#[derive(Debug)]
-pub(crate) struct Workspace(PathBuf);
-
-impl Workspace {
-    /// Makes one under `parent`, and removes those of runs that were killed.
-    pub(crate) fn new(parent: &Path) -> anyhow::Result<Self> {
-        remove_abandoned(parent)?;
-        let path = parent.join(format!("{WORKSPACE}{}", std::process::id()));
-        std::fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
-        Ok(Workspace(path))
-    }
-
-    /// Its path.
-    pub(crate) fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-/// Name of a workspace, without the number of the process it belongs to.
-const WORKSPACE: &str = "lab-rig-";
-
-fn remove_abandoned(parent: &Path) -> anyhow::Result<()> {
-    for entry in std::fs::read_dir(parent).with_context(|| format!("reading {}", parent.display()))? {
-        let entry = entry?;
-        let owner = entry.file_name().to_string_lossy().strip_prefix(WORKSPACE).and_then(|pid| pid.parse::<u32>().ok());
-        if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
-            std::fs::remove_dir_all(entry.path())?;
-        }
-    }
-    Ok(())
-}
-
-impl Drop for Workspace {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn workspaces_of_dead_runs_go_and_those_of_living_ones_stay() {
-        let parent = std::env::temp_dir().join(format!("lab-rig-test-{}", std::process::id()));
-        // No process has a number beyond the kernel's limit of 2^22.
-        let (dead, living) = (parent.join(format!("{WORKSPACE}99999999")), parent.join(format!("{WORKSPACE}1")));
-        std::fs::create_dir_all(&dead).and_then(|()| std::fs::create_dir_all(&living)).expect("directories");
-        let workspace = Workspace::new(&parent).expect("workspace");
-        assert!(!dead.exists() && living.exists() && workspace.path().exists());
-        drop(workspace);
-        std::fs::remove_dir_all(&parent).expect("clean up");
-    }
 
     #[test]
     fn every_kind_is_drawn() {

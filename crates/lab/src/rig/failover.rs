@@ -6,11 +6,11 @@ use rustix::process::Signal;
 use super::control::{Answer, BackendStatus, DeviceStatus, Failover};
 use super::kind::Kind;
 use super::load::Pace;
-use super::process::Target;
 use super::sys::make_it_spin;
 use super::tally::{Seen, Tally};
 use super::vmm;
 use super::world::World;
+use crate::common::process::Target;
 use crate::guest::{self, now_ns};
 
 /// The load runs at full pace for up to this long before an injection: the instant is uniform in it.

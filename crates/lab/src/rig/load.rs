@@ -6,9 +6,9 @@ use crate::guest::{BLOCK, BlkQueue, Completion, Guest, Kind, Request, Slot, Stat
 
 use super::block::{self, WORDS};
 use super::ledger::Ledger;
-use super::rng::Rng;
 use super::trap::Trap;
 use super::verdict::Verdict;
+use crate::common::rng::Rng;
 
 /// A trickle submits one request per queue in this time.
 const TRICKLE_NS: u64 = 1_000_000;

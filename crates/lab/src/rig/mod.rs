@@ -16,7 +16,7 @@
 
 mod block;
 mod broker;
-pub(crate) mod control;
+mod control;
 mod epoch;
 mod failover;
 mod halt;
@@ -24,11 +24,9 @@ mod kind;
 mod ledger;
 mod load;
 mod options;
-pub(crate) mod process;
+mod process;
 mod progress;
-pub(crate) mod qsd;
-pub(crate) mod rng;
-pub(crate) mod sys;
+mod sys;
 mod tally;
 mod trap;
 pub(crate) mod unguarded;
@@ -37,20 +35,21 @@ mod vmm;
 mod world;
 
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
-use self::epoch::{Plan, Workspace};
+use self::epoch::Plan;
 use self::kind::Kind;
 use self::options::Fixed;
 use self::progress::Progress;
 use self::tally::Tally;
 use self::unguarded::{Damage, Rule};
 use self::vmm::Behaviour;
+use crate::common::commit::commit;
 use crate::common::interrupt;
+use crate::common::workspace::Workspace;
 
 /// Kills per rule in the control.
 const CONTROL_KILLS: u64 = 15;
@@ -117,7 +116,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         "--size must be a power of two from 32 on"
     );
     interrupt::note_signals();
-    let workspace = Workspace::new(&args.image_dir)?;
+    let workspace = Workspace::new(&args.image_dir, "rig")?;
     let lost_by_rule = control(args, &workspace)?;
     let started = Instant::now();
     let mut tally = Tally::default();
@@ -249,17 +248,4 @@ fn command(args: &Args) -> String {
         command.push_str(&format!(" --guard={option}"));
     }
     command
-}
-
-/// The commit the sources are at, with a mark where they differ from it.
-fn commit() -> String {
-    let git = |arguments: &[&str]| {
-        let output = Command::new("git").args(arguments).output().ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    match git(&["rev-parse", "--short=12", "HEAD"]) {
-        Some(commit) if git(&["status", "--porcelain"]).is_some_and(|changes| changes.is_empty()) => commit,
-        Some(commit) => format!("{commit}+changes"),
-        None => "unknown".into(),
-    }
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::load::Mix;
-use super::qsd::{Aio, Qsd};
-use super::rng::Rng;
+use crate::common::qsd::{Aio, Qsd};
+use crate::common::rng::Rng;
 use crate::guest::{Acks, BLOCK, Options, QueueShape};
 
 /// Most data segments of a request.

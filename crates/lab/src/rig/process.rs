@@ -1,55 +1,12 @@
-//! Processes seen from outside: /proc, pidfds, children.
+//! What a process holds, and what one leaves behind.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
+use rustix::process::{Pid, Signal, WaitOptions};
 
-/// A process that cannot be mistaken for another, whatever happens to its number.
-#[derive(Debug)]
-pub(crate) struct Target {
-    pid: u32,
-    pidfd: OwnedFd,
-}
-
-impl Target {
-    /// Opens the process.
-    pub(crate) fn open(pid: u32) -> anyhow::Result<Self> {
-        let number = Pid::from_raw(pid.cast_signed()).context("a backend without a process")?;
-        let pidfd = rustix::process::pidfd_open(number, PidfdFlags::empty())
-            .with_context(|| format!("process {pid} is gone already"))?;
-        Ok(Target { pid, pidfd })
-    }
-
-    /// Its number.
-    pub(crate) fn pid(&self) -> u32 {
-        self.pid
-    }
-
-    /// Whether it has not ended yet.
-    pub(crate) fn is_alive(&self) -> bool {
-        stat(self.pid).is_some_and(|(state, _)| !matches!(state, 'Z' | 'X'))
-    }
-
-    /// Whether SIGSTOP has taken effect.
-    pub(crate) fn is_stopped(&self) -> bool {
-        stat(self.pid).is_some_and(|(state, _)| state == 'T')
-    }
-
-    /// Sends a signal.
-    pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
-        rustix::process::pidfd_send_signal(&self.pidfd, signal)
-            .with_context(|| format!("signalling process {}", self.pid))
-    }
-}
-
-impl AsFd for Target {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
-    }
-}
+use crate::common::process::{children_of, stat};
 
 /// What a process holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -111,29 +68,8 @@ fn kilobytes(status: &str, field: &str) -> anyhow::Result<u64> {
     Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
 }
 
-/// Children of a process, zombies included.
-pub(crate) fn children_of(pid: u32) -> anyhow::Result<Vec<u32>> {
-    let mut children = Vec::new();
-    for entry in std::fs::read_dir("/proc")? {
-        let Ok(child) = entry?.file_name().to_string_lossy().parse::<u32>() else { continue };
-        if stat(child).is_some_and(|(_, parent)| parent == pid) {
-            children.push(child);
-        }
-    }
-    Ok(children)
-}
-
 fn is_zombie(pid: u32) -> bool {
     stat(pid).is_none_or(|(state, _)| state == 'Z')
-}
-
-/// State and parent.
-fn stat(pid: u32) -> Option<(char, u32)> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name is in parentheses and may hold anything.
-    let (_, rest) = stat.rsplit_once(')')?;
-    let mut fields = rest.split_whitespace();
-    Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
 }
 
 /// Has orphans of our descendants become our children, so that a broker that leaves processes behind is found out.
@@ -181,15 +117,5 @@ mod tests {
         assert!(Holdings::of(std::process::id()).expect("proc").fds > 3);
         drop(file);
         assert!(before.rss_bytes > 100_000);
-    }
-
-    #[test]
-    fn a_child_is_found_and_its_end_is_seen() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
-        let target = Target::open(child.id()).expect("pidfd");
-        assert!(children_of(std::process::id()).expect("proc").contains(&child.id()));
-        target.signal(Signal::KILL).expect("kill");
-        child.wait().expect("wait");
-        target.signal(Signal::KILL).expect_err("it is gone");
     }
 }

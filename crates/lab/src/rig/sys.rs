@@ -1,21 +1,6 @@
-//! The rig's few calls that need `unsafe`: a child that dies with its parent, and a process made to spin.
+//! The rig's few calls that need `unsafe`: a process made to spin.
 
 use std::io;
-use std::os::unix::process::CommandExt;
-use std::process::Command;
-
-use rustix::process::Signal;
-
-/// Has the kernel kill the child when the thread that started it ends: no exit path of the rig leaves a process behind.
-pub(crate) fn die_with_parent(command: &mut Command) -> &mut Command {
-    signal_with_parent(command, Signal::KILL)
-}
-
-/// Has the kernel send `signal` to the child when the thread that started it ends.
-pub(crate) fn signal_with_parent(command: &mut Command, signal: Signal) -> &mut Command {
-    // SAFETY: between fork and exec the closure makes one system call and touches no memory but its own.
-    unsafe { command.pre_exec(move || Ok(rustix::process::set_parent_process_death_signal(Some(signal))?)) }
-}
 
 /// `jmp .`, in a word as PTRACE_POKETEXT writes it.
 const JUMP_TO_ITSELF: u64 = 0xfeeb;
@@ -87,6 +72,8 @@ fn trace(request: libc::c_uint, pid: i32, data: usize) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::common::process::die_with_parent;
+    use std::process::Command;
     use std::time::{Duration, Instant};
 
     /// State letter and user-mode ticks of a process.

@@ -9,9 +9,9 @@ use serde::Serialize;
 use super::ledger::Ledger;
 use super::load::{Load, Mix, Pace};
 use super::options::BACKEND_QUEUES;
-use super::qsd::{Aio, Qsd, Running};
-use super::rng::Rng;
 use crate::common::interrupt;
+use crate::common::qsd::{Aio, Qsd, Running};
+use crate::common::rng::Rng;
 use crate::guest::{BLOCK, Guest, Options, QueueShape, now_ns};
 
 /// Blocks of the image: small, for it is read after every kill.

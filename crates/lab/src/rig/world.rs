@@ -12,8 +12,8 @@ use super::control::{BackendStatus, DeviceStatus};
 use super::halt::Halted;
 use super::load::{Load, Pace};
 use super::options::SessionChoices;
-use super::rng::Rng;
 use super::vmm::Behaviour;
+use crate::common::rng::Rng;
 use crate::guest::{Guest, now_ns};
 
 /// A request in flight for longer is lost.

@@ -1,13 +1,13 @@
 //! The verdict on a run, for people and for programs.
 
 use std::collections::BTreeMap;
-use std::process::Command;
 
 use serde::Serialize;
 
 use super::campaign::{Outcome, Settings, to_ms};
 use super::checks::Findings;
 use super::watch::{FioTotals, LoadTotals};
+use crate::common::commit::commit;
 
 /// Median, 99th percentile and maximum of a list of times.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -234,17 +234,6 @@ fn show_times(times: &Times) -> String {
 
 fn row(name: &str, value: impl std::fmt::Display) {
     println!("  {name:<24} {value}");
-}
-
-/// The commit this was built from, as far as the working directory tells, and whether it was changed since.
-fn commit() -> String {
-    let git = |words: &[&str]| {
-        let output = Command::new("git").arg("-C").arg(env!("CARGO_MANIFEST_DIR")).args(words).output().ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    let Some(name) = git(&["rev-parse", "--short=12", "HEAD"]) else { return "unknown".to_owned() };
-    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|list| !list.is_empty());
-    if changed { format!("{name}+changes") } else { name }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
-use super::sys::die_with_parent;
+use super::process::die_with_parent;
 
 /// How QSD does its I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
