@@ -16,6 +16,8 @@ use super::process::Process;
 use super::workspace::Workspace;
 
 const MEMORY: &str = "768M";
+/// Ring size, as `warmswap example qemu` advises it.
+const RING: u16 = 1024;
 /// Processors, queues of the disk: one queue for each processor.
 const PROCESSORS: u32 = 2;
 
@@ -55,7 +57,7 @@ impl Machine {
             .args(["-serial", "chardev:console", "-serial", "chardev:port"])
             .arg("-chardev")
             .arg(format!("socket,id=disk,path={},{}", disk.display(), reconnect(qemu.version)))
-            .args(["-device", &format!("vhost-user-blk-pci,chardev=disk,num-queues={PROCESSORS}")])
+            .args(["-device", &format!("vhost-user-blk-pci,chardev=disk,num-queues={PROCESSORS},queue-size={RING}")])
             .arg("-kernel")
             .arg(&kernel.image)
             .arg("-initrd")

@@ -7,6 +7,9 @@ use serde_json::json;
 
 use super::Failure;
 
+/// Why examples ask for longer rings than VMMs do by themselves.
+const LONG_RINGS: &str = "Rings of 1024 give the observer a longer history to follow.";
+
 /// VMMs there is an example for.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 pub(super) enum Vmm {
@@ -32,12 +35,12 @@ pub(super) fn print(vmm: Vmm, name: &str, socket: Option<PathBuf>, as_json: bool
             "qemu-system-x86_64 -machine q35,memory-backend=ram -m 2G -smp 2 \\\n  \
              -object memory-backend-memfd,id=ram,size=2G,share=on \\\n  \
              -chardev socket,id={name},path={socket},reconnect-ms=100 \\\n  \
-             -device vhost-user-blk-pci,chardev={name},num-queues=2"
+             -device vhost-user-blk-pci,chardev={name},num-queues=2,queue-size=1024"
         ),
         Vmm::Libvirt => format!(
             "<memoryBacking>\n  <source type='memfd'/>\n  <access mode='shared'/>\n</memoryBacking>\n\
              <!-- inside <devices>: -->\n\
-             <disk type='vhostuser' device='disk'>\n  <driver name='qemu' type='raw' queues='2'/>\n  \
+             <disk type='vhostuser' device='disk'>\n  <driver name='qemu' type='raw' queues='2' queue_size='1024'/>\n  \
              <source type='unix' path='{socket}'>\n    <reconnect enabled='yes' timeout='1'/>\n  </source>\n  \
              <target dev='vda' bus='virtio'/>\n</disk>"
         ),
@@ -50,7 +53,12 @@ pub(super) fn print(vmm: Vmm, name: &str, socket: Option<PathBuf>, as_json: bool
     if as_json {
         writeln!(out, "{}", json!({ "guard": guard, "vmm": vmm_part, "socket": socket.to_string() }))?;
     } else {
-        writeln!(out, "# The guarded device:\n{guard}\n\n# The VMM:\n{vmm_part}")?;
+        let note = match vmm {
+            Vmm::Qemu | Vmm::Libvirt => LONG_RINGS,
+            Vmm::CloudHypervisor => "",
+        };
+        let title = format!("# The VMM: {note}");
+        writeln!(out, "# The guarded device:\n{guard}\n\n{}\n{vmm_part}", title.trim_end())?;
     }
     Ok(0)
 }
