@@ -26,6 +26,8 @@ pub(super) struct Shape {
     pub(super) queues: u16,
     /// Requests in flight per queue.
     pub(super) depth: u16,
+    /// Entries of each ring.
+    pub(super) ring: u16,
     /// Messages to have acknowledged.
     pub(super) acks: Acks,
     /// Memory region by region, not as a table.
@@ -35,7 +37,7 @@ pub(super) struct Shape {
 impl Shape {
     /// A guest with 256 MiB and one queue, sixteen requests deep, as QEMU makes it.
     pub(super) fn at(socket: PathBuf) -> Self {
-        Shape { socket, memory_mib: 256, queues: 1, depth: 16, acks: Acks::Qemu, memory_slots: true }
+        Shape { socket, memory_mib: 256, queues: 1, depth: 16, ring: RING, acks: Acks::Qemu, memory_slots: true }
     }
 }
 
@@ -58,7 +60,7 @@ pub(super) struct Driver {
 impl Driver {
     /// Boots a guest: connects, starts the rings. No load yet.
     pub(super) fn boot(shape: &Shape, rng: Rng) -> anyhow::Result<Self> {
-        let queue = QueueShape { size: RING, depth: shape.depth, blocks_max: 1, segments_max: 1, start: 0 };
+        let queue = QueueShape { size: shape.ring, depth: shape.depth, blocks_max: 1, segments_max: 1, start: 0 };
         let options = Options {
             socket: shape.socket.clone(),
             memory_bytes: shape.memory_mib << 20,

@@ -20,6 +20,7 @@ mod report;
 mod spread;
 mod throughput;
 mod usage;
+mod wakeups;
 
 use std::path::PathBuf;
 

@@ -1,14 +1,16 @@
 //! `lab bench observer`: what the broker uses while it only watches, and how fast it answers when its backend does not.
 //!
 //! * *Idle*: a guest is connected, its rings run and have had work, nothing is in flight.
-//! * *Highest rate*: QSD on a null device behind the broker; of several depths and queue counts the fastest is taken.
+//! * *Highest rate*: QSD on a null device behind the broker; of several depths and queue counts the fastest is taken, and measured
+//!   with rings of several sizes: the longer a ring, the more rarely it has to be looked at. Beside each stands what as many
+//!   wake-ups cost a thread that does nothing ([`super::wakeups`]).
 //! * *Answers*: [`super::answers`].
 //!
 //! Processor time is what the scheduler accounts to the threads of the broker's process, in nanoseconds.
 
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
 use super::answers;
@@ -19,11 +21,18 @@ use super::report::Report;
 use super::spread::{header, line, rounded};
 use super::throughput::{self, Waiting};
 use super::usage;
+use super::wakeups::{self, Bare};
 use crate::common::rng::Rng;
 use crate::common::workspace::Workspace;
 
 /// Queues and requests in flight per queue that are tried for the highest rate.
 const SHAPES: [(u16, u16); 5] = [(1, 32), (1, 64), (1, 128), (2, 32), (2, 128)];
+/// Ring sizes measured in every run: Linux' and QEMU's default, and what `warmswap example` advises.
+const RINGS: [u16; 2] = [256, ADVISED_RING];
+/// The ring size that `warmswap example` advises.
+const ADVISED_RING: u16 = 1024;
+/// How long the broker's status may take.
+const STATUS_MAX: Duration = Duration::from_secs(10);
 /// How long each is tried, in seconds.
 const TRY_SECONDS: f64 = 0.5;
 /// Guest RAM in MiB.
@@ -35,7 +44,10 @@ pub(super) struct Args {
     /// Seconds without I/O.
     #[arg(long, default_value_t = 10)]
     idle_seconds: u64,
-    /// Seconds at the highest rate.
+    /// Ring size of the highest rate that is reported as such: a power of two from 128 to 1024. Others are measured beside it.
+    #[arg(long, default_value_t = ADVISED_RING, value_parser = ring_size)]
+    ring_size: u16,
+    /// Seconds at the highest rate, for each ring size; as many again for bare wake-ups.
     #[arg(long, default_value_t = 5.0)]
     busy_seconds: f64,
     /// Times a backend is stopped and the VMM goes through its requests.
@@ -45,13 +57,42 @@ pub(super) struct Args {
     common: super::Common,
 }
 
+fn ring_size(text: &str) -> Result<u16, String> {
+    let size = text.parse::<u16>().map_err(|error| error.to_string())?;
+    // The deepest shape must fit, and QSD takes no more.
+    let possible = size.is_power_of_two() && (128..=1024).contains(&size);
+    possible.then_some(size).ok_or_else(|| format!("{size} is no power of two from 128 to 1024"))
+}
+
 /// The broker at its highest rate.
 struct Busiest {
     queues: u16,
     depth: u16,
+    rings: Vec<Ring>,
+    peak_bytes: u64,
+}
+
+/// The highest rate with rings of one size.
+struct Ring {
+    size: u16,
     iops: f64,
     core_percent: f64,
-    peak_bytes: u64,
+    /// Looks at a ring, per second.
+    observations: f64,
+    bare: Bare,
+}
+
+impl Ring {
+    fn json(&self) -> Value {
+        json!({
+            "size": self.size,
+            "iops": rounded(self.iops, 0),
+            "core_percent": rounded(self.core_percent, 3),
+            "observations_per_second": rounded(self.observations, 0),
+            "bare_wakeups_core_percent": rounded(self.bare.core_percent, 3),
+            "bare_wakeups_per_second": rounded(self.bare.per_second, 0),
+        })
+    }
 }
 
 /// Runs the bench.
@@ -60,12 +101,16 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let (idle, rss_bytes) = idle(args, &workspace)?;
     eprintln!("idle: {idle} % of a core, {} KiB", rss_bytes / 1024);
     let busiest = busiest(args, &workspace)?;
-    eprintln!("{:.0} requests per second: {:.3} % of a core", busiest.iops, busiest.core_percent);
+    let chosen = busiest.rings.iter().find(|ring| ring.size == args.ring_size).context("it was measured")?;
     let answers = answers::measure(&workspace, args.stops, args.common.seed)?;
     let mut report = Report::new("observer", &args.common);
     report.set("idle_core_percent", &idle)?;
-    report.set("max_core_percent", &rounded(busiest.core_percent, 3))?;
-    report.set("max_iops", &rounded(busiest.iops, 0))?;
+    report.set("max_core_percent", &rounded(chosen.core_percent, 3))?;
+    report.set("bare_wakeups_core_percent", &rounded(chosen.bare.core_percent, 3))?;
+    report.set("bare_wakeups_real_time", &chosen.bare.real_time)?;
+    report.set("ring_size", &chosen.size)?;
+    report.set("rings", &busiest.rings.iter().map(Ring::json).collect::<Vec<_>>())?;
+    report.set("max_iops", &rounded(chosen.iops, 0))?;
     report.set("max_shape", &json!({ "queues": busiest.queues, "qd": busiest.depth }))?;
     report.set("rss_bytes", &rss_bytes)?;
     report.set("rss_peak_bytes", &busiest.peak_bytes)?;
@@ -100,10 +145,10 @@ fn idle(args: &Args, workspace: &Workspace) -> anyhow::Result<(f64, u64)> {
 }
 
 fn busiest(args: &Args, workspace: &Workspace) -> anyhow::Result<Busiest> {
-    let broker = Broker::start(&workspace.directory("null")?, &[], &backend::on_nothing(2, "{socket}"))?;
+    let mut broker = Broker::start(&workspace.directory("null")?, &[], &backend::on_nothing(2, "{socket}"))?;
     let mut best = (0.0, SHAPES[0]);
     for shape in SHAPES {
-        let mut driver = boot(&broker, shape, args.common.seed)?;
+        let mut driver = boot(&broker, shape, args.ring_size, args.common.seed)?;
         let iops = throughput::measure(&mut driver, Waiting::Poll, TRY_SECONDS)?.iops;
         driver.rest()?;
         driver.guest.stop()?;
@@ -113,33 +158,72 @@ fn busiest(args: &Args, workspace: &Workspace) -> anyhow::Result<Busiest> {
         }
     }
     let (queues, depth) = best.1;
-    let mut driver = boot(&broker, best.1, args.common.seed)?;
+    let mut sizes = RINGS.to_vec();
+    sizes.push(args.ring_size);
+    sizes.sort_unstable();
+    sizes.dedup();
+    let mut rings = Vec::new();
+    for size in sizes {
+        let ring = one_ring(args, &mut broker, best.1, size)?;
+        eprintln!(
+            "rings of {size}: {:.0} requests per second, {:.3} % of a core for {:.0} looks per second; bare wake-ups {:.3} %",
+            ring.iops, ring.core_percent, ring.observations, ring.bare.core_percent
+        );
+        rings.push(ring);
+    }
+    let (_, peak_bytes) = usage::resident_bytes(broker.pid())?;
+    Ok(Busiest { queues, depth, rings, peak_bytes })
+}
+
+/// The highest rate with rings of `size`: the broker, and then a thread that is only woken as often.
+fn one_ring(args: &Args, broker: &mut Broker, shape: (u16, u16), size: u16) -> anyhow::Result<Ring> {
+    let mut driver = boot(broker, shape, size, args.common.seed)?;
     throughput::measure(&mut driver, Waiting::Poll, TRY_SECONDS)?;
+    let looked = observations(broker)?;
     let before = usage::processor_ns(broker.pid())?;
     let began = Instant::now();
     let run = throughput::measure(&mut driver, Waiting::Poll, args.busy_seconds)?;
     let used = usage::processor_ns(broker.pid())? - before;
-    let core_percent = used as f64 / began.elapsed().as_nanos() as f64 * 100.0;
-    let (_, peak_bytes) = usage::resident_bytes(broker.pid())?;
+    let elapsed = began.elapsed();
+    let observations = (observations(broker)? - looked) as f64 / elapsed.as_secs_f64();
+    let core_percent = used as f64 / elapsed.as_nanos() as f64 * 100.0;
+    ensure!(observations >= 1.0, "the broker does not look at the rings");
+    let busy = || throughput::measure(&mut driver, Waiting::Poll, args.busy_seconds);
+    let (bare, _) = wakeups::measure(Duration::from_secs_f64(1.0 / observations), busy)?;
     driver.rest()?;
     driver.guest.stop()?;
-    Ok(Busiest { queues, depth, iops: run.iops, core_percent, peak_bytes })
+    Ok(Ring { size, iops: run.iops, core_percent, observations, bare })
 }
 
-fn boot(broker: &Broker, (queues, depth): (u16, u16), seed: u64) -> anyhow::Result<Driver> {
-    let shape = Shape { memory_mib: GUEST_MIB, queues, depth, ..Shape::at(broker.socket()) };
+/// How often the broker has looked at rings.
+fn observations(broker: &mut Broker) -> anyhow::Result<u64> {
+    broker.ask_status()?;
+    let deadline = Instant::now() + STATUS_MAX;
+    loop {
+        if let Some(status) = broker.status()? {
+            return status["counters"]["observations"].as_u64().context("the status has no observations");
+        }
+        ensure!(Instant::now() < deadline, "the broker does not answer\n{}", broker.last_words());
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+fn boot(broker: &Broker, (queues, depth): (u16, u16), ring: u16, seed: u64) -> anyhow::Result<Driver> {
+    let shape = Shape { memory_mib: GUEST_MIB, queues, depth, ring, ..Shape::at(broker.socket()) };
     Driver::boot(&shape, Rng::new(seed, 2)).with_context(|| broker.last_words())
 }
 
 /// The report for people.
 fn table(report: &Value) -> String {
     let mut text = format!(
-        "idle                 {} % of a core\nhighest rate         {} % of a core at {} requests per second, {}\n\
-         memory               {} bytes resident, {} at most\n",
+        "idle                 {} % of a core\nhighest rate         {} % of a core at {} requests per second, {}, rings of {}\n\
+         bare wake-ups        {} % of a core\nmemory               {} bytes resident, {} at most\n",
         report["idle_core_percent"],
         report["max_core_percent"],
         report["max_iops"],
         report["max_shape"],
+        report["ring_size"],
+        report["bare_wakeups_core_percent"],
         report["rss_bytes"],
         report["rss_peak_bytes"]
     );
