@@ -167,7 +167,7 @@ fn strike(
 }
 
 /// Sends a signal. A backend that the broker took for hung under load, and killed before the blow, has failed as well.
-fn hit(target: &Target, signal: Signal, tally: &mut Tally) -> anyhow::Result<()> {
+pub(crate) fn hit(target: &Target, signal: Signal, tally: &mut Tally) -> anyhow::Result<()> {
     match target.signal(signal) {
         Err(_) if !target.is_alive() => {
             tally.behaviour("ended-before-the-blow");

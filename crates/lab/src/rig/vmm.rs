@@ -126,7 +126,7 @@ pub(crate) fn between_failovers(world: &mut World, tally: &mut Tally) -> anyhow:
     let Some(behaviour) = Behaviour::choose(&world.behaviours, false, draw) else { return Ok(()) };
     tally.behaviour(behaviour.name());
     world.say(behaviour);
-    play(world, behaviour, detail).with_context(|| format!("the VMM's {behaviour}"))
+    play(world, behaviour, detail, tally).with_context(|| format!("the VMM's {behaviour}"))
 }
 
 /// What the VMM does in the very moment of a failover. True: something was done.
@@ -137,7 +137,7 @@ pub(crate) fn race(world: &mut World, detail: u64, tally: &mut Tally) -> anyhow:
     }
     tally.behaviour(behaviour.name());
     world.say(behaviour);
-    play(world, behaviour, detail / 100).with_context(|| format!("the VMM's {behaviour}"))?;
+    play(world, behaviour, detail / 100, tally).with_context(|| format!("the VMM's {behaviour}"))?;
     Ok(true)
 }
 
@@ -146,7 +146,7 @@ pub(crate) fn any_masked(world: &World) -> bool {
     (0..world.guest.queues.len()).any(|queue| world.guest.is_masked(queue))
 }
 
-fn play(world: &mut World, behaviour: Behaviour, detail: u64) -> anyhow::Result<()> {
+fn play(world: &mut World, behaviour: Behaviour, detail: u64, tally: &mut Tally) -> anyhow::Result<()> {
     let queue = (detail % world.guest.queues.len() as u64) as usize;
     match behaviour {
         Behaviour::Nothing => Ok(()),
@@ -171,8 +171,8 @@ fn play(world: &mut World, behaviour: Behaviour, detail: u64) -> anyhow::Result<
         }
         Behaviour::VmmKilled => killed(world),
         Behaviour::Hotplug | Behaviour::RaceHotplug => hotplug(world, queue),
-        Behaviour::CrashAfterStop => crash_around_stop(world, true),
-        Behaviour::CrashBeforeStop => crash_around_stop(world, false),
+        Behaviour::CrashAfterStop => crash_around_stop(world, true, tally),
+        Behaviour::CrashBeforeStop => crash_around_stop(world, false, tally),
     }
 }
 
@@ -230,16 +230,16 @@ fn reboot(world: &mut World, busy: bool) -> anyhow::Result<()> {
 }
 
 /// The primary dies around the moment at which the VMM stops the idle rings; then they are started again.
-fn crash_around_stop(world: &mut World, stop_first: bool) -> anyhow::Result<()> {
+fn crash_around_stop(world: &mut World, stop_first: bool, tally: &mut Tally) -> anyhow::Result<()> {
     let primary = failover::primary(world)?;
     world.quiesce()?;
     world.resynchronise = true;
     let bases = if stop_first {
         let bases = stop(world)?;
-        primary.signal(Signal::KILL)?;
+        failover::hit(&primary, Signal::KILL, tally)?;
         bases
     } else {
-        primary.signal(Signal::KILL)?;
+        failover::hit(&primary, Signal::KILL, tally)?;
         stop(world)?
     };
     failover::wait_for_another_primary(world, &primary)?;
