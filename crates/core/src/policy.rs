@@ -55,7 +55,7 @@ pub struct Limits {
     pub observe_min: Nanos,
     /// See `observe_min`.
     pub observe_max: Nanos,
-    /// Time between two observations of a ring that is watched by its kick: a backend may read a kick before it is seen here.
+    /// Longest time between two observations of a ring that is watched by its kick.
     pub observe_idle: Nanos,
     /// A ring that was idle this long is watched by its kick instead.
     pub idle_after: Nanos,
@@ -96,7 +96,7 @@ impl Default for Limits {
             ping_every: Nanos::from_millis(1_000),
             observe_min: Nanos::from_micros(100),
             observe_max: Nanos::from_micros(2_000),
-            observe_idle: Nanos::from_millis(40),
+            observe_idle: Nanos::from_millis(1_000),
             idle_after: Nanos::from_millis(20),
             poll: Nanos::from_micros(20),
             ask_max: Nanos::from_millis(100),

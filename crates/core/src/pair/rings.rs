@@ -425,7 +425,8 @@ impl Pair {
         let idle_since = *ring.idle_since.get_or_insert(now);
         let rested = now.since(idle_since) >= limits.idle_after;
         match kick {
-            Some(_) if ring.watched => ring.observe_at = now + limits.observe_idle,
+            // A backend may read a kick before it is seen here, so how long nothing is looked at grows with the rest.
+            Some(_) if ring.watched => ring.observe_at = now + now.since(idle_since).min(limits.observe_idle),
             Some(kick) if rested && will_kick(index, event_idx, step) => {
                 ring.watched = true;
                 // Looked at once more very soon: a kick may have been swallowed before the watch was in place.
