@@ -22,6 +22,9 @@ const RATE_MEMORY_S: f64 = 0.5;
 /// Part of the ring that may pass between two looks at the rate that is reckoned with.
 const RING_PART: f64 = 2.0;
 
+/// A hang is left alone for so many times the time it was found in, while it is not known what is owed.
+const PUT_OFF: u64 = 8;
+
 /// What the broker knows of a ring beyond what the VMM said.
 #[derive(Debug, Default)]
 pub(crate) struct RingState {
@@ -498,7 +501,8 @@ impl Pair {
     /// A living primary is fenced only where it is known what it owes: killing it would turn a hang, which may pass, into a halt.
     pub(crate) fn hang_found(&mut self, primary: BackendId, cause: String, step: &mut Step<'_>) {
         let since = *self.put_off_since.get_or_insert(step.now);
-        let patient = step.now.since(since) < self.config.limits.stall;
+        let patience = Nanos(self.config.limits.hang.0.saturating_mul(PUT_OFF)).min(self.config.limits.stall);
+        let patient = step.now.since(since) < patience;
         // One that was never given a ring owes nothing.
         let patient = patient && self.link(primary).is_some_and(|link| link.touched);
         let Some(reason) = self.exactness_refusal().filter(|_| patient) else {
