@@ -28,6 +28,9 @@ use crate::time::Nanos;
 /// 65 536 entries in this time are 1.3 million requests per second.
 pub const SILENCE_MAX: Nanos = Nanos::from_millis(50);
 
+/// Tries to find an instant without a completion.
+const CUT_TRIES: u32 = 16;
+
 /// How far the observer's knowledge goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Knowledge {
@@ -284,6 +287,11 @@ impl Observer {
         if silent && !rested {
             return self.lose(seen, Gap::Silence, avail, used, ring, memory);
         }
+        if self.unknown.is_none() {
+            // Nothing that was followed before a cut would count.
+            self.count_again(&mut seen, ring, memory);
+            return seen;
+        }
         self.follow(seen, avail, used, ring, memory)
     }
 
@@ -323,6 +331,9 @@ impl Observer {
         }
         if used_again == used {
             self.at_cut(&mut seen, avail, used);
+        } else {
+            // Whatever was counted as unknown has been completed, at a cut or not.
+            self.regain(&mut seen);
         }
         seen
     }
@@ -373,9 +384,7 @@ impl Observer {
         match self.unknown {
             // Not submitted since the cut: it was one of those the cut counted.
             Some(unknown) if unknown > 0 => self.unknown = Some(unknown - 1),
-            // Before the first cut nothing has been counted: this one is not part of the count to come.
-            None => {}
-            Some(_) => return Err(Violation::CompletedTwice { head }),
+            _ => return Err(Violation::CompletedTwice { head }),
         }
         Ok(())
     }
@@ -451,11 +460,21 @@ impl Observer {
         self.avail_seen = avail;
         self.used_seen = used;
         seen.lost = Some(gap);
-        // An idle instant, or a count to work off, may be had at once.
-        if memory.used_idx(ring) == used {
-            self.at_cut(&mut seen, avail, used);
-        }
+        self.count_again(&mut seen, ring, memory);
         seen
+    }
+
+    /// Tries to find a cut from which counting can start: on a busy ring an instant without a completion takes a few tries.
+    fn count_again(&mut self, seen: &mut Observation, ring: u32, memory: &dyn GuestMemory) {
+        for _ in 0..CUT_TRIES {
+            let used = memory.used_idx(ring);
+            let avail = memory.avail_idx(ring);
+            if memory.used_idx(ring) == used {
+                self.avail_seen = avail;
+                self.used_seen = used;
+                return self.at_cut(seen, avail, used);
+            }
+        }
     }
 
     fn violate(&mut self, seen: Observation, violation: Violation) -> Observation {
