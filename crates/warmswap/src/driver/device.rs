@@ -749,14 +749,14 @@ impl Device {
     fn watch_kick(&mut self, ring: u32, kick: FdSlot, poller: &Poller) {
         self.unwatch_kick(ring, poller);
         let Some(Ok(copy)) = self.fds.get(kick).map(|fd| fd.try_clone_to_owned()) else { return };
-        if poller.add(copy.as_fd(), self.token(PollSource::Kick(ring)), Interest::Once).is_ok() {
+        if poller.watch_once(copy.as_fd(), self.token(PollSource::Kick(ring))).is_ok() {
             self.watched.insert(ring, copy);
         }
     }
 
     fn unwatch_kick(&mut self, ring: u32, poller: &Poller) {
         if let Some(kick) = self.watched.remove(&ring) {
-            poller.remove(kick.as_fd());
+            poller.unwatch(kick.as_fd(), self.token(PollSource::Kick(ring)));
         }
     }
 

@@ -4,6 +4,7 @@ mod backends;
 mod device;
 mod fence;
 mod inspector;
+mod kicks;
 mod poller;
 mod spawner;
 mod system;
@@ -236,7 +237,7 @@ impl Driver {
                     Source::Process(id) => device.process_ended(id, now, poller),
                     Source::Output(id) => device.read_output(id),
                     Source::Kick(ring) => device.kicked(ring, now, poller),
-                    Source::Commands | Source::Signals => {}
+                    Source::Commands | Source::Signals | Source::Kicks => {}
                 }
             }
         }

@@ -1,11 +1,14 @@
 //! What the control thread waits for.
 
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::event::epoll;
 use rustix::event::{EventfdFlags, Timespec};
 use warmswap_core::Nanos;
+
+use super::kicks::Kicks;
 
 /// What a descriptor belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +31,8 @@ pub(crate) enum Source {
     Output(u64),
     /// Kick of a ring.
     Kick(u32),
+    /// Kicks were seen.
+    Kicks,
 }
 
 /// Device and source, as one word of the kernel's.
@@ -51,6 +56,7 @@ impl Token {
             Source::Process(id) => (6, id),
             Source::Output(id) => (7, id),
             Source::Kick(ring) => (8, u64::from(ring)),
+            Source::Kicks => (9, 0),
         };
         u64::from(self.device) << (NUMBER_BITS + 8) | kind << NUMBER_BITS | number & ((1 << NUMBER_BITS) - 1)
     }
@@ -67,6 +73,7 @@ impl Token {
             6 => Source::Process(number),
             7 => Source::Output(number),
             8 => Source::Kick(number as u32),
+            9 => Source::Kicks,
             _ => return None,
         };
         Some(Token { device: (word >> (NUMBER_BITS + 8)) as u16, source })
@@ -88,11 +95,19 @@ pub(crate) enum Interest {
 #[derive(Debug)]
 pub(crate) struct Poller {
     epoll: OwnedFd,
+    /// Watches that must miss nothing; none where io_uring is forbidden, and `epoll` has to do.
+    kicks: Option<RefCell<Kicks>>,
 }
 
 impl Poller {
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Poller { epoll: epoll::create(epoll::CreateFlags::CLOEXEC)? })
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let kicks = Kicks::new();
+        if let Some(kicks) = &kicks {
+            let token = Token { device: 0, source: Source::Kicks }.encode();
+            epoll::add(&epoll, kicks.as_fd(), epoll::EventData::new_u64(token), epoll::EventFlags::IN)?;
+        }
+        Ok(Poller { epoll, kicks: kicks.map(RefCell::new) })
     }
 
     pub(crate) fn add(&self, fd: BorrowedFd<'_>, token: Token, interest: Interest) -> io::Result<()> {
@@ -102,6 +117,22 @@ impl Poller {
             Interest::Once => epoll::EventFlags::IN | epoll::EventFlags::ET | epoll::EventFlags::ONESHOT,
         };
         Ok(epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token.encode()), flags)?)
+    }
+
+    /// Watches a descriptor that others read, once.
+    pub(crate) fn watch_once(&self, fd: BorrowedFd<'_>, token: Token) -> io::Result<()> {
+        match &self.kicks {
+            Some(kicks) => kicks.borrow_mut().add(fd, token.encode()),
+            None => self.add(fd, token, Interest::Once),
+        }
+    }
+
+    /// Ends a watch of [`Poller::watch_once`].
+    pub(crate) fn unwatch(&self, fd: BorrowedFd<'_>, token: Token) {
+        match &self.kicks {
+            Some(kicks) => kicks.borrow_mut().remove(token.encode()),
+            None => self.remove(fd),
+        }
     }
 
     pub(crate) fn remove(&self, fd: BorrowedFd<'_>) {
@@ -120,7 +151,14 @@ impl Poller {
         tokens.clear();
         match epoll::wait(&self.epoll, &mut events, span.as_ref()) {
             Ok(count) => {
-                tokens.extend(events[..count].iter().filter_map(|event| Token::decode(event.data.u64())));
+                for token in events[..count].iter().filter_map(|event| Token::decode(event.data.u64())) {
+                    match (token.source, &self.kicks) {
+                        (Source::Kicks, Some(kicks)) => {
+                            kicks.borrow_mut().take(|token| tokens.extend(Token::decode(token)));
+                        }
+                        _ => tokens.push(token),
+                    }
+                }
                 Ok(())
             }
             Err(rustix::io::Errno::INTR) => Ok(()),
@@ -140,7 +178,8 @@ mod tests {
 
     #[test]
     fn tokens_survive_the_kernel() {
-        for source in [Source::Vmm, Source::Link(77), Source::Kick(255), Source::Process((1 << 40) - 1)] {
+        for source in [Source::Vmm, Source::Link(77), Source::Kick(255), Source::Process((1 << 40) - 1), Source::Kicks]
+        {
             let token = Token { device: 65535, source };
             assert_eq!(Token::decode(token.encode()), Some(token));
         }

@@ -1082,7 +1082,9 @@ fn a_primary_that_dies_before_it_was_given_a_ring_needs_no_fence() {
 
 #[test]
 fn a_hang_while_it_is_not_known_what_is_owed_is_left_alone_for_a_while() {
-    check("~ready 1\n~submit 0 1 2\n~wait 1ms\n~jump 70ms\nmute 1\nwait 2000ms\nstatus", &expect![[r#"
+    check(
+        "~ready 1\n~submit 0 1 2\n~wait 1ms\n~jump 70ms\nmute 1\nwait 2000ms\nstatus",
+        &expect![[r#"
         > mute 1
         > wait 2000ms
             #1 <- GET_FEATURES
@@ -1092,7 +1094,8 @@ fn a_hang_while_it_is_not_known_what_is_owed_is_left_alone_for_a_while() {
             #2 <- GET_FEATURES
         > status
             protected Idle; primary #1 active, shadow #2 ready; recovery refused; ring 0 served inexact inflight 2
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]

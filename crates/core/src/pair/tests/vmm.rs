@@ -484,7 +484,9 @@ fn writes_to_the_configuration_space_end_with_the_session() {
 
 #[test]
 fn a_dirty_log_is_not_acknowledged_before_the_primary_marks_its_writes() {
-    check("~ready 1 log\nmute 1\nvmm SET_LOG_BASE\nwait 20ms\nunmute 1", &expect![[r#"
+    check(
+        "~ready 1 log\nmute 1\nvmm SET_LOG_BASE\nwait 20ms\nunmute 1",
+        &expect![[r#"
         > mute 1
         > vmm SET_LOG_BASE
             #1 <- SET_LOG_BASE log
@@ -494,17 +496,21 @@ fn a_dirty_log_is_not_acknowledged_before_the_primary_marks_its_writes() {
             watch kick0
         > unmute 1
             vmm <- SET_LOG_BASE 0x0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_question_that_cannot_be_read_and_must_be_answered_ends_the_connection() {
-    check("~ready 1\nvmm unknown\nvmm garbled", &expect![[r#"
+    check(
+        "~ready 1\nvmm unknown\nvmm garbled",
+        &expect![[r#"
         > vmm unknown
             * MessageRefused peer="vmm" request=77 reason="unknown request 77 on the front-end channel"
             vmm <- 77 refused
         > vmm garbled
             * MessageRefused peer="vmm" request=24 reason="GET_CONFIG: 3 bytes, expected 12"
             drop the VMM
-    "#]]);
+    "#]],
+    );
 }
