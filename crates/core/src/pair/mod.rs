@@ -5,7 +5,9 @@
 //!
 //! - `vmm`: requests of the VMM, and when they are answered
 //! - `links`: backends coming, negotiating, warming, going
-//! - `rings`: starting, observing and stopping rings
+//! - `rings`: starting rings and giving them to backends
+//! - `observe`: looking at rings
+//! - `stop`: stopping rings
 //! - `failover`: the phases
 //! - `canary`: reads of the broker's own on the shadow
 //! - `isolate`: a request that kills every backend
@@ -15,8 +17,10 @@ mod canary;
 mod failover;
 mod isolate;
 mod links;
+mod observe;
 mod rings;
 mod status;
+mod stop;
 #[cfg(test)]
 mod tests;
 mod vmm;

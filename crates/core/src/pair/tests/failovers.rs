@@ -974,7 +974,7 @@ fn a_drained_primary_that_falls_silent_afterwards_does_not_make_anybody_spin() {
 
 #[test]
 fn a_device_whose_requests_must_not_run_twice_is_handed_over_only_after_a_drain() {
-    let device = PairConfig { device: warmswap_wire::DeviceType::Fs, ..config() };
+    let device = PairConfig { device: DeviceType::Fs, ..config() };
     let script = "~start\n~up 1 no-config features=140000000\n~up 2 no-config features=140000000\n~vmm connect\n~vmm SET_FEATURES 140000000\n~vmm SET_MEM_TABLE 0\n~vmm SET_VRING_NUM 0 8\n~vmm SET_VRING_ADDR 0\n~vmm SET_VRING_CALL 0\n~vmm SET_VRING_KICK 0\n";
     check_with(
         device.clone(),

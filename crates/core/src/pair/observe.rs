@@ -1,0 +1,226 @@
+//! When rings are looked at, and what follows from what is seen.
+
+use warmswap_wire::ring::{Layout, USED_F_NO_NOTIFY};
+
+use super::{Pair, Step};
+use crate::event::{Action, BackendId, earliest};
+use crate::failover::{Kind, Phase};
+use crate::journal::Entry;
+use crate::observer::{Knowledge, Observation, Observer};
+use crate::time::Nanos;
+
+use super::rings::{BURST_RATE, RingState};
+
+/// A peak of the rate is remembered for this long, in seconds, before it counts half.
+const RATE_MEMORY_S: f64 = 0.5;
+/// Part of the ring that may pass between two looks at the rate that is reckoned with.
+const RING_PART: f64 = 2.0;
+/// A hang is left alone for so many times the time it was found in, while it is not known what is owed.
+const PUT_OFF: u64 = 8;
+
+impl Pair {
+    pub(crate) fn observe_due(&mut self, step: &mut Step<'_>) {
+        for index in 0..self.rings.len() {
+            let ring = &self.rings[index];
+            if ring.observer.is_some() && ring.observe_at <= step.now {
+                self.observe(u32::try_from(index).expect("bounded by RINGS_MAX"), step);
+            }
+        }
+        self.check_progress(step);
+    }
+
+    /// Looks at a ring now and decides when to look again.
+    pub(crate) fn observe(&mut self, index: u32, step: &mut Step<'_>) {
+        let now = step.now;
+        // Completions come from a backend that serves the ring and lives: one that is being killed makes no 65 536 of them.
+        let killed = self.failover.as_ref().is_some_and(|failover| failover.phase == Phase::Fencing);
+        let state = &mut self.rings[index as usize];
+        let moves = state.served && !killed;
+        let Some(observer) = &mut state.observer else { return };
+        if !moves {
+            observer.forgive_silence(now);
+        }
+        let before = observer.knowledge();
+        let seen = observer.observe(now, index, step.memory);
+        let after = observer.knowledge();
+        let was_idle = observer.submissions() == u64::from(seen.submitted);
+        self.counters.observations += 1;
+        if seen.completed > 0 || (seen.submitted > 0 && (seen.outstanding == seen.submitted || was_idle)) {
+            state.progressed_at = now;
+        }
+        if seen.completed > 0 {
+            self.stall_max = self.config.limits.stall;
+            self.put_off_since = None;
+        }
+        self.note_knowledge(index, before, after, &seen, step);
+        self.schedule(index, &seen, step);
+    }
+
+    fn note_knowledge(
+        &mut self,
+        index: u32,
+        before: Knowledge,
+        after: Knowledge,
+        seen: &Observation,
+        step: &mut Step<'_>,
+    ) {
+        if seen.lost.is_some() {
+            self.counters.observer_gaps += 1;
+        }
+        match (before, after) {
+            (_, Knowledge::Violated(violation)) if before != after => {
+                step.out.journal(
+                    Entry::error("RingViolated")
+                        .with("ring", index)
+                        .with("reason", violation.to_string())
+                        .with("next", "a crash of its backend would halt the device until the VMM resets the ring"),
+                );
+            }
+            (Knowledge::Exact, Knowledge::Inexact(gap)) => {
+                let entry = Entry::warning("ObserverInexact").with("ring", index).with("reason", gap.to_string());
+                step.out.journal(entry.with("next", "resynchronising"));
+            }
+            (Knowledge::Inexact(_), Knowledge::Exact) => {
+                step.out.journal(Entry::info("ObserverExact").with("ring", index));
+            }
+            _ => {}
+        }
+    }
+
+    /// The next look comes before half of the ring can have passed, however busy it is; an idle ring is watched by its
+    /// kick, and looked at rarely.
+    fn schedule(&mut self, index: u32, seen: &Observation, step: &mut Step<'_>) {
+        let limits = self.config.limits;
+        let now = step.now;
+        let failover_began = self.failover.as_ref().map(|failover| failover.entered);
+        let event_idx = self.session.has_event_idx();
+        let kick = self.session.ring(index).and_then(|ring| ring.kick);
+        let ring = &mut self.rings[index as usize];
+        let elapsed = now.since(ring.observed_at).0.max(1) as f64 / 1e9;
+        ring.observed_at = now;
+        let moved = f64::from(seen.submitted.max(seen.completed));
+        ring.rate = (moved / elapsed).max(ring.rate * (-elapsed / RATE_MEMORY_S).exp2());
+        let waited = failover_began.or(ring.drain.map(|drain| drain.began));
+        if let Some(began) = waited {
+            ring.observe_at = now + limits.poll_interval(now.since(began));
+            return;
+        }
+        let size = f64::from(ring.size().map_or(1, Layout::size));
+        let period = Nanos((size / RING_PART / ring.rate.max(BURST_RATE) * 1e9) as u64);
+        let period = period.clamp(limits.observe_min, limits.observe_max);
+        let quiet = moved == 0.0 && seen.outstanding == 0;
+        if !quiet {
+            ring.idle_since = None;
+            ring.observe_at = now + period;
+            return;
+        }
+        let idle_since = *ring.idle_since.get_or_insert(now);
+        let rested = now.since(idle_since) >= limits.idle_after;
+        match kick {
+            // A backend may read a kick before it is seen here, so how long nothing is looked at grows with the rest.
+            Some(_) if ring.watched => ring.observe_at = now + now.since(idle_since).min(limits.observe_idle),
+            Some(kick) if rested && will_kick(index, event_idx, step) => {
+                ring.watched = true;
+                // Looked at once more very soon: a kick may have been swallowed before the watch was in place.
+                ring.observe_at = now + limits.observe_min;
+                step.out.push(Action::WatchKick { ring: index, kick });
+            }
+            _ => {
+                ring.observe_at = now + period;
+            }
+        }
+    }
+
+    pub(crate) fn ring_kicked(&mut self, index: u32, step: &mut Step<'_>) {
+        if let Some(ring) = self.rings.get_mut(index as usize).filter(|ring| ring.watched) {
+            ring.watched = false;
+            ring.idle_since = None;
+            ring.observe_at = step.now;
+        }
+    }
+
+    pub(crate) fn unwatch(&mut self, index: u32, step: &mut Step<'_>) {
+        if let Some(ring) = self.rings.get_mut(index as usize).filter(|ring| ring.watched) {
+            ring.watched = false;
+            step.out.push(Action::UnwatchKick { ring: index });
+        }
+    }
+
+    pub(crate) fn next_observation(&self) -> Option<Nanos> {
+        let observed = self.rings.iter().filter(|ring| ring.observer.is_some());
+        observed.fold(None, |next, ring| earliest(next, Some(ring.observe_at)))
+    }
+
+    /// Since when requests have been waiting without any completion, on the ring that waits longest.
+    pub(crate) fn waiting_since(&self) -> Option<Nanos> {
+        let waits = |(index, ring): &(u32, &RingState)| {
+            // One that is not followed any more shows no progress either.
+            let followed = |it: &&Observer| !matches!(it.knowledge(), Knowledge::Violated(_));
+            let owes = ring.observer.as_ref().filter(followed).is_some_and(|it| it.outstanding() > 0);
+            ring.served && owes && self.config.device.carries_requests(*index)
+        };
+        (0_u32..).zip(&self.rings).filter(waits).map(|(_, ring)| ring.progressed_at).min()
+    }
+
+    /// A primary that completes nothing while requests wait is asked for a sign of life; one that gives it may still be stuck.
+    fn check_progress(&mut self, step: &mut Step<'_>) {
+        if self.failover.is_some() || self.closing {
+            return;
+        }
+        let (Some(since), Some(primary)) = (self.waiting_since(), self.primary) else { return };
+        let limits = self.config.limits;
+        let waited = step.now.since(since);
+        let half = Nanos(limits.hang.0 / 2);
+        let Some(link) = self.link_mut(primary) else { return };
+        if waited >= half && link.heard_at < since + half && link.is_alive() {
+            link.ping(step.now, step.out);
+        }
+        let silent = link.pinged_at.is_some_and(|at| step.now.since(at) >= half);
+        if waited >= limits.hang && silent {
+            let cause = format!("nothing was completed for {waited} and its control channel is silent");
+            self.hang_found(primary, cause, step);
+        } else if waited >= self.stall_max {
+            // Once: if the next primary stalls as well, the fault lies below both.
+            self.stall_max = Nanos(self.stall_max.0.saturating_mul(8));
+            let cause = format!("it answers, but has completed nothing for {waited} while requests wait");
+            self.hang_found(primary, cause, step);
+        }
+    }
+
+    /// A living primary is fenced only where it is known what it owes: killing it would turn a hang, which may pass, into a halt.
+    pub(crate) fn hang_found(&mut self, primary: BackendId, cause: String, step: &mut Step<'_>) {
+        let since = *self.put_off_since.get_or_insert(step.now);
+        let patience = Nanos(self.config.limits.hang.0.saturating_mul(PUT_OFF)).min(self.config.limits.stall);
+        let patient = step.now.since(since) < patience;
+        // One that was never given a ring owes nothing.
+        let patient = patient && self.link(primary).is_some_and(|link| link.touched);
+        let Some(reason) = self.exactness_refusal().filter(|_| patient) else {
+            self.put_off_since = None;
+            return self.begin_failover(Kind::Hang, cause, primary, None, false, step);
+        };
+        if since == step.now {
+            step.out.journal(
+                Entry::warning("FailoverPutOff")
+                    .with("backend", primary.0)
+                    .with("cause", cause)
+                    .with("reason", reason)
+                    .with("next", "the primary is left alone for a while: it may come back"),
+            );
+        }
+        let now = step.now;
+        if let Some(link) = self.link_mut(primary) {
+            // It is asked again.
+            link.pinged_at = None;
+            link.heard_at = now;
+        }
+    }
+}
+
+/// Whether the driver will kick for its next request.
+fn will_kick(index: u32, event_idx: bool, step: &Step<'_>) -> bool {
+    if event_idx {
+        step.memory.avail_event(index) == step.memory.avail_idx(index)
+    } else {
+        step.memory.used_flags(index) & USED_F_NO_NOTIFY == 0
+    }
+}
