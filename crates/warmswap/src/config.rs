@@ -25,6 +25,12 @@ pub(crate) struct DeviceConfig {
     pub(crate) name: String,
     /// Where the VMM connects.
     pub(crate) socket: PathBuf,
+    /// File mode of that socket; what the umask leaves if not given.
+    pub(crate) socket_mode: Option<u32>,
+    /// Group of that socket.
+    pub(crate) socket_group: Option<u32>,
+    /// The broker before this one, if it ended without cleaning up.
+    pub(crate) predecessor: Option<u32>,
     /// Where its backends come from.
     pub(crate) source: Source,
     /// Policy and bounds.
@@ -38,9 +44,18 @@ pub(crate) struct DeviceConfig {
 }
 
 impl DeviceConfig {
+    /// Why there is never a shadow, if that was asked for.
+    pub(crate) fn no_shadow(&self) -> Option<&'static str> {
+        let why = match &self.source {
+            Source::Command(_) => "it was started with --no-shadow",
+            Source::External { .. } => "it was started without --shadow-socket",
+        };
+        (!self.pair.shadow).then_some(why)
+    }
+
     /// Path of the device's control socket.
     #[must_use]
     pub(crate) fn control_socket(&self) -> PathBuf {
-        self.control_dir.join(format!("{}.sock", self.name))
+        crate::control::socket_path(&self.control_dir, &self.name)
     }
 }

@@ -6,19 +6,20 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender};
-use serde_json::{Map, json};
+use serde_json::json;
 use warmswap_core::{Entry, Severity, Value};
 
 /// Entries on their way to the journal's thread.
 const QUEUE_MAX: usize = 8192;
 /// Entries kept in memory.
 const KEPT_MAX: usize = 4096;
+/// Lines held back while a device starts.
+const HELD_MAX: usize = 256;
 
 /// One entry with its time and device.
 #[derive(Clone, Debug)]
@@ -28,10 +29,29 @@ pub(crate) struct Record {
     entry: Entry,
 }
 
+/// How a reader wants entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// For programs: one JSON object.
+    Json,
+    /// For people: one line.
+    Text,
+}
+
+/// What goes to the journal's thread.
+#[derive(Debug)]
+enum Note {
+    Entry(Record),
+    /// The start is over: what was held back of it is printed, or, where the program says itself why it failed, is not.
+    Started {
+        well: bool,
+    },
+}
+
 /// The control thread's end.
 #[derive(Clone, Debug)]
 pub(crate) struct JournalSender {
-    queue: Sender<Record>,
+    queue: Sender<Note>,
     lost: Arc<AtomicU64>,
 }
 
@@ -39,7 +59,7 @@ impl JournalSender {
     /// Hands an entry over; never waits.
     pub(crate) fn entry(&self, device: &str, entry: Entry) {
         let record = Record { at: SystemTime::now(), device: device.to_owned(), entry };
-        if self.queue.try_send(record).is_err() {
+        if self.queue.try_send(Note::Entry(record)).is_err() {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -48,6 +68,13 @@ impl JournalSender {
     pub(crate) fn output(&self, device: &str, backend: u64, line: &str) {
         self.entry(device, Entry::info("BackendOutput").with("backend", backend).with("line", line));
     }
+
+    /// The device has started, or could not be. Until then words of backends are held back from the printed journal, for a failed
+    /// start is explained once, by the program's last words.
+    pub(crate) fn started(&self, well: bool) {
+        // A queue that is full delays words of people, nothing else.
+        let _full = self.queue.try_send(Note::Started { well });
+    }
 }
 
 /// What is kept, and where readers wait for more.
@@ -55,7 +82,7 @@ impl JournalSender {
 struct Kept {
     /// Number of the first record kept.
     first: u64,
-    records: VecDeque<(String, String)>,
+    records: VecDeque<Record>,
     ended: bool,
 }
 
@@ -67,17 +94,13 @@ pub(crate) struct Journal {
 
 impl Journal {
     /// Starts the journal's thread.
-    pub(crate) fn start(file: Option<&Path>, quiet: bool) -> std::io::Result<(Self, JournalSender, JournalThread)> {
-        let file = match file {
-            Some(path) => Some(File::options().create(true).append(true).open(path)?),
-            None => None,
-        };
-        let (queue, records) = crossbeam_channel::bounded(QUEUE_MAX);
+    pub(crate) fn start(file: Option<File>, quiet: bool) -> std::io::Result<(Self, JournalSender, JournalThread)> {
+        let (queue, notes) = crossbeam_channel::bounded(QUEUE_MAX);
         let lost = Arc::new(AtomicU64::new(0));
         let journal = Journal::default();
         let sender = JournalSender { queue, lost: Arc::clone(&lost) };
-        let writer = Writer { journal: journal.clone(), file, quiet, lost };
-        let thread = std::thread::Builder::new().name("journal".to_owned()).spawn(move || writer.run(&records))?;
+        let writer = Writer { journal: journal.clone(), file, quiet, lost, held: Some(Vec::new()) };
+        let thread = std::thread::Builder::new().name("journal".to_owned()).spawn(move || writer.run(notes))?;
         Ok((journal, sender, JournalThread(thread)))
     }
 
@@ -86,14 +109,21 @@ impl Journal {
     }
 
     /// Lines of `device` from record number `from` on, and the number after the last. Waits up to `wait` if there are none.
-    pub(crate) fn read(&self, device: &str, from: u64, wait: Duration) -> (Vec<String>, u64, bool) {
+    pub(crate) fn read(&self, device: &str, from: u64, wait: Duration, form: Form) -> (Vec<String>, u64, bool) {
         let mut kept = self.lock();
         if kept.first + kept.records.len() as u64 <= from && !kept.ended {
             kept = self.kept.1.wait_timeout(kept, wait).unwrap_or_else(PoisonError::into_inner).0;
         }
         let skip = usize::try_from(from.saturating_sub(kept.first)).unwrap_or(usize::MAX);
-        let lines = kept.records.iter().skip(skip).filter(|(name, _)| name == device).map(|(_, line)| line.clone());
-        (lines.collect(), kept.first + kept.records.len() as u64, kept.ended)
+        let records = kept.records.iter().skip(skip).filter(|record| record.device == device);
+        let records: Vec<Record> = records.cloned().collect();
+        let (next, ended) = (kept.first + kept.records.len() as u64, kept.ended);
+        drop(kept);
+        let line = match form {
+            Form::Json => to_json,
+            Form::Text => to_text,
+        };
+        (records.iter().map(line).collect(), next, ended)
     }
 }
 
@@ -113,29 +143,50 @@ struct Writer {
     file: Option<File>,
     quiet: bool,
     lost: Arc<AtomicU64>,
+    /// Words of backends while the device starts.
+    held: Option<Vec<String>>,
 }
 
 impl Writer {
-    fn run(mut self, records: &Receiver<Record>) {
-        for record in records {
-            self.write(&record);
-            let lost = self.lost.swap(0, Ordering::Relaxed);
-            if lost > 0 {
-                let entry = Entry::warning("JournalOverflow").with("lost", lost);
-                self.write(&Record { entry, ..record });
+    fn run(mut self, notes: Receiver<Note>) {
+        for note in notes {
+            match note {
+                Note::Entry(record) => {
+                    let again = Record { entry: Entry::warning("JournalOverflow"), ..record.clone() };
+                    self.write(record);
+                    let lost = self.lost.swap(0, Ordering::Relaxed);
+                    if lost > 0 {
+                        self.write(Record { entry: again.entry.with("lost", lost), ..again });
+                    }
+                }
+                Note::Started { well } => {
+                    for line in self.held.take().unwrap_or_default().iter().filter(|_| well) {
+                        eprintln!("{line}");
+                    }
+                }
             }
         }
         self.journal.lock().ended = true;
         self.journal.kept.1.notify_all();
     }
 
-    fn write(&mut self, record: &Record) {
-        let line = to_json(record).to_string();
+    fn print(&mut self, record: &Record) {
+        match &mut self.held {
+            Some(held) if matches!(record.entry.event, "BackendOutput" | "BackendFailed") => {
+                if held.len() < HELD_MAX {
+                    held.push(to_text(record));
+                }
+            }
+            _ => eprintln!("{}", to_text(record)),
+        }
+    }
+
+    fn write(&mut self, record: Record) {
         if !self.quiet {
-            eprintln!("{}", to_text(record));
+            self.print(&record);
         }
         if let Some(file) = &mut self.file
-            && let Err(error) = writeln!(file, "{line}")
+            && let Err(error) = writeln!(file, "{}", to_json(&record))
         {
             eprintln!("the journal file cannot be written and is given up: {error}");
             self.file = None;
@@ -145,37 +196,43 @@ impl Writer {
             kept.records.pop_front();
             kept.first += 1;
         }
-        kept.records.push_back((record.device.clone(), line));
+        kept.records.push_back(record);
         drop(kept);
         self.journal.kept.1.notify_all();
     }
 }
 
-fn to_json(record: &Record) -> serde_json::Value {
-    let mut properties = Map::new();
-    for (name, value) in &record.entry.properties {
-        let value = match value {
-            Value::Number(number) => json!(number),
-            Value::Micros(micros) => json!((micros * 10.0).round() / 10.0),
-            Value::Text(text) => json!(text),
-            Value::Flag(flag) => json!(flag),
-        };
-        properties.insert((*name).to_owned(), value);
-    }
+/// One JSON object. Written member by member, so that properties stay in the order in which they were given.
+fn to_json(record: &Record) -> String {
     let level = match record.entry.severity {
         Severity::Info => "info",
         Severity::Warning => "warning",
         Severity::Error => "error",
     };
-    json!({
-        "timestamp": timestamp(record.at),
-        "source": record.device,
-        "event": record.entry.event,
-        "level": level,
-        "properties": properties,
-    })
+    let properties: Vec<String> = record
+        .entry
+        .properties
+        .iter()
+        .map(|(name, value)| {
+            let value = match value {
+                Value::Number(number) => json!(number),
+                Value::Micros(micros) => json!((micros * 10.0).round() / 10.0),
+                Value::Text(text) => json!(text),
+                Value::Flag(flag) => json!(flag),
+            };
+            format!("{}:{value}", json!(name))
+        })
+        .collect();
+    format!(
+        r#"{{"timestamp":{},"source":{},"event":{},"level":"{level}","properties":{{{}}}}}"#,
+        json!(timestamp(record.at)),
+        json!(record.device),
+        json!(record.entry.event),
+        properties.join(",")
+    )
 }
 
+/// One line: as in JSON, but durations in a unit of their size, and nothing said of phases that took no time.
 fn to_text(record: &Record) -> String {
     let level = match record.entry.severity {
         Severity::Info => "",
@@ -185,14 +242,63 @@ fn to_text(record: &Record) -> String {
     let mut text = format!("{} {}{level} {}", timestamp(record.at), record.device, record.entry.event);
     for (name, value) in &record.entry.properties {
         let value = match value {
+            Value::Micros(0.0) if !name.ends_with("_us") => continue,
             Value::Number(number) => number.to_string(),
-            Value::Micros(micros) => format!("{micros:.1}"),
-            Value::Text(words) => format!("{words:?}"),
+            Value::Micros(micros) => span(*micros),
+            Value::Text(words) => format!("{:?}", plain_spans(words)),
             Value::Flag(flag) => flag.to_string(),
         };
-        text.push_str(&format!(" {name}={value}"));
+        text.push_str(&format!(" {}={value}", name.trim_end_matches("_us")));
     }
     text
+}
+
+/// A duration for people: three digits and a unit.
+pub(crate) fn span(micros: f64) -> String {
+    let (value, unit) = match micros {
+        _ if micros < 0.05 => return "0".to_owned(),
+        _ if micros < 999.5 => (micros, "us"),
+        _ if micros < 999_500.0 => (micros / 1e3, "ms"),
+        _ => (micros / 1e6, "s"),
+    };
+    let digits = match value {
+        _ if value < 9.995 => 2,
+        _ if value < 99.95 => 1,
+        _ => 0,
+    };
+    let number = format!("{value:.digits$}");
+    let number = if digits > 0 { number.trim_end_matches('0').trim_end_matches('.') } else { &number };
+    format!("{number} {unit}")
+}
+
+/// Stands for a duration of nothing while a sentence is put together.
+const NO_TIME: &str = "\0";
+
+/// A sentence in which every duration is one for people.
+fn plain_spans(words: &str) -> String {
+    let spelled: Vec<String> = words
+        .split(' ')
+        .map(|word| {
+            let bare = word.trim_end_matches([',', ';', '.', ':', ')']);
+            let spelled = micros_of(bare).map(span).map(|span| if span == "0" { NO_TIME.to_owned() } else { span });
+            spelled.map_or_else(|| word.to_owned(), |span| span + &word[bare.len()..])
+        })
+        .collect();
+    let [within, later] = [format!("in {NO_TIME}"), format!("{NO_TIME} later")];
+    spelled.join(" ").replace(&within, "at once").replace(&later, "at once").replace(NO_TIME, "0")
+}
+
+/// Microseconds of a word like `500.3ms`.
+fn micros_of(word: &str) -> Option<f64> {
+    let digits = word.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit = match &word[digits.len()..] {
+        "ns" => 1e-3,
+        "\u{b5}s" | "us" => 1.0,
+        "ms" => 1e3,
+        "s" => 1e6,
+        _ => return None,
+    };
+    digits.parse::<f64>().ok().map(|value| value * unit)
 }
 
 /// UTC in the form of RFC 3339, with microseconds.
@@ -219,6 +325,36 @@ fn civil(days: u64) -> (u64, u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn record(entry: Entry) -> Record {
+        Record { at: UNIX_EPOCH, device: "disk0".to_owned(), entry }
+    }
+
+    #[test]
+    fn durations_are_given_in_a_unit_of_their_size() {
+        let spans = [0.0, 0.4, 12.34, 443.5, 38_504.5, 500_385.799, 1_600_000.0, 83_214_881.3].map(span);
+        assert_eq!(spans, ["0", "0.4 us", "12.3 us", "444 us", "38.5 ms", "500 ms", "1.6 s", "83.2 s"]);
+        assert_eq!(span(999.7), "1 ms");
+        assert_eq!(plain_spans("nothing was completed for 500.385799ms"), "nothing was completed for 500 ms");
+        assert_eq!(plain_spans("another one is started in 0ns"), "another one is started at once");
+        assert_eq!(plain_spans("its descriptions closed 0ns later"), "its descriptions closed at once");
+        assert_eq!(plain_spans("closed 1.5\u{b5}s later, in 0x10 steps"), "closed 1.5 us later, in 0x10 steps");
+        assert_eq!(plain_spans("disks in 05 places"), "disks in 05 places");
+    }
+
+    #[test]
+    fn properties_keep_their_order_and_people_see_the_level_and_no_empty_phases() {
+        let entry =
+            Entry::warning("FailoverSettled").with("kind", "planned").with("blackout_us", Value::Micros(38_504.5));
+        let entry = entry.with("Draining", Value::Micros(301.0)).with("Fencing", Value::Micros(0.0)).with("a", true);
+        let record = record(entry);
+        let at = "1970-01-01T00:00:00.000000Z";
+        let text = r#"disk0 warning: FailoverSettled kind="planned" blackout=38.5 ms Draining=301 us a=true"#;
+        assert_eq!(to_text(&record), format!("{at} {text}"));
+        let properties = r#"{"kind":"planned","blackout_us":38504.5,"Draining":301.0,"Fencing":0.0,"a":true}"#;
+        let head = format!(r#"{{"timestamp":"{at}","source":"disk0","event":"FailoverSettled","level":"warning""#);
+        assert_eq!(to_json(&record), format!(r#"{head},"properties":{properties}}}"#));
+    }
 
     #[test]
     fn timestamps_are_utc() {

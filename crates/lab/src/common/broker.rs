@@ -127,7 +127,7 @@ impl BrokerProcess {
     }
 
     fn control_socket(&self) -> PathBuf {
-        self.directory.join("control").join(format!("{}.sock", self.name))
+        self.directory.join("control").join(format!("{}.ctl", self.name))
     }
 
     /// How it ended, if it has.

@@ -23,7 +23,14 @@ pub(super) enum Vmm {
 
 /// Prints the example.
 pub(super) fn print(vmm: Vmm, name: &str, socket: Option<PathBuf>, as_json: bool) -> Result<u8, Failure> {
-    let socket = socket.unwrap_or_else(|| PathBuf::from(format!("/run/warmswap/{name}-vmm.sock")));
+    super::check_name(name)?;
+    let socket = socket.unwrap_or_else(|| PathBuf::from(format!("/run/{name}.sock")));
+    if socket.is_relative() {
+        return Err(Failure::new(
+            2,
+            "--socket must be an absolute path here: VMM and warmswap may run in different directories",
+        ));
+    }
     let socket = socket.display();
     let guard = format!(
         "warmswap guard --name {name} --socket {socket} -- qemu-storage-daemon \

@@ -1,9 +1,10 @@
 //! `warmswap guard`: one device, its primary and its shadow.
 
+use std::fs::File;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use warmswap_core::{DrainMethod, FenceLevel, Limits, Nanos, PairConfig, Survivors};
+use warmswap_core::{DrainMethod, Entry, FenceLevel, Limits, Nanos, PairConfig, Survivors};
 use warmswap_wire::DeviceType;
 
 use super::{Control, Failure};
@@ -16,12 +17,18 @@ use crate::journal::Journal;
 /// Options of `warmswap guard`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Name of the device: letters, digits, dots and dashes
+    /// Name of the device: letters, digits, dots, dashes and underscores
     #[arg(long)]
     name: String,
     /// Where the VMM connects
     #[arg(long)]
     socket: PathBuf,
+    /// File mode of that socket, in octal (default: what the umask leaves)
+    #[arg(long, value_name = "MODE", value_parser = mode)]
+    socket_mode: Option<u32>,
+    /// Group of that socket: a group of /etc/group, or a number (default: the broker's group)
+    #[arg(long, value_name = "GROUP", value_parser = group)]
+    socket_group: Option<u32>,
     /// Type of the device: blk, scsi, net, fs, rng, console, input
     #[arg(long = "type", default_value = "blk", value_parser = device_type)]
     device: DeviceType,
@@ -37,7 +44,8 @@ pub(super) struct Args {
     /// Never let the shadow read from the device: it is then less warm, and a storage it cannot reach is noticed late
     #[arg(long)]
     no_canary: bool,
-    /// How the backend is kept from new work before it is stopped: private-kick, disable or stop
+    /// How the backend is kept from new work before it is stopped: private-kick, disable or stop (default: by the program's name,
+    /// private-kick for qemu-storage-daemon and vhost-user-blk, disable for vhost-device-* and vhost_user_block, else stop)
     #[arg(long, value_parser = drain_method)]
     drain: Option<DrainMethod>,
     /// Least proof before another backend may write: stopped, reaped or target
@@ -74,6 +82,21 @@ pub(super) struct Args {
     command: Vec<String>,
 }
 
+fn mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    mode.ok_or_else(|| "expected a file mode in octal, as 660".to_owned())
+}
+
+fn group(name: &str) -> Result<u32, String> {
+    if let Ok(number) = name.parse() {
+        return Ok(number);
+    }
+    let groups = std::fs::read_to_string("/etc/group").map_err(|error| format!("/etc/group: {error}"))?;
+    let line = groups.lines().find(|line| line.split(':').next() == Some(name));
+    let number = line.and_then(|line| line.split(':').nth(2)?.parse().ok());
+    number.ok_or_else(|| "there is no such group in /etc/group; a number will do as well".to_owned())
+}
+
 fn device_type(name: &str) -> Result<DeviceType, String> {
     DeviceType::from_name(name).ok_or_else(|| {
         let known: Vec<&str> = DeviceType::ALL.iter().map(|kind| kind.name()).collect();
@@ -103,41 +126,59 @@ fn survivors(name: &str) -> Result<Survivors, String> {
 pub(super) fn run(args: Args) -> Result<u8, Failure> {
     let journal_file = args.journal.clone();
     let quiet = args.quiet;
-    let config = configure(args)?;
+    let mut config = configure(args)?;
+    let control_socket = config.control_socket();
+    check_paths(&config)?;
+    let journal_file = journal_file.map(|path| open_journal(&path)).transpose()?;
     let signals = take_signals()?;
     let (janitor, cleaning) = Janitor::start()?;
     let (mut driver, commander) = Driver::new(signals, janitor)?;
-    let (journal, sender, thread) = Journal::start(journal_file.as_deref(), quiet)?;
-    std::fs::create_dir_all(&config.control_dir)?;
-    let control_socket = config.control_socket();
+    let (journal, sender, thread) = Journal::start(journal_file, quiet)?;
+    make_dir("--control", &config.control_dir)?;
+    make_dir("--run-dir", &config.run_dir)?;
     // Both are taken before anything is started, so that a second broker of that name harms nobody.
     check_free(&config.socket)?;
-    let listener = listen(&control_socket)?;
+    let listener = listen(&control_socket).map_err(|error| match error.kind() {
+        std::io::ErrorKind::PermissionDenied => {
+            let text = format!("{error}: choose a directory of your own with --control, or set XDG_RUNTIME_DIR");
+            Failure::new(1, text)
+        }
+        _ => error.into(),
+    })?;
+    // With the control socket ours, another broker of that name is dead.
+    config.predecessor = bury_predecessors(&config.run_dir, &config.name);
+    if let Some(pid) = config.predecessor {
+        let next = "requests it left are taken from the rings and may run twice: check the guest's file system";
+        sender.entry(&config.name, Entry::warning("BrokerDied").with("pid", pid).with("next", next));
+    }
     control::serve(&config, listener, commander, journal)?;
     let ended = driver.add(config, sender.clone()).and_then(|()| {
         driver.run(&mut |config| {
+            sender.started(true);
             let mut out = std::io::stdout();
             // Nobody has to read it.
             let _unread = writeln!(out, "ready: {} listening on {}", config.name, config.socket.display());
             let _unread = out.flush();
         })
     });
+    sender.started(!matches!(ended, Ok(Ended::Failed(_))));
     drop((driver, sender));
     let _gone = std::fs::remove_file(&control_socket);
     thread.join();
     // Every group is removed, or has been named, when this ends.
     let _panicked = cleaning.join();
     match ended? {
-        Ended::Asked => Ok(0),
-        Ended::Failed(reason) => Err(Failure::new(1, reason)),
+        Ended::Asked { at_rest: true } => Ok(0),
+        Ended::Asked { at_rest: false } => {
+            let text = "not every ring could be brought to rest in time: what the guest is owed is uncertain, check its file system";
+            Err(Failure::new(1, text))
+        }
+        Ended::Failed(reason) => Err(Failure::new(1, spread(&reason))),
     }
 }
 
 fn configure(args: Args) -> Result<DeviceConfig, Failure> {
-    let name_ok = |c: char| c.is_ascii_alphanumeric() || c == '.' || c == '-' || c == '_';
-    if args.name.is_empty() || args.name.len() > 64 || args.name.starts_with('.') || !args.name.chars().all(name_ok) {
-        return Err(Failure::new(2, "--name takes letters, digits, dots, dashes and underscores, at most 64"));
-    }
+    super::check_name(&args.name)?;
     let source = source(&args)?;
     let shadow = match &source {
         Source::Command(_) => !args.no_shadow,
@@ -157,6 +198,9 @@ fn configure(args: Args) -> Result<DeviceConfig, Failure> {
     Ok(DeviceConfig {
         name: args.name,
         socket: args.socket,
+        socket_mode: args.socket_mode,
+        socket_group: args.socket_group,
+        predecessor: None,
         pair: PairConfig {
             device: args.device,
             drain,
@@ -175,6 +219,17 @@ fn configure(args: Args) -> Result<DeviceConfig, Failure> {
 
 fn source(args: &Args) -> Result<Source, Failure> {
     if let Some(primary) = &args.primary_socket {
+        if args.shadow_socket.as_ref() == Some(primary) {
+            let text = "--primary-socket and --shadow-socket are the same: each backend needs a socket of its own";
+            return Err(Failure::new(2, text));
+        }
+        for (option, path) in [("--primary-socket", Some(primary)), ("--shadow-socket", args.shadow_socket.as_ref())] {
+            if let Some(path) = path
+                && let Err(error) = std::fs::metadata(path)
+            {
+                return Err(Failure::new(1, format!("{option} {}: {error}; start the backend first", path.display())));
+            }
+        }
         return Ok(Source::External { primary: primary.clone(), shadow: args.shadow_socket.clone() });
     }
     if args.command.is_empty() {
@@ -201,7 +256,82 @@ fn known_drain(source: &Source) -> DrainMethod {
     }
 }
 
-fn check_free(socket: &std::path::Path) -> Result<(), Failure> {
+/// Longest path of a Unix socket, in bytes (`sun_path` with its end).
+const SOCKET_PATH_MAX: usize = 107;
+
+/// What is wrong with a path is said before anything is started.
+fn check_paths(config: &DeviceConfig) -> Result<(), Failure> {
+    let check = |option: &str, path: &Path| match path.as_os_str().len() {
+        len if len > SOCKET_PATH_MAX => {
+            let text =
+                format!("{option}: {} has {len} bytes, a socket's path at most {SOCKET_PATH_MAX}", path.display());
+            Err(Failure::new(2, text))
+        }
+        _ => Ok(()),
+    };
+    check("--socket", &config.socket)?;
+    check("--control", &config.control_socket())?;
+    // As long as such a path becomes: process ids have seven digits, generations fewer.
+    check("--run-dir", &config.run_dir.join(format!("{}.4194304/backend-1000000.sock", config.name)))?;
+    match std::fs::metadata(&config.socket) {
+        Ok(found) if !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => {
+            let what = if found.is_dir() { "a directory" } else { "a file" };
+            Err(Failure::new(
+                1,
+                format!("--socket {} is {what}, not a socket: it is left alone", config.socket.display()),
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn open_journal(path: &Path) -> Result<File, Failure> {
+    let fail = |error| Failure::new(1, format!("--journal {}: {error}", path.display()));
+    File::options().create(true).append(true).open(path).map_err(fail)
+}
+
+fn make_dir(option: &str, path: &Path) -> Result<(), Failure> {
+    let advice = match std::env::var_os("XDG_RUNTIME_DIR") {
+        None if !rustix::process::geteuid().is_root() => " (XDG_RUNTIME_DIR is not set)",
+        _ => "",
+    };
+    std::fs::create_dir_all(path)
+        .map_err(|error| Failure::new(1, format!("{option} {}: {error}{advice}", path.display())))
+}
+
+/// Removes the run directories of dead brokers of this name, and says which was the last: one that ends in order leaves none.
+fn bury_predecessors(run_dir: &Path, name: &str) -> Option<u32> {
+    let mut found = None;
+    for entry in std::fs::read_dir(run_dir).ok()?.flatten() {
+        let file_name = entry.file_name();
+        let Some((device, pid)) = file_name.to_str().and_then(|text| text.rsplit_once('.')) else { continue };
+        let Ok(pid) = pid.parse::<u32>() else { continue };
+        if device != name || pid == std::process::id() || !entry.path().is_dir() || is_broker(pid) {
+            continue;
+        }
+        let age = entry.metadata().and_then(|data| data.modified()).ok();
+        // Only sockets of its backends are in it, and they have died with it.
+        let _left = std::fs::remove_dir_all(entry.path());
+        found = found.max(Some((age, pid)));
+    }
+    found.map(|(_, pid)| pid)
+}
+
+/// Whether that process is a living broker; its number may have been given to somebody else.
+fn is_broker(pid: u32) -> bool {
+    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    words.split(|byte| *byte == 0).any(|word| word == b"guard")
+}
+
+/// A reason with what a backend printed on lines of its own.
+fn spread(reason: &str) -> String {
+    match reason.split_once("; it said: ") {
+        Some((how, said)) => format!("{how}; it said:\n  {}", said.replace(" / ", "\n  ")),
+        None => reason.to_owned(),
+    }
+}
+
+fn check_free(socket: &Path) -> Result<(), Failure> {
     if std::os::unix::net::UnixStream::connect(socket).is_ok() {
         let text = format!("{}: another process listens there; is this device guarded already?", socket.display());
         return Err(Failure::new(1, text));

@@ -1,8 +1,9 @@
 //! The command line.
 //!
-//! Exit codes: 0 done, 1 failed, 2 usage, 3 refused, 4 no warmswap answers.
+//! Exit codes: 0 done, 1 failed, 2 usage, 3 refused, 4 no warmswap answers, 5 not protected (`status --check`).
 
 mod example;
+mod failover;
 mod guard;
 mod show;
 
@@ -17,7 +18,7 @@ use clap::{Parser, Subcommand};
     name = "warmswap",
     version,
     about,
-    after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 refused, 4 no warmswap answers"
+    after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 refused, 4 no warmswap answers, 5 not protected (status --check)"
 )]
 struct Args {
     #[command(subcommand)]
@@ -29,9 +30,13 @@ enum Verb {
     /// Guard one device: start primary and shadow, and listen for the VMM
     Guard(guard::Args),
     /// Show devices, roles, rings and failovers
+    #[command(after_help = show::LEGEND)]
     Status {
-        /// Only this device
-        name: Option<String>,
+        /// Only these devices
+        names: Vec<String>,
+        /// End with exit code 5 unless every device shown is protected
+        #[arg(long)]
+        check: bool,
         #[command(flatten)]
         control: Control,
         /// Print JSON
@@ -42,7 +47,7 @@ enum Verb {
     Events {
         /// Only this device
         name: Option<String>,
-        /// Go on as events happen
+        /// Go on as events happen, of all devices that are guarded now
         #[arg(short, long)]
         follow: bool,
         #[command(flatten)]
@@ -51,22 +56,8 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Swap primary and shadow, and wait for the end of it
-    Failover {
-        /// The device
-        name: String,
-        /// Do not drain: kill the primary at once
-        #[arg(long)]
-        now: bool,
-        /// Why, for the journal
-        #[arg(long)]
-        reason: String,
-        #[command(flatten)]
-        control: Control,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
+    /// Have the shadow take over, and wait for the end of it; the old primary is ended and a new shadow started
+    Failover(failover::Args),
     /// Print a ready-made VMM configuration for a guarded device
     Example {
         /// For which VMM
@@ -86,7 +77,7 @@ enum Verb {
 /// Where control sockets are.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Control {
-    /// Directory of the control sockets
+    /// Directory of the control sockets (default: /run/warmswap for root, else $XDG_RUNTIME_DIR/warmswap)
     #[arg(long = "control", value_name = "DIR")]
     dir: Option<PathBuf>,
 }
@@ -117,9 +108,9 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
     };
     let result = match args.verb {
         Verb::Guard(args) => guard::run(args),
-        Verb::Status { name, control, json } => show::status(name.as_deref(), &control, json),
-        Verb::Events { name, follow, control, json } => show::events(name.as_deref(), follow, &control, json),
-        Verb::Failover { name, now, reason, control, json } => show::failover(&name, now, &reason, &control, json),
+        Verb::Status { names, check, control, json } => show::status(&names, check, &control, json),
+        Verb::Events { name, follow, control, json } => show::events(name, follow, &control, json),
+        Verb::Failover(args) => failover::run(&args),
         Verb::Example { vmm, name, socket, json } => example::print(vmm, &name, socket, json),
     };
     match result {
@@ -130,6 +121,15 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
             ExitCode::from(failure.code)
         }
     }
+}
+
+/// Checks the name of a device: it becomes part of paths.
+fn check_name(name: &str) -> Result<(), Failure> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.chars().all(fits) {
+        return Err(Failure::new(2, "--name takes letters, digits, dots, dashes and underscores, at most 64"));
+    }
+    Ok(())
 }
 
 /// Why a command failed, and its exit code.

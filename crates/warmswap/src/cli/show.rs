@@ -1,41 +1,102 @@
-//! `warmswap status`, `events` and `failover`.
+//! `warmswap status` and `events`.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::{Control, Failure};
-use crate::control::{Client, exit_code};
+use crate::control::{Client, ClientError, devices_in, socket_path};
+use crate::journal::span;
 
-/// Control sockets: of one device, or of all.
-fn sockets(name: Option<&str>, dir: &Path) -> Result<Vec<PathBuf>, Failure> {
-    if let Some(name) = name {
-        return Ok(vec![dir.join(format!("{name}.sock"))]);
-    }
+/// A broker that does not answer a question within this is taken for stopped.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// What `--help` says below the options of `status`.
+pub(super) const LEGEND: &str = "\
+STATE
+  starting      it is not known yet what can be offered to the VMM
+  protected     a primary serves, or will as soon as a VMM connects, and a shadow is ready
+  unprotected   no shadow is ready; the reason is below the line
+  failing-over  a failover is running
+  halted        a failover could not be finished without guessing: the rings stay unserved until the guest is reset
+  dead          a control socket that nobody serves: its broker ended without cleaning up
+  silent        a broker that does not answer
+PRIMARY, SHADOW  process id and state: starting, negotiating, offered, warming (the session is replayed to it), ready,
+  active (it serves rings), ended
+RECOVERY  what a crash now could promise: exact (every request that is owed is known), drained (such a device is handed over
+  only where nothing is owed), refused (what is in flight is not known)
+FENCE  the best that can be proved of a dead primary: reaped (process gone, its storage closed), target (the storage refuses
+  it), unprovable, - (not known yet). The option --fence of guard is the least that is required
+FAILOVERS  how many settled; then the last one: how long ago, its kind, and how long the guest's requests waited
+observer  exact, inexact or violated: what is known of the requests in flight
+
+Exit code 4 if no broker answers; with --check 5 unless every device is protected";
+
+/// The devices asked for: by name, or all that have a control socket.
+pub(super) fn names(asked: &[String], dir: &Path) -> Result<Vec<String>, Failure> {
     let none = |why: String| Failure::new(4, format!("no warmswap runs in {}: {why}", dir.display()));
-    let entries = std::fs::read_dir(dir).map_err(|error| none(error.to_string()))?;
-    let mut paths: Vec<PathBuf> = entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "sock"))
-        .collect();
-    paths.sort();
-    if paths.is_empty() { Err(none("there is no control socket".to_owned())) } else { Ok(paths) }
+    let advice = || match std::env::var_os("XDG_RUNTIME_DIR") {
+        None if !rustix::process::geteuid().is_root() => " (XDG_RUNTIME_DIR is not set; see --control)",
+        _ => "",
+    };
+    let known = devices_in(dir).map_err(|error| none(format!("{error}{}", advice())))?;
+    if known.is_empty() {
+        return Err(none(format!("there is no control socket{}", advice())));
+    }
+    match asked.iter().find(|name| !known.contains(name)) {
+        Some(unknown) => {
+            let text = format!("no device {unknown:?} in {}; guarded are: {}", dir.display(), known.join(", "));
+            Err(Failure::new(4, text))
+        }
+        None if asked.is_empty() => Ok(known),
+        None => Ok(asked.to_vec()),
+    }
+}
+
+/// What is shown of one device, and whether its broker answered.
+fn ask(dir: &Path, name: &str) -> (Value, bool) {
+    let path = socket_path(dir, name);
+    let absent = |state: &str, message: String| (json!({"name": name, "state": state, "message": message}), false);
+    let answer = Client::connect(&path).and_then(|mut client| {
+        client.set_patience(Some(ANSWER_MAX)).map_err(ClientError::Ended)?;
+        client.status()
+    });
+    match answer {
+        Ok(mut answer) if answer["devices"][0].is_object() => (answer["devices"][0].take(), true),
+        Ok(_) => absent("silent", "its broker names no device".to_owned()),
+        Err(ClientError::Unreachable { source, .. }) if is_dead(&source) => {
+            let text = "no broker answers: it ended without cleaning up. Start it again, or remove";
+            absent("dead", format!("{text} {}", path.display()))
+        }
+        Err(error) => absent("silent", error.to_string()),
+    }
+}
+
+fn is_dead(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::NotFound)
 }
 
 /// `warmswap status`.
-pub(super) fn status(name: Option<&str>, control: &Control, json: bool) -> Result<u8, Failure> {
-    let mut devices = Vec::new();
-    for path in sockets(name, &control.dir())? {
-        let answer = Client::connect(&path)?.status()?;
-        devices.extend(answer["devices"].as_array().cloned().unwrap_or_default());
-    }
+pub(super) fn status(asked: &[String], check: bool, control: &Control, json: bool) -> Result<u8, Failure> {
+    let dir = control.dir();
+    let (devices, answered): (Vec<Value>, Vec<bool>) = names(asked, &dir)?.iter().map(|name| ask(&dir, name)).unzip();
     let mut out = std::io::stdout().lock();
     if json {
         writeln!(out, "{}", json!({ "devices": devices }))?;
-        return Ok(0);
+    } else {
+        table(&mut out, &devices)?;
     }
+    Ok(match () {
+        () if !answered.contains(&true) => 4,
+        () if check && devices.iter().any(|device| device["state"] != "protected") => 5,
+        () => 0,
+    })
+}
+
+fn table(out: &mut dyn Write, devices: &[Value]) -> std::io::Result<()> {
     let row = |out: &mut dyn Write, cells: [&str; 8]| {
         let [name, state, vmm, primary, shadow, recovery, fence, failovers] = cells;
         writeln!(
@@ -43,12 +104,13 @@ pub(super) fn status(name: Option<&str>, control: &Control, json: bool) -> Resul
             "{name:<12} {state:<12} {vmm:<10} {primary:<18} {shadow:<18} {recovery:<9} {fence:<11} {failovers}"
         )
     };
-    row(&mut out, ["DEVICE", "STATE", "VMM", "PRIMARY", "SHADOW", "RECOVERY", "FENCE", "FAILOVERS"])?;
-    for device in &devices {
-        let counts = &device["failovers"];
-        let failovers =
-            format!("{} settled, {} refused, {} halted", counts["settled"], counts["refused"], counts["halted"]);
+    row(out, ["DEVICE", "STATE", "VMM", "PRIMARY (PID)", "SHADOW (PID)", "RECOVERY", "FENCE", "FAILOVERS"])?;
+    for device in devices {
         let text = |key: &str| device[key].as_str().unwrap_or("-");
+        if let Some(message) = device["message"].as_str() {
+            writeln!(out, "{:<12} {:<12} {message}", text("name"), text("state"))?;
+            continue;
+        }
         let cells = [
             text("name"),
             text("state"),
@@ -57,92 +119,159 @@ pub(super) fn status(name: Option<&str>, control: &Control, json: bool) -> Resul
             &backend(&device["shadow"]),
             text("recovery_level"),
             text("fence_level"),
-            &failovers,
+            &failovers(device),
         ];
-        row(&mut out, cells)?;
-        for ring in device["rings"].as_array().into_iter().flatten() {
-            writeln!(
-                out,
-                "  ring {}: {} entries, {} in flight, observer {}",
-                ring["index"],
-                ring["size"],
-                ring["inflight"],
-                ring["observer"].as_str().unwrap_or("-")
-            )?;
-        }
-        if let Some(halted) = device["halted"].as_str() {
-            writeln!(out, "  halted: {halted}")?;
-        }
-        if device["shadow"]["state"] != "ready" {
-            writeln!(out, "  shadow: {}", text("shadow_note"))?;
+        row(out, cells)?;
+        notes(out, device)?;
+    }
+    Ok(())
+}
+
+/// What there is to say of a device below its line.
+fn notes(out: &mut dyn Write, device: &Value) -> std::io::Result<()> {
+    for ring in device["rings"].as_array().into_iter().flatten() {
+        writeln!(
+            out,
+            "  ring {}: {} entries, {} in flight, observer {}",
+            ring["index"],
+            ring["size"],
+            ring["inflight"],
+            ring["observer"].as_str().unwrap_or("-")
+        )?;
+    }
+    for key in ["misconfigured", "halted"] {
+        if let Some(why) = device[key].as_str() {
+            writeln!(out, "  {key}: {why}")?;
         }
     }
-    Ok(0)
+    if device["shadow_wanted"] == false {
+        writeln!(out, "  shadow: none, as chosen ({})", device["shadow_note"].as_str().unwrap_or("-"))?;
+    } else if device["state"] != "protected" {
+        writeln!(out, "  shadow: {}", device["shadow_note"].as_str().unwrap_or("-"))?;
+    }
+    if let Some(pid) = device["after_crash_of"].as_u64() {
+        writeln!(
+            out,
+            "  the broker before this one (process {pid}) did not end in order: check the guest's file system"
+        )?;
+    }
+    Ok(())
 }
 
 fn backend(value: &Value) -> String {
-    match value["state"].as_str() {
-        Some(state) => format!("{} ({state})", value["pid"]),
-        None => "-".to_owned(),
+    let pid = value["pid"].as_u64().map_or_else(|| "-".to_owned(), |pid| pid.to_string());
+    value["state"].as_str().map_or_else(|| "-".to_owned(), |state| format!("{pid} ({state})"))
+}
+
+/// How many, and the last one.
+fn failovers(device: &Value) -> String {
+    let (counts, last) = (&device["failovers"], &device["last_failover"]);
+    let mut text = counts["settled"].as_u64().unwrap_or(0).to_string();
+    for other in ["refused", "halted"] {
+        if let Some(count) = counts[other].as_u64().filter(|count| *count > 0) {
+            text.push_str(&format!(", {count} {other}"));
+        }
+    }
+    if let Some(kind) = last["kind"].as_str() {
+        let ago = last["seconds_ago"].as_u64().map_or_else(|| "-".to_owned(), ago);
+        text.push_str(&format!("; last {ago} ago: {kind}"));
+        match (last["result"].as_str(), last["blackout_us"].as_f64()) {
+            (Some("settled"), Some(micros)) => text.push_str(&format!(" {:.1} ms", micros / 1e3)),
+            (result, _) => text.push_str(&format!(" {}", result.unwrap_or("-"))),
+        }
+    }
+    text
+}
+
+fn ago(seconds: u64) -> String {
+    match seconds {
+        0..=119 => format!("{seconds} s"),
+        120..=7_199 => format!("{} min", seconds / 60),
+        7_200..=172_799 => format!("{} h", seconds / 3_600),
+        _ => format!("{} days", seconds / 86_400),
+    }
+}
+
+/// Reads one device's events line by line until there are no more.
+fn read_events(path: &Path, follow: bool, json: bool, lines: &mpsc::Sender<String>) -> Result<(), ClientError> {
+    let mut client = Client::connect(path)?;
+    client.tell(&json!({"verb": "events", "follow": follow, "text": !json}))?;
+    loop {
+        let (event, line) = match client.line_as_sent() {
+            Ok(answer) => answer,
+            // The broker has ended, and with it the events.
+            Err(ClientError::Ended(_)) if follow => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let line = event["text"].as_str().map_or_else(|| line.trim_end().to_owned(), str::to_owned);
+        // Nobody reads any more once the output is closed.
+        if event.get("end").is_some() || lines.send(line).is_err() {
+            return Ok(());
+        }
     }
 }
 
 /// `warmswap events`.
-pub(super) fn events(name: Option<&str>, follow: bool, control: &Control, json: bool) -> Result<u8, Failure> {
-    let sockets = sockets(name, &control.dir())?;
-    if follow && sockets.len() > 1 {
-        return Err(Failure::new(2, "events -f follows one device: name it"));
-    }
+pub(super) fn events(name: Option<String>, follow: bool, control: &Control, json: bool) -> Result<u8, Failure> {
+    let dir = control.dir();
+    let asked: Vec<String> = name.into_iter().collect();
+    let names = names(&asked, &dir)?;
+    let (sender, lines) = mpsc::channel();
+    let readers: Vec<_> = names
+        .iter()
+        .map(|name| {
+            let (path, sender) = (socket_path(&dir, name), sender.clone());
+            std::thread::spawn(move || read_events(&path, follow, json, &sender))
+        })
+        .collect();
+    drop(sender);
     let mut out = std::io::stdout().lock();
-    for path in sockets {
-        let mut client = Client::connect(&path)?;
-        let mut line = client.ask(&json!({"verb": "events", "follow": follow}))?;
-        while line.get("end").is_none() {
-            print_event(&mut out, &line, json)?;
-            line = match client.line() {
-                Ok(line) => line,
-                // The broker has ended, and with it the events.
-                Err(crate::control::ClientError::Ended(_)) if follow => return Ok(0),
-                Err(error) => return Err(error.into()),
-            };
+    if follow {
+        for line in lines {
+            writeln!(out, "{line}")?;
+            out.flush()?;
         }
+    } else {
+        // Every line begins with its time, always of the same length.
+        let mut all: Vec<String> = lines.iter().collect();
+        if names.len() > 1 {
+            all.sort_by(|left, right| left.get(..TIME_END).cmp(&right.get(..TIME_END)));
+        }
+        for line in all {
+            writeln!(out, "{line}")?;
+        }
+    }
+    let mut failures = Vec::new();
+    for (name, reader) in names.iter().zip(readers) {
+        if let Err(error) = reader.join().unwrap_or(Ok(())) {
+            failures.push((name, error));
+        }
+    }
+    if failures.len() == names.len()
+        && let Some((_, error)) = failures.pop()
+    {
+        return Err(error.into());
+    }
+    for (name, error) in failures {
+        eprintln!("warmswap: {name}: {error}");
     }
     Ok(0)
 }
 
-fn print_event(out: &mut dyn Write, event: &Value, json: bool) -> std::io::Result<()> {
-    if json {
-        writeln!(out, "{event}")?;
-        return out.flush();
-    }
-    let text = |key: &str| event[key].as_str().unwrap_or("-");
-    write!(out, "{} {} {}", text("timestamp"), text("source"), text("event"))?;
-    for (name, value) in event["properties"].as_object().into_iter().flatten() {
-        write!(out, " {name}={value}")?;
-    }
-    writeln!(out)?;
-    out.flush()
-}
+/// Within this many characters of a line lies its time, in either form.
+const TIME_END: usize = r#"{"timestamp":"2026-01-01T00:00:00.000000Z"#.len();
 
-/// `warmswap failover`.
-pub(super) fn failover(name: &str, now: bool, reason: &str, control: &Control, json: bool) -> Result<u8, Failure> {
-    let path = control.dir().join(format!("{name}.sock"));
-    let report = Client::connect(&path)?.failover(name, now, reason)?;
-    let mut out = std::io::stdout().lock();
-    let result = report["result"].as_str().unwrap_or("failed");
-    if json {
-        writeln!(out, "{report}")?;
-    } else if result == "settled" {
-        writeln!(
-            out,
-            "settled: {name} swapped in {} us, {} requests handed over, recovery {}, fence {}",
-            report["blackout_us"],
-            report["survivors"],
-            report["recovery"].as_str().unwrap_or("-"),
-            report["fence"].as_str().unwrap_or("-")
-        )?;
-    } else {
-        writeln!(out, "{result}: {}", report["message"].as_str().unwrap_or("-"))?;
-    }
-    Ok(exit_code(result))
+/// A failover's outcome for people.
+pub(super) fn settled(name: &str, report: &Value) -> String {
+    let text = |key: &str| report[key].as_str().unwrap_or("-");
+    let blackout = match report["blackout_us"].as_f64() {
+        Some(micros) if micros > 0.0 => format!("in {}", span(micros)),
+        _ => "while no guest used it".to_owned(),
+    };
+    format!(
+        "settled: {name} swapped {blackout}, {} requests handed over, recovery {}, fence {}",
+        report["survivors"],
+        text("recovery"),
+        text("fence")
+    )
 }

@@ -47,13 +47,29 @@ impl Client {
         Ok(Client { reader: BufReader::new(stream) })
     }
 
+    /// Gives up on an answer that takes longer than this; none waits for ever.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn set_patience(&mut self, patience: Option<std::time::Duration>) -> std::io::Result<()> {
+        self.reader.get_mut().set_read_timeout(patience)
+    }
+
     /// Sends a command and reads one answer.
     ///
     /// # Errors
     /// The connection ended, or the answer is an error.
     pub fn ask(&mut self, command: &Value) -> Result<Value, ClientError> {
-        writeln!(self.reader.get_mut(), "{command}").map_err(ClientError::Ended)?;
+        self.tell(command)?;
         self.line()
+    }
+
+    /// Sends a command whose answers are read one by one.
+    ///
+    /// # Errors
+    /// The connection ended.
+    pub fn tell(&mut self, command: &Value) -> Result<(), ClientError> {
+        writeln!(self.reader.get_mut(), "{command}").map_err(ClientError::Ended)
     }
 
     /// Reads one more answer to a command that has several.
@@ -61,6 +77,14 @@ impl Client {
     /// # Errors
     /// As [`Client::ask`].
     pub fn line(&mut self) -> Result<Value, ClientError> {
+        Ok(self.line_as_sent()?.0)
+    }
+
+    /// The same, together with the text of the answer, in which the order of members is the sender's.
+    ///
+    /// # Errors
+    /// As [`Client::ask`].
+    pub fn line_as_sent(&mut self) -> Result<(Value, String), ClientError> {
         let mut line = String::new();
         let read = self.reader.read_line(&mut line).map_err(ClientError::Ended)?;
         if read == 0 {
@@ -73,7 +97,7 @@ impl Client {
                 code: error["code"].as_u64().and_then(|code| u8::try_from(code).ok()).unwrap_or(1),
                 message: error["message"].as_str().unwrap_or("no reason was given").to_owned(),
             }),
-            None => Ok(value),
+            None => Ok((value, line)),
         }
     }
 
@@ -83,6 +107,14 @@ impl Client {
     /// As [`Client::ask`].
     pub fn status(&mut self) -> Result<Value, ClientError> {
         self.ask(&json!({"verb": "status"}))
+    }
+
+    /// Has the shadow replaced by one that is newly started. Answers with the generation of the one that goes.
+    ///
+    /// # Errors
+    /// As [`Client::ask`].
+    pub fn refresh(&mut self, device: &str) -> Result<Value, ClientError> {
+        self.ask(&json!({"verb": "refresh", "device": device}))
     }
 
     /// Makes a failover and waits for its end.

@@ -3,16 +3,32 @@
 use serde_json::{Value, json};
 use warmswap_core::{BackendStatus, Phase, Report};
 
+use crate::config::DeviceConfig;
 use crate::driver::DeviceStatus;
+use crate::journal::timestamp;
 
 /// A status answer.
-pub(crate) fn status(devices: &[(String, DeviceStatus)], socket: &str, device_type: &str) -> Value {
-    let list: Vec<Value> = devices.iter().map(|(name, status)| device(name, status, socket, device_type)).collect();
+pub(crate) fn status(devices: &[(String, DeviceStatus)], config: &DeviceConfig) -> Value {
+    let list: Vec<Value> = devices.iter().map(|(name, status)| device(name, status, config)).collect();
     json!({ "devices": list })
 }
 
-fn device(name: &str, status: &DeviceStatus, socket: &str, device_type: &str) -> Value {
+fn device(name: &str, status: &DeviceStatus, config: &DeviceConfig) -> Value {
     let pair = &status.pair;
+    let no_shadow = config.no_shadow();
+    let shadow_note = no_shadow.unwrap_or(&pair.shadow_note);
+    let refusal = match (no_shadow, &pair.refusal) {
+        (Some(why), Some(_)) => Some(format!("there is no shadow: {why}")),
+        (_, refusal) => refusal.clone(),
+    };
+    let last = pair.last.as_ref().map(|last| {
+        let mut last = report(last);
+        if let Some(ended) = status.last_failover_at {
+            last["ended"] = json!(timestamp(ended));
+            last["seconds_ago"] = json!(ended.elapsed().map_or(0, |ago| ago.as_secs()));
+        }
+        last
+    });
     let rings: Vec<Value> = pair
         .rings
         .iter()
@@ -32,17 +48,20 @@ fn device(name: &str, status: &DeviceStatus, socket: &str, device_type: &str) ->
     let counters = &pair.counters;
     json!({
         "name": name,
-        "type": device_type,
-        "socket": socket,
+        "type": config.pair.device.name(),
+        "socket": config.socket.display().to_string(),
         "state": pair.state.name(),
         "vmm": if pair.vmm_connected { "connected" } else { "absent" },
         "phase": pair.phase.name(),
         "recovery_level": pair.recovery,
         "fence_level": status.fence,
         "primary": backend(pair.primary.as_ref(), status.primary_pid, None),
-        "shadow": backend(pair.shadow.as_ref(), status.shadow_pid, Some(&pair.shadow_note)),
-        "shadow_note": pair.shadow_note,
-        "refusal": pair.refusal,
+        "shadow": backend(pair.shadow.as_ref(), status.shadow_pid, Some(shadow_note)),
+        "shadow_wanted": no_shadow.is_none(),
+        "shadow_note": shadow_note,
+        "refusal": refusal,
+        "misconfigured": status.misconfigured,
+        "after_crash_of": config.predecessor,
         "halted": pair.halted,
         "rings": rings,
         "failovers": {
@@ -67,8 +86,9 @@ fn device(name: &str, status: &DeviceStatus, socket: &str, device_type: &str) ->
             "observations": counters.observations,
             "observer_gaps": counters.observer_gaps,
         },
-        "last_failover": pair.last.as_ref().map(report),
-        "broker": { "pid": std::process::id(), "rss_bytes": rss_bytes(), "descriptors": status.descriptors },
+        "last_failover": last,
+        "broker": { "pid": std::process::id(), "rss_bytes": rss_bytes(), "descriptors": status.descriptors,
+            "late": status.late, "late_worst_us": (status.late_worst.as_micros() * 10.0).round() / 10.0 },
     })
 }
 

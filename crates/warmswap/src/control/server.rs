@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 use warmswap_core::Outcome;
 
 use super::json;
-use crate::config::DeviceConfig;
+use crate::config::{DeviceConfig, Source};
 use crate::driver::{Command, Commander};
-use crate::journal::Journal;
+use crate::journal::{Form, Journal};
 
 /// Most connections at a time.
 const CONNECTIONS_MAX: usize = 64;
@@ -31,9 +31,16 @@ enum Ask {
         now: bool,
         reason: String,
     },
+    /// Replaces the shadow by a newly started one.
+    Refresh {
+        device: Option<String>,
+    },
     Events {
         #[serde(default)]
         follow: bool,
+        /// As lines for people, each as a member `text`.
+        #[serde(default)]
+        text: bool,
     },
 }
 
@@ -95,7 +102,7 @@ impl Server {
                 return writeln!(writer, "{}", error(2, "the command is too long"));
             }
             match serde_json::from_str(&line) {
-                Ok(Ask::Events { follow }) => self.events(&mut writer, follow)?,
+                Ok(Ask::Events { follow, text }) => self.events(&mut writer, follow, text)?,
                 Ok(ask) => writeln!(writer, "{}", self.answer(ask))?,
                 Err(why) => writeln!(writer, "{}", error(2, &format!("the command is not understood: {why}")))?,
             }
@@ -110,30 +117,72 @@ impl Server {
                 self.commander.send(Command::Status { answer });
                 let Ok(mut devices) = status.recv() else { return ending() };
                 devices.retain(|(name, _)| *name == self.device.name);
-                let socket = self.device.socket.display().to_string();
-                json::status(&devices, &socket, self.device.pair.device.name())
+                json::status(&devices, &self.device)
             }
             Ask::Failover { device, now, reason } => {
-                let device = device.unwrap_or_else(|| self.device.name.clone());
-                if device != self.device.name {
-                    let text = format!("this is the control socket of {}, not of {device}", self.device.name);
-                    return error(2, &text);
-                }
+                let device = match self.name(device) {
+                    Ok(device) => device,
+                    Err(error) => return error,
+                };
                 let (answer, report) = crossbeam_channel::bounded(1);
                 self.commander.send(Command::Failover { device, now, reason, answer });
-                report.recv().map_or_else(|_| ending(), |report| json::report(&report))
+                report.recv().map_or_else(
+                    |_| ending(),
+                    |report| {
+                        let mut report = json::report(&report);
+                        if let Some(why) = self.device.no_shadow()
+                            && report["result"] == Outcome::Refused.name()
+                        {
+                            report["message"] = json!(format!("there is no shadow: {why}"));
+                        }
+                        report
+                    },
+                )
+            }
+            Ask::Refresh { device } => {
+                let device = match self.name(device) {
+                    Ok(device) => device,
+                    Err(error) => return error,
+                };
+                if !matches!(self.device.source, Source::Command(_)) {
+                    return error(3, "its backends are started by somebody else: replace the shadow there");
+                }
+                if let Some(why) = self.device.no_shadow() {
+                    return error(3, &format!("there is no shadow: {why}"));
+                }
+                let (answer, replaced) = crossbeam_channel::bounded(1);
+                self.commander.send(Command::Refresh { device, answer });
+                match replaced.recv() {
+                    Ok(Ok(generation)) => json!({ "replaced": generation }),
+                    Ok(Err(why)) => error(3, &why),
+                    Err(_) => ending(),
+                }
             }
             Ask::Events { .. } => error(2, "events are answered line by line"),
         }
     }
 
-    fn events(&self, writer: &mut UnixStream, follow: bool) -> std::io::Result<()> {
+    /// The device a command is for, which is ours.
+    fn name(&self, device: Option<String>) -> Result<String, Value> {
+        match device {
+            Some(other) if other != self.device.name => {
+                Err(error(2, &format!("this is the control socket of {}, not of {other}", self.device.name)))
+            }
+            _ => Ok(self.device.name.clone()),
+        }
+    }
+
+    fn events(&self, writer: &mut UnixStream, follow: bool, text: bool) -> std::io::Result<()> {
         let mut from = 0;
+        let form = if text { Form::Text } else { Form::Json };
         loop {
             let wait = if follow { Duration::from_millis(500) } else { Duration::ZERO };
-            let (lines, next, ended) = self.journal.read(&self.device.name, from, wait);
+            let (lines, next, ended) = self.journal.read(&self.device.name, from, wait, form);
             for line in lines {
-                writeln!(writer, "{line}")?;
+                match form {
+                    Form::Json => writeln!(writer, "{line}")?,
+                    Form::Text => writeln!(writer, "{}", json!({ "text": line }))?,
+                }
             }
             from = next;
             if !follow || ended {

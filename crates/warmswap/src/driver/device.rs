@@ -4,18 +4,21 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use crossbeam_channel::Sender;
 use rustix::event::EventfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use warmswap_core::{
-    Action, Actions, BackendId, CommandId, Entry, Event, FenceLevel, Nanos, Pair, PrivateEvents, Report, Status,
+    Action, Actions, BackendId, CommandId, Entry, Event, FenceLevel, Nanos, Pair, PairState, PrivateEvents, Report,
+    Status, Value,
 };
 use warmswap_wire::{BackendRequest, FdSlot, Request};
 
 use super::backends::{self, Backend};
 use super::fence::{Fence, Progress};
 use super::inspector::{Inspector, Look};
+use super::maps::{self, Maps};
 use super::poller::{Interest, Poller, Source as PollSource, Token};
 use super::spawner::{Spawner, Start};
 use crate::config::{DeviceConfig, Source};
@@ -28,6 +31,9 @@ use crate::storage::{FenceBasis, Storage};
 
 /// Backends are looked at for what they have open this often.
 const INSPECT_EVERY: Nanos = Nanos::from_millis(5_000);
+
+/// How the core begins to say that a backend took too long.
+const NOT_READY: &str = "it was not ready within";
 
 /// Processes that were ended are looked at this often until they are gone.
 const RETIRE_EVERY: Nanos = Nanos::from_millis(3);
@@ -62,8 +68,25 @@ pub(crate) struct Device {
     unprovable: Option<String>,
     unprovable_noted: Option<BackendId>,
     inspector: Inspector,
+    maps: Maps,
+    /// Process of the VMM, if the system says which.
+    vmm_pid: Option<u32>,
+    /// The VMM maps guest memory so that nobody else sees what the guest writes.
+    private_memory: Option<String>,
+    /// What was last refused of a ring, until one starts.
+    refused_ring: Option<String>,
+    last_failover_at: Option<SystemTime>,
+    /// Why the last backend that was given up could never be connected to.
+    unconnected: Option<String>,
     /// Journal entries of this step, handed over at its end.
     entries: Vec<Entry>,
+}
+
+/// The threads that work for devices.
+pub(crate) struct Threads {
+    pub(crate) spawner: Spawner,
+    pub(crate) inspector: Inspector,
+    pub(crate) maps: Maps,
 }
 
 /// Messages to one backend that leave together. Descriptors belong to the message that starts with the bytes they travel with, so
@@ -86,10 +109,10 @@ impl Device {
         number: u16,
         config: DeviceConfig,
         journal: JournalSender,
-        spawner: Spawner,
-        inspector: Inspector,
+        threads: Threads,
         now: Nanos,
     ) -> std::io::Result<Self> {
+        let Threads { spawner, inspector, maps } = threads;
         let run_dir = RunDir::create(&config.run_dir, &config.name)?;
         let mut device = Device {
             number,
@@ -116,6 +139,12 @@ impl Device {
             unprovable: None,
             unprovable_noted: None,
             inspector,
+            maps,
+            vmm_pid: None,
+            private_memory: None,
+            refused_ring: None,
+            last_failover_at: None,
+            unconnected: None,
             entries: Vec::new(),
             config,
         };
@@ -140,8 +169,10 @@ impl Device {
     }
 
     /// Why the device could not start, if so.
-    pub(crate) fn failed(&self) -> Option<&str> {
-        self.unprovable.as_deref().or(self.pair.failed())
+    pub(crate) fn failed(&self) -> Option<String> {
+        let reason = self.unprovable.as_deref().or(self.pair.failed())?;
+        let unconnected = self.unconnected.as_ref().filter(|_| reason.starts_with(NOT_READY));
+        Some(unconnected.map_or_else(|| reason.to_owned(), |why| format!("{reason}: {why}")))
     }
 
     /// Whether the VMM may connect and does not yet have a socket to connect to.
@@ -297,13 +328,38 @@ impl Device {
             Action::UnwatchKick { ring } => self.unwatch_kick(ring, poller),
             // Placing primary and shadow on their processors is the offload's work.
             Action::Assign { .. } => {}
-            Action::Journal(entry) => self.entries.push(entry),
+            Action::Journal(entry) => {
+                self.learn(&entry);
+                self.entries.push(entry);
+            }
             Action::Answer { command, report } => {
                 if let Some(answer) = self.answers.remove(&command.0) {
                     // The asker may have gone away.
                     let _gone = answer.try_send(*report);
                 }
             }
+        }
+    }
+
+    /// What `status` shows of what the journal says.
+    fn learn(&mut self, entry: &Entry) {
+        let text = |name: &str| {
+            entry.properties.iter().find_map(|(known, value)| match value {
+                Value::Text(text) if *known == name => Some(text.as_str()),
+                _ => None,
+            })
+        };
+        match entry.event {
+            "FailoverSettled" | "FailoverHalted" => self.last_failover_at = Some(SystemTime::now()),
+            "RingStarted" => self.refused_ring = None,
+            "MessageRefused" if text("peer") == Some("vmm") => {
+                if let (Some(request), Some(reason)) = (text("request"), text("reason"))
+                    && request.starts_with("SET_VRING")
+                {
+                    self.refused_ring = Some(format!("{request} was refused: {reason}"));
+                }
+            }
+            _ => {}
         }
     }
 
@@ -321,11 +377,15 @@ impl Device {
             self.entries.push(entry);
             return;
         }
+        let peer = rustix::net::sockopt::socket_peercred(&socket).ok();
+        let peer = peer.and_then(|peer| u32::try_from(peer.pid.as_raw_nonzero().get()).ok());
         let Ok(connection) = Connection::new(socket) else { return };
         if poller.add(connection.as_fd(), self.token(PollSource::Vmm), Interest::Edge).is_err() {
             return;
         }
         self.vmm = Some(connection);
+        self.vmm_pid = peer;
+        self.private_memory = None;
         self.vmm_readable = true;
         self.events.push_back(Event::VmmConnected);
         self.run(now, poller);
@@ -365,8 +425,10 @@ impl Device {
         let need_reply = header.needs_reply();
         match Request::decode(&header, &payload, &slots) {
             Ok(request) => {
-                if let Request::RemMemReg(_) = request {
-                    slots.into_iter().for_each(|slot| self.fds.close(slot));
+                match request {
+                    Request::RemMemReg(_) => slots.into_iter().for_each(|slot| self.fds.close(slot)),
+                    Request::SetMemTable(_) | Request::AddMemReg { .. } => self.look_at_memory(&slots),
+                    _ => {}
                 }
                 self.events.push_back(Event::VmmRequest { request, need_reply });
             }
@@ -376,6 +438,27 @@ impl Device {
                 self.events.push_back(Event::VmmRefused { request: header.request, reason, need_reply });
             }
         }
+    }
+
+    /// Has the VMM's own mappings of what it gives as memory looked at.
+    fn look_at_memory(&mut self, slots: &[FdSlot]) {
+        let Some(vmm) = self.vmm_pid else { return };
+        let stats = slots.iter().filter_map(|slot| rustix::fs::fstat(self.fds.get(*slot)?).ok());
+        let files = stats.map(|stat| maps::File { device: stat.st_dev, inode: stat.st_ino }).collect();
+        self.maps.look(maps::Look { device: self.number, vmm, files });
+    }
+
+    /// The VMM's mappings have been looked at.
+    pub(crate) fn memory_looked(&mut self, vmm: u32, private: bool) {
+        if !private || self.vmm_pid != Some(vmm) || self.vmm.is_none() || self.private_memory.is_some() {
+            return;
+        }
+        let reason = "the VMM maps the guest's RAM privately, so what the guest writes reaches no backend";
+        let next =
+            "start the VMM with shared memory (QEMU: memory-backend-memfd,share=on; libvirt: <access mode='shared'/>)";
+        self.private_memory = Some(format!("{reason}: {next}"));
+        let entry = Entry::error("GuestMemoryPrivate").with("vmm_pid", vmm).with("reason", reason).with("next", next);
+        self.entries.push(entry);
     }
 
     fn vmm_gone(&mut self, reason: &str, poller: &Poller) {
@@ -396,6 +479,24 @@ impl Device {
     /// Whether the rings of the last session are still being brought to rest.
     pub(crate) fn is_closing(&self) -> bool {
         self.pair.is_closing()
+    }
+
+    /// Rings that are served, or should be.
+    pub(crate) fn rings(&self) -> usize {
+        self.pair.status().rings.len()
+    }
+
+    /// Says how the program's end went for this device.
+    pub(crate) fn note_end(&mut self, rings: usize, took: Nanos) {
+        let entry = if self.is_closing() {
+            let reason =
+                "not every ring came to rest in time: the next broker may repeat requests, or miss that some are done";
+            Entry::error("Ended").with("at_rest", false).with("reason", reason)
+        } else {
+            Entry::info("Ended").with("at_rest", true)
+        };
+        let rings = rings as u64;
+        self.note(entry.with("rings", rings).with("took_us", Value::Micros(took.as_micros())));
     }
 
     /// Kills everything that is left.
@@ -691,7 +792,9 @@ impl Device {
             poller.remove(stderr);
         }
         let entry = Entry::info("Fencing").with("backend", id.0).with("pid", process.pid);
-        self.entries.push(entry.with("state", if alive { process.state_hint() } else { String::new() }));
+        let state = if alive { process.state_hint() } else { String::new() };
+        let state = state.trim_matches([' ', '(', ')']).trim_start_matches("it is ");
+        self.entries.push(if state.is_empty() { entry } else { entry.with("state", state) });
         self.fences.push(Fence::raise(id, process, backend.storage, self.config.fence_command.clone(), now));
         self.look_at_fences(now);
     }
@@ -723,6 +826,13 @@ impl Device {
         self.drop_link(id, poller);
         let Some(at) = self.backends.iter().position(|backend| backend.id == id) else { return };
         let mut backend = self.backends.remove(at);
+        if backend.connect_at.is_some() && !backend.connect_error.is_empty() {
+            let who = match (&backend.process, &self.config.source) {
+                (Some(process), Source::Command(command)) => format!("{}, process {},", command[0], process.pid),
+                _ => "the backend".to_owned(),
+            };
+            self.unconnected = Some(format!("{who} did not listen where it should ({})", backend.connect_error));
+        }
         if let Some(mut process) = backend.process.take() {
             poller.remove(process.pidfd());
             if let Some(stderr) = process.stderr() {
@@ -783,6 +893,20 @@ impl Device {
         self.run(now, poller);
     }
 
+    /// Replaces the shadow by a newly started one, as if its process had ended. Answers with the generation of the one that goes.
+    pub(crate) fn refresh(&mut self, now: Nanos, poller: &Poller) -> Result<u64, String> {
+        let status = self.pair.status();
+        if !matches!(status.state, PairState::Protected | PairState::Unprotected) {
+            return Err(format!("the device is {}: its shadow cannot be replaced now", status.state.name()));
+        }
+        // Where there is none a new one is being waited for already.
+        let Some(shadow) = status.shadow else { return Ok(0) };
+        let reason = "the operator wants a newly started one".to_owned();
+        self.events.push_back(Event::Exited { backend: shadow.id, reason });
+        self.run(now, poller);
+        Ok(shadow.id.0)
+    }
+
     pub(crate) fn status(&self) -> DeviceStatus {
         let process = |id: Option<BackendId>| {
             let backend = self.backends.iter().find(|backend| Some(backend.id) == id)?;
@@ -791,17 +915,23 @@ impl Device {
         let status = self.pair.status();
         let primary = status.primary.as_ref().map(|backend| backend.id);
         let provable = self.backends.iter().find(|backend| Some(backend.id) == primary);
-        let fence =
-            match (&self.config.fence_command, provable.and_then(|backend| Some(backend.storage.as_ref()?.basis()))) {
-                (Some(_), _) => "target",
-                (None, Some(FenceBasis::Unprovable(_))) => "unprovable",
-                _ => "reaped",
-            };
+        // Before it has been looked at nothing is known; afterwards it is with the inspector now and then.
+        let basis = provable.filter(|backend| backend.link.is_some()).map(|backend| backend.storage.as_ref());
+        let fence = match (&self.config.fence_command, basis.map(|storage| storage.map(Storage::basis))) {
+            (Some(_), _) => Some("target"),
+            (None, None) => None,
+            (None, Some(Some(FenceBasis::Unprovable(_)))) => Some("unprovable"),
+            (None, Some(_)) => Some("reaped"),
+        };
         DeviceStatus {
             primary_pid: process(primary),
             shadow_pid: process(status.shadow.as_ref().map(|backend| backend.id)),
             fence,
             descriptors: self.fds.len(),
+            misconfigured: self.private_memory.clone().or_else(|| self.refused_ring.clone()),
+            last_failover_at: self.last_failover_at,
+            late: 0,
+            late_worst: Nanos(0),
             pair: status,
         }
     }
@@ -816,8 +946,16 @@ pub(crate) struct DeviceStatus {
     pub(crate) primary_pid: Option<u32>,
     /// Process of the shadow.
     pub(crate) shadow_pid: Option<u32>,
-    /// What the primary's death would prove.
-    pub(crate) fence: &'static str,
+    /// What the primary's death would prove; none while it is not known yet.
+    pub(crate) fence: Option<&'static str>,
+    /// What is wrong with what the VMM was told.
+    pub(crate) misconfigured: Option<String>,
+    /// When the last failover ended.
+    pub(crate) last_failover_at: Option<SystemTime>,
+    /// How often the control thread was late, and the worst of it.
+    pub(crate) late: u64,
+    /// See `late`.
+    pub(crate) late_worst: Nanos,
     /// Descriptors in the device's table.
     pub(crate) descriptors: usize,
 }

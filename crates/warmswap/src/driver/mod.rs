@@ -5,6 +5,7 @@ mod device;
 mod fence;
 mod inspector;
 mod kicks;
+mod maps;
 mod poller;
 mod spawner;
 mod system;
@@ -20,8 +21,9 @@ use crossbeam_channel::{Receiver, Sender};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use warmswap_core::{BackendId, Entry, Nanos, Report, Value};
 
-use self::device::Device;
+use self::device::{Device, Threads};
 use self::inspector::Inspector;
+use self::maps::Maps;
 use self::poller::{Interest, Poller, Source, Token};
 use self::spawner::Spawner;
 use crate::cgroup::Janitor;
@@ -35,8 +37,10 @@ const COMMANDS_MAX: usize = 64;
 /// How long the rings of the last session may take to come to rest when the program ends.
 const SHUTDOWN_MAX: Nanos = Nanos::from_millis(3_000);
 
-/// Being later than this is an event.
+/// Being later than this is counted.
 const LATE_MAX: Nanos = Nanos::from_millis(10);
+/// Lateness is an event this often at most.
+const LATE_NOTED_EVERY: Nanos = Nanos::from_millis(60_000);
 
 /// A command for the control thread.
 #[derive(Debug)]
@@ -63,6 +67,22 @@ pub(crate) enum Command {
         backend: BackendId,
         /// What it has open.
         storage: Storage,
+    },
+    /// The VMM's own mappings of guest memory have been looked at.
+    MemoryLooked {
+        /// Number of its device.
+        device: u16,
+        /// Process of the VMM.
+        vmm: u32,
+        /// Something that was given as memory is mapped by it, and only privately.
+        private: bool,
+    },
+    /// Replace the shadow by a newly started one.
+    Refresh {
+        /// Of which device.
+        device: String,
+        /// The generation of the shadow that goes, or why none does; dropped if there is no such device.
+        answer: Sender<Result<u64, String>>,
     },
     /// Make a failover.
     Failover {
@@ -98,7 +118,10 @@ impl Commander {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Ended {
     /// A signal asked for it.
-    Asked,
+    Asked {
+        /// Every ring of the last session was brought to rest.
+        at_rest: bool,
+    },
     /// A device could not be started; the reason in words.
     Failed(String),
 }
@@ -113,8 +136,36 @@ pub(crate) struct Driver {
     tokens: Vec<Token>,
     spawner: Spawner,
     inspector: Inspector,
+    maps: Maps,
     /// When the last wait ended.
     woken: Nanos,
+    lateness: Lateness,
+}
+
+/// How often the control thread was late, and by how much.
+#[derive(Clone, Copy, Debug, Default)]
+struct Lateness {
+    count: u64,
+    worst: Nanos,
+    /// When it was noted last, and what has come since.
+    noted_at: Option<Nanos>,
+    unnoted: u64,
+    unnoted_worst: Nanos,
+}
+
+impl Lateness {
+    /// Counts one. If it is time to say so: how many there were since the last time, and the worst of them.
+    fn add(&mut self, late: Nanos, now: Nanos) -> Option<(u64, Nanos)> {
+        self.count += 1;
+        self.worst = self.worst.max(late);
+        self.unnoted += 1;
+        self.unnoted_worst = self.unnoted_worst.max(late);
+        if self.noted_at.is_some_and(|at| now.since(at) < LATE_NOTED_EVERY) {
+            return None;
+        }
+        self.noted_at = Some(now);
+        Some((std::mem::take(&mut self.unnoted), std::mem::take(&mut self.unnoted_worst)))
+    }
 }
 
 impl Driver {
@@ -131,6 +182,7 @@ impl Driver {
         let commander = Commander { commands: sender, waker: Arc::clone(&waker) };
         let spawner = Spawner::start(commander.clone(), janitor)?;
         let inspector = Inspector::start(commander.clone())?;
+        let maps = Maps::start(commander.clone())?;
         let tokens = Vec::with_capacity(64);
         let driver = Driver {
             poller,
@@ -141,7 +193,9 @@ impl Driver {
             tokens,
             spawner,
             inspector,
+            maps,
             woken: Nanos(0),
+            lateness: Lateness::default(),
         };
         Ok((driver, commander))
     }
@@ -149,7 +203,9 @@ impl Driver {
     /// Adds a device and starts its backends.
     pub(crate) fn add(&mut self, config: DeviceConfig, journal: JournalSender) -> std::io::Result<()> {
         let number = u16::try_from(self.devices.len()).map_err(|_| std::io::ErrorKind::QuotaExceeded)?;
-        let mut device = Device::new(number, config, journal, self.spawner.clone(), self.inspector.clone(), now())?;
+        let threads =
+            Threads { spawner: self.spawner.clone(), inspector: self.inspector.clone(), maps: self.maps.clone() };
+        let mut device = Device::new(number, config, journal, threads, now())?;
         device.run(now(), &self.poller);
         self.devices.push(device);
         Ok(())
@@ -166,8 +222,11 @@ impl Driver {
                 break ended;
             }
         };
-        self.shut_down()?;
-        Ok(ended)
+        let at_rest = self.shut_down()?;
+        Ok(match ended {
+            Ended::Asked { .. } => Ended::Asked { at_rest },
+            failed @ Ended::Failed(_) => failed,
+        })
     }
 
     fn step(&mut self, ready: &mut dyn FnMut(&DeviceConfig)) -> std::io::Result<Option<Ended>> {
@@ -179,7 +238,7 @@ impl Driver {
         let woken = now();
         for token in &tokens {
             if self.dispatch(*token) {
-                return Ok(Some(Ended::Asked));
+                return Ok(Some(Ended::Asked { at_rest: false }));
             }
         }
         self.tokens = tokens;
@@ -200,6 +259,7 @@ impl Driver {
             }
             if device.wants_listener() {
                 let listener = listen(&device.config.socket)?;
+                admit(&device.config)?;
                 device.listen(listener, &self.poller)?;
                 ready(&device.config);
             }
@@ -209,14 +269,17 @@ impl Driver {
 
     /// A control thread that is late may lose sight of the rings: said, with the reason, so that somebody can help.
     fn note_lateness(&mut self, reason: &str, late: Nanos) {
-        if late > LATE_MAX && self.woken > Nanos(0) {
-            for device in &mut self.devices {
-                device.note(
-                    Entry::warning("ControlThreadLate")
-                        .with("reason", reason)
-                        .with("late_us", Value::Micros(late.as_micros())),
-                );
-            }
+        if late <= LATE_MAX || self.woken == Nanos(0) {
+            return;
+        }
+        let Some((count, worst)) = self.lateness.add(late, self.woken) else { return };
+        for device in &mut self.devices {
+            device.note(
+                Entry::warning("ControlThreadLate")
+                    .with("reason", reason)
+                    .with("count", count)
+                    .with("worst_us", Value::Micros(worst.as_micros())),
+            );
         }
     }
 
@@ -251,7 +314,9 @@ impl Driver {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Status { answer } => {
-                    let status = self.devices.iter().map(|device| (device.name().to_owned(), device.status()));
+                    let (late, late_worst) = (self.lateness.count, self.lateness.worst);
+                    let with_lateness = |status| DeviceStatus { late, late_worst, ..status };
+                    let status = self.devices.iter().map(|it| (it.name().to_owned(), with_lateness(it.status())));
                     let _gone = answer.try_send(status.collect());
                 }
                 Command::Spawned { device, backend, process } => {
@@ -264,6 +329,16 @@ impl Driver {
                         device.inspected(backend, storage, now, &self.poller);
                     }
                 }
+                Command::MemoryLooked { device, vmm, private } => {
+                    if let Some(device) = self.devices.get_mut(usize::from(device)) {
+                        device.memory_looked(vmm, private);
+                    }
+                }
+                Command::Refresh { device, answer } => {
+                    if let Some(device) = self.devices.iter_mut().find(|known| known.name() == device) {
+                        let _gone = answer.try_send(device.refresh(now, &self.poller));
+                    }
+                }
                 Command::Failover { device, now: at_once, reason, answer } => {
                     if let Some(device) = self.devices.iter_mut().find(|known| known.name() == device) {
                         device.request_failover(at_once, reason, answer, now, &self.poller);
@@ -273,9 +348,12 @@ impl Driver {
         }
     }
 
-    /// Brings every ring to rest, so that whoever serves the guest next finds exactly what is owed, then ends every backend.
-    fn shut_down(&mut self) -> std::io::Result<()> {
-        let until = now() + SHUTDOWN_MAX;
+    /// Brings every ring to rest, so that whoever serves the guest next finds exactly what is owed, then ends every backend. Says
+    /// whether all came to rest in time.
+    fn shut_down(&mut self) -> std::io::Result<bool> {
+        let began = now();
+        let until = began + SHUTDOWN_MAX;
+        let rings: Vec<usize> = self.devices.iter().map(Device::rings).collect();
         for device in &mut self.devices {
             // The path is free for the next broker at once.
             let _gone = std::fs::remove_file(&device.config.socket);
@@ -284,12 +362,18 @@ impl Driver {
         while now() < until && self.devices.iter().any(Device::is_closing) {
             self.last_steps()?;
         }
+        let took = now().since(began);
+        for (device, rings) in self.devices.iter_mut().zip(rings) {
+            device.note_end(rings, took);
+        }
+        let at_rest = !self.devices.iter().any(Device::is_closing);
         let until = now() + SHUTDOWN_MAX;
         while now() < until && !self.devices.iter().all(Device::is_empty) {
             self.devices.iter_mut().for_each(|device| device.kill_all(&self.poller));
             self.last_steps()?;
         }
-        Ok(())
+        self.devices.iter_mut().for_each(Device::flush_journal);
+        Ok(at_rest)
     }
 
     fn last_steps(&mut self) -> std::io::Result<()> {
@@ -315,9 +399,25 @@ fn now() -> Nanos {
     Nanos(u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0))
 }
 
+/// Gives the VMM's socket the mode and group that were asked for.
+fn admit(config: &DeviceConfig) -> std::io::Result<()> {
+    let fail = |option: &str, error: std::io::Error| {
+        std::io::Error::new(error.kind(), format!("{option} for {}: {error}", config.socket.display()))
+    };
+    if let Some(group) = config.socket_group {
+        std::os::unix::fs::chown(&config.socket, None, Some(group)).map_err(|error| fail("--socket-group", error))?;
+    }
+    if let Some(mode) = config.socket_mode {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        std::fs::set_permissions(&config.socket, mode).map_err(|error| fail("--socket-mode", error))?;
+    }
+    Ok(())
+}
+
 /// Listens at a path. A socket that nobody serves any more is replaced; one that is served is somebody else's.
 pub(crate) fn listen(path: &Path) -> std::io::Result<OwnedFd> {
-    let address = SocketAddrUnix::new(path)?;
+    let named = |error: rustix::io::Errno| std::io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    let address = SocketAddrUnix::new(path).map_err(named)?;
     let socket = || {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
@@ -332,8 +432,23 @@ pub(crate) fn listen(path: &Path) -> std::io::Result<OwnedFd> {
         }
     }
     let listener = socket()?;
-    rustix::net::bind(&listener, &address)
-        .map_err(|error| std::io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
-    rustix::net::listen(&listener, 16)?;
+    rustix::net::bind(&listener, &address).map_err(named)?;
+    rustix::net::listen(&listener, 16).map_err(named)?;
     Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lateness_is_counted_and_said_once_a_minute_with_count_and_worst() {
+        let (mut lateness, ms) = (Lateness::default(), Nanos::from_millis);
+        assert_eq!(lateness.add(ms(12), ms(1)), Some((1, ms(12))));
+        assert_eq!(lateness.add(ms(40), ms(20)), None);
+        assert_eq!(lateness.add(ms(11), ms(59_000)), None);
+        assert_eq!(lateness.add(ms(15), ms(60_001)), Some((3, ms(40))));
+        assert_eq!(lateness.add(ms(15), ms(60_002)), None);
+        assert_eq!((lateness.count, lateness.worst), (5, ms(40)));
+    }
 }

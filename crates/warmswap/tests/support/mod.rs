@@ -126,6 +126,19 @@ impl Broker {
         }
     }
 
+    /// Runs a verb with this broker's control directory.
+    pub(crate) fn ask(&self, args: &[&str]) -> Output {
+        let control = self.control.to_str().expect("plain text");
+        warmswap(&[args, &["--control", control]].concat())
+    }
+
+    /// Starts to follow the events of all devices; what it prints is piped.
+    pub(crate) fn follow(&self) -> Child {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_warmswap"));
+        command.args(["events", "--follow", "--control"]).arg(&self.control).stdout(Stdio::piped());
+        command.spawn().expect("the program starts")
+    }
+
     pub(crate) fn status(&self) -> serde_json::Value {
         let control = self.control.to_str().expect("plain text");
         let output = warmswap(&["status", "disk", "--json", "--control", control]);
