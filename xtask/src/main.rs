@@ -21,9 +21,11 @@ enum Chore {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Check everything: format, lints, tests, and short runs of the instruments with real processes.
+    /// Check everything: format, lints, tests, and short runs of the instruments with real processes. About seven minutes
+    /// on two cores.
     Test,
-    /// Show the main job: a guest under load, its disk swapped, killed and hung. About two minutes.
+    /// Show the main job: a guest under load, its disk swapped, killed and hung. About two minutes, and two more to build it
+    /// the first time.
     Demo,
 }
 
