@@ -271,8 +271,8 @@ fn check_paths(config: &DeviceConfig) -> Result<(), Failure> {
     };
     check("--socket", &config.socket)?;
     check("--control", &config.control_socket())?;
-    // As long as such a path becomes: process ids have seven digits, generations fewer.
-    check("--run-dir", &config.run_dir.join(format!("{}.4194304/backend-1000000.sock", config.name)))?;
+    // As long as such a path may become.
+    check("--run-dir", &config.run_dir.join(format!("{}.{}/backend-100000.sock", config.name, std::process::id())))?;
     match std::fs::metadata(&config.socket) {
         Ok(found) if !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => {
             let what = if found.is_dir() { "a directory" } else { "a file" };
