@@ -6,7 +6,7 @@
 //! - `cli`: the command line
 //!
 //! `unsafe` is confined to `shm` (memory shared with a guest), `process::launch` (between fork and exec), `storage::mark` (locks on
-//! open file descriptions) and `driver::system` (signals and scheduling).
+//! open file descriptions) and `driver::system` (signals, scheduling, peers).
 
 mod cgroup;
 pub mod cli;

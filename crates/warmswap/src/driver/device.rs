@@ -21,6 +21,7 @@ use super::inspector::{Inspector, Look};
 use super::maps::{self, Maps};
 use super::poller::{Interest, Poller, Source as PollSource, Token};
 use super::spawner::{Spawner, Start};
+use super::system;
 use crate::config::{DeviceConfig, Source};
 use crate::fds::FdTable;
 use crate::journal::JournalSender;
@@ -377,8 +378,7 @@ impl Device {
             self.entries.push(entry);
             return;
         }
-        let peer = rustix::net::sockopt::socket_peercred(&socket).ok();
-        let peer = peer.and_then(|peer| u32::try_from(peer.pid.as_raw_nonzero().get()).ok());
+        let peer = system::peer_pid(&socket);
         let Ok(connection) = Connection::new(socket) else { return };
         if poller.add(connection.as_fd(), self.token(PollSource::Vmm), Interest::Edge).is_err() {
             return;

@@ -222,11 +222,10 @@ impl Driver {
                 break ended;
             }
         };
-        let at_rest = self.shut_down()?;
-        Ok(match ended {
-            Ended::Asked { .. } => Ended::Asked { at_rest },
-            failed @ Ended::Failed(_) => failed,
-        })
+        // One that could not start says why, and has nothing to bring to rest.
+        let started = !matches!(ended, Ended::Failed(_));
+        let at_rest = self.shut_down(started)?;
+        Ok(if started { Ended::Asked { at_rest } } else { ended })
     }
 
     fn step(&mut self, ready: &mut dyn FnMut(&DeviceConfig)) -> std::io::Result<Option<Ended>> {
@@ -350,7 +349,7 @@ impl Driver {
 
     /// Brings every ring to rest, so that whoever serves the guest next finds exactly what is owed, then ends every backend. Says
     /// whether all came to rest in time.
-    fn shut_down(&mut self) -> std::io::Result<bool> {
+    fn shut_down(&mut self, started: bool) -> std::io::Result<bool> {
         let began = now();
         let until = began + SHUTDOWN_MAX;
         let rings: Vec<usize> = self.devices.iter().map(Device::rings).collect();
@@ -363,7 +362,7 @@ impl Driver {
             self.last_steps()?;
         }
         let took = now().since(began);
-        for (device, rings) in self.devices.iter_mut().zip(rings) {
+        for (device, rings) in self.devices.iter_mut().zip(rings).filter(|_| started) {
             device.note_end(rings, took);
         }
         let at_rest = !self.devices.iter().any(Device::is_closing);

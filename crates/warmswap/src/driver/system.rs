@@ -1,7 +1,7 @@
-//! What the control thread asks of the system for itself: signals as a descriptor, promptness, orphans.
+//! What the control thread asks of the system for itself: signals as a descriptor, promptness, orphans, who a peer is.
 
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 /// Takes SIGTERM and SIGINT over into a descriptor, and becomes the parent of orphaned descendants. Called before any thread is
 /// started, for a thread that does not block a signal would take it the old way.
@@ -26,6 +26,19 @@ pub(crate) fn take_signals() -> io::Result<OwnedFd> {
 pub(super) fn signal_waits(signals: &OwnedFd) -> bool {
     let mut info = [0; 128];
     matches!(rustix::io::read(signals.as_fd(), &mut info), Ok(count) if count > 0)
+}
+
+/// The process that connected to a socket of ours; none if it lives where processes have numbers of their own.
+pub(super) fn peer_pid(socket: &OwnedFd) -> Option<u32> {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = libc::socklen_t::try_from(size_of::<libc::ucred>()).expect("twelve bytes");
+    // SAFETY: the kernel writes at most `len` bytes into `peer`, which is that long and of plain integers: unlike a process id in a
+    // type of its own it may be zero.
+    let result = unsafe {
+        let (level, option) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
+        libc::getsockopt(socket.as_raw_fd(), level, option, (&raw mut peer).cast(), &raw mut len)
+    };
+    u32::try_from(peer.pid).ok().filter(|pid| result == 0 && *pid != 0)
 }
 
 /// Asks to be woken on time: a control thread that waits behind the load it watches would lose sight of the rings. It runs for a
