@@ -218,6 +218,13 @@ pub(crate) enum Ended {
     Refused(Request),
 }
 
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        // A process that another test is just starting has a copy of the socket until it is there; the end is not to wait for it.
+        let _gone = self.stream.shutdown(std::net::Shutdown::Both);
+    }
+}
+
 impl Vmm {
     pub(crate) fn connect(path: &Path) -> Self {
         let stream = UnixStream::connect(path).expect("the broker listens");
@@ -228,13 +235,7 @@ impl Vmm {
 
     /// Sends bytes with descriptors; false if nobody takes them.
     pub(crate) fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if !fds.is_empty() {
-            assert!(control.push(SendAncillaryMessage::ScmRights(fds)), "room for 64");
-        }
-        rustix::net::sendmsg(&self.stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)
-            .is_ok_and(|sent| sent == bytes.len())
+        send(&self.stream, bytes, fds)
     }
 
     /// Sends a request whose slots are positions in `fds`.
@@ -390,6 +391,17 @@ impl Disk {
         self.request(0, sector, DESC_F_WRITE);
         self.get::<512>(DATA).to_vec()
     }
+}
+
+/// Sends bytes with descriptors; false if nobody takes them.
+pub(crate) fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(fds)), "room for 64");
+    }
+    rustix::net::sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)
+        .is_ok_and(|sent| sent == bytes.len())
 }
 
 /// Receives bytes and closes what comes along.
