@@ -80,7 +80,7 @@ impl Limits {
     /// does not cost a processor.
     #[must_use]
     pub fn poll_interval(&self, waited: Nanos) -> Nanos {
-        Nanos(waited.0 / 16).clamp(self.poll, self.observe_max)
+        Nanos(waited.0 / 8).clamp(self.poll, self.observe_max)
     }
 }
 
@@ -98,7 +98,7 @@ impl Default for Limits {
             observe_max: Nanos::from_micros(2_000),
             observe_idle: Nanos::from_millis(1_000),
             idle_after: Nanos::from_millis(20),
-            poll: Nanos::from_micros(20),
+            poll: Nanos::from_micros(50),
             ask_max: Nanos::from_millis(100),
             canary_every: Nanos::from_millis(1_000),
             canary_poll: Nanos::from_micros(150),

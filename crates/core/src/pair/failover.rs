@@ -352,7 +352,7 @@ impl Pair {
             }
             Phase::Handing if failover.target.is_none() => self.hand_over(step),
             Phase::Isolating => self.poll_isolation(step),
-            Phase::Resuming | Phase::Confirming => self.confirm(step),
+            Phase::Confirming => self.confirm(step),
             _ => {}
         }
     }
@@ -477,7 +477,8 @@ impl Pair {
     pub(crate) fn next_failover_poll(&self) -> Option<Nanos> {
         let failover = self.failover.as_ref()?;
         match failover.phase {
-            Phase::Draining | Phase::Resuming | Phase::Confirming | Phase::Isolating => Some(failover.poll_at),
+            Phase::Draining => Some(failover.entered + self.config.limits.drain_max + Nanos(1)),
+            Phase::Confirming | Phase::Isolating => Some(failover.poll_at),
             Phase::Handing => self.restart_at,
             _ => None,
         }

@@ -3,6 +3,7 @@
 use warmswap_wire::ring::{Layout, USED_F_NO_NOTIFY};
 
 use super::{Pair, Step};
+use crate::drain::DrainState;
 use crate::event::{Action, BackendId, earliest};
 use crate::failover::{Kind, Phase};
 use crate::journal::Entry;
@@ -92,7 +93,6 @@ impl Pair {
     fn schedule(&mut self, index: u32, seen: &Observation, step: &mut Step<'_>) {
         let limits = self.config.limits;
         let now = step.now;
-        let failover_began = self.failover.as_ref().map(|failover| failover.entered);
         let event_idx = self.session.has_event_idx();
         let kick = self.session.ring(index).and_then(|ring| ring.kick);
         let ring = &mut self.rings[index as usize];
@@ -100,9 +100,10 @@ impl Pair {
         ring.observed_at = now;
         let moved = f64::from(seen.submitted.max(seen.completed));
         ring.rate = (moved / elapsed).max(ring.rate * (-elapsed / RATE_MEMORY_S).exp2());
-        let waited = failover_began.or(ring.drain.map(|drain| drain.began));
-        if let Some(began) = waited {
-            ring.observe_at = now + limits.poll_interval(now.since(began));
+        // Looking often takes time from the backend that is waited for, where the two share a processor. Only rest has to be looked for;
+        // everything else a failover waits for makes itself heard.
+        if let Some(drain) = ring.drain.filter(|drain| drain.state == DrainState::Settling) {
+            ring.observe_at = now + limits.poll_interval(now.since(drain.began));
             return;
         }
         let size = f64::from(ring.size().map_or(1, Layout::size));

@@ -49,7 +49,13 @@ impl Pair {
             return;
         }
         let now = step.now;
-        self.rings.iter_mut().filter_map(|ring| ring.drain.as_mut()).for_each(|drain| drain.diverted(now));
+        let soon = now + self.config.limits.poll;
+        for ring in &mut self.rings {
+            if let Some(drain) = &mut ring.drain {
+                drain.diverted(now);
+                ring.observe_at = soon;
+            }
+        }
         self.poll_drains(step);
     }
 

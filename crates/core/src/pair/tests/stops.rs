@@ -99,7 +99,7 @@ fn a_primary_that_does_not_complete_is_fenced_when_the_patience_is_over() {
                 #1 <- GET_VRING_BASE 0
             > wait 1100ms
                 #1 <- GET_FEATURES
-                * FailoverStarted kind="hang" cause="nothing was completed for 500.973115ms and its control channel is silent" backend=1
+                * FailoverStarted kind="hang" cause="nothing was completed for 500ms and its control channel is silent" backend=1
                 fence #1
                 close #1.kick
                 close #1.call
@@ -111,7 +111,7 @@ fn a_primary_that_does_not_complete_is_fenced_when_the_patience_is_over() {
             > fenced 1
                 #2 is primary
                 retire #1
-                * FailoverSettled kind="hang" cause="nothing was completed for 500.973115ms and its control channel is silent" recovery="exact" fence="reaped"
+                * FailoverSettled kind="hang" cause="nothing was completed for 500ms and its control channel is silent" recovery="exact" fence="reaped"
                 start #3
                 #3 is shadow
         "#]],
@@ -454,6 +454,7 @@ fn a_stop_is_never_answered_while_a_living_backend_may_still_serve_the_ring() {
                 failing-over Resuming; primary #1 ended, shadow #2 active; recovery exact; ring 0 served exact inflight 1; ring 1 served exact inflight 0
             > vmm GET_VRING_BASE 1
             > wait 30ms
+                watch kick1
             > unmute 2
             > wait 30ms
                 retire #1
@@ -463,6 +464,7 @@ fn a_stop_is_never_answered_while_a_living_backend_may_still_serve_the_ring() {
                 #3 is shadow
                 #2 <- GET_VRING_BASE 1
                 * RingStopped ring=1
+                unwatch kick1
                 vmm <- GET_VRING_BASE 1=0
         "#]],
     );
@@ -474,12 +476,14 @@ fn a_stop_is_never_answered_while_a_living_backend_may_still_serve_the_ring() {
                 failing-over Draining; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 1; ring 1 served exact inflight 0
             > vmm GET_VRING_BASE 1
             > wait 30ms
+                watch kick1
             > unmute 1
                 #1 <- GET_VRING_BASE 1
             > complete 0 1
             > wait 30ms
                 #1 <- GET_VRING_BASE 0
                 * RingStopped ring=1
+                unwatch kick1
                 vmm <- GET_VRING_BASE 1=0
                 #2 is primary
                 #2 <- SET_VRING_BASE 0=1, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
