@@ -14,6 +14,8 @@ use warmswap_wire::{FDS_MAX, HEADER_SIZE, Header};
 
 /// Most bytes that may wait for a peer that does not read.
 const UNSENT_MAX: usize = 1 << 20;
+/// Most descriptors that may wait with them: a whole session has 509 regions and three for each of its rings.
+const UNSENT_FDS_MAX: usize = 2048;
 
 /// A message as it came: header, payload, descriptors.
 #[derive(Debug)]
@@ -50,6 +52,9 @@ pub(crate) struct Connection {
     fds: Vec<OwnedFd>,
     unsent: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
     unsent_bytes: usize,
+    unsent_fds: usize,
+    /// The event queue tells when there is room to write.
+    room_watched: bool,
 }
 
 impl AsFd for Connection {
@@ -72,6 +77,8 @@ impl Connection {
             fds: Vec::new(),
             unsent: VecDeque::new(),
             unsent_bytes: 0,
+            unsent_fds: 0,
+            room_watched: false,
         })
     }
 
@@ -133,6 +140,7 @@ impl Connection {
 
     /// Sends one message, or keeps it until the peer reads.
     pub(crate) fn send(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
+        self.flush()?;
         if self.unsent.is_empty() {
             let sent = self.transmit(bytes, fds)?;
             if sent == bytes.len() {
@@ -146,7 +154,8 @@ impl Connection {
 
     fn keep(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
         self.unsent_bytes += bytes.len();
-        if self.unsent_bytes > UNSENT_MAX {
+        self.unsent_fds += fds.len();
+        if self.unsent_bytes > UNSENT_MAX || self.unsent_fds > UNSENT_FDS_MAX {
             return Err(ConnectionError::Unread);
         }
         let fds = fds.iter().map(|fd| fd.try_clone_to_owned()).collect::<Result<_, _>>();
@@ -162,9 +171,11 @@ impl Connection {
         matches!(rustix::event::poll(&mut fds, Some(&none)), Ok(count) if count > 0)
     }
 
-    /// Whether something waits for the peer to read.
-    pub(crate) fn has_unsent(&self) -> bool {
-        !self.unsent.is_empty()
+    /// Whether the event queue must now begin (true) or cease (false) to tell when there is room to write; none if it does what it
+    /// should. The caller sees to it.
+    pub(crate) fn room_wanted(&mut self) -> Option<bool> {
+        let wanted = !self.unsent.is_empty();
+        (std::mem::replace(&mut self.room_watched, wanted) != wanted).then_some(wanted)
     }
 
     /// Sends what was kept.
@@ -173,6 +184,9 @@ impl Connection {
             let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
             let sent = self.transmit(&bytes, &borrowed)?;
             self.unsent_bytes -= sent;
+            if sent > 0 {
+                self.unsent_fds -= fds.len();
+            }
             if sent < bytes.len() {
                 let rest = if sent == 0 { fds } else { Vec::new() };
                 self.unsent.push_front((bytes[sent..].to_vec(), rest));

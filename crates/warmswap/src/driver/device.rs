@@ -319,7 +319,7 @@ impl Device {
             Action::SendVmmBackend { channel, bytes } => self.send_vmm_backend(channel, &bytes),
             Action::DropVmm => self.vmm_gone("it sent what cannot be answered", poller),
             Action::SendLink { .. } => unreachable!("messages to backends are sent in batches"),
-            Action::SendLinkBackend { backend, bytes } => self.answer_backend(backend, &bytes),
+            Action::SendLinkBackend { backend, bytes } => self.answer_backend(backend, &bytes, poller),
             Action::Close(slot) => self.fds.close(slot),
             Action::Signal(slot) => self.signal(slot),
             Action::Start { backend } => self.start_backend(backend, now),
@@ -391,17 +391,20 @@ impl Device {
         self.run(now, poller);
     }
 
-    pub(crate) fn vmm_is_readable(&mut self) {
+    /// The VMM has sent something, or has read what it was sent.
+    pub(crate) fn vmm_is_ready(&mut self, now: Nanos, poller: &Poller) {
         self.vmm_readable = true;
+        let token = self.token(PollSource::Vmm);
+        let Some(vmm) = &mut self.vmm else { return };
+        if let Err(error) = vmm.flush().and_then(|()| watch_room(vmm, token, Interest::Edge, poller)) {
+            self.lose_vmm(&error.to_string(), now, poller);
+        }
     }
 
     /// Reads requests, one at a time, as long as there are any and the core wants them.
     pub(crate) fn read_vmm(&mut self, now: Nanos, poller: &Poller) {
         while self.vmm_readable && self.pair.wants_request() {
             let Some(vmm) = &mut self.vmm else { return };
-            if vmm.has_unsent() && vmm.flush().is_err() {
-                return self.lose_vmm("the connection was closed", now, poller);
-            }
             match vmm.receive() {
                 Ok(Some(message)) => self.vmm_message(message),
                 Ok(None) => {
@@ -511,9 +514,10 @@ impl Device {
     }
 
     fn send_vmm(&mut self, bytes: &[u8], fds: &[FdSlot], poller: &Poller) {
+        let token = self.token(PollSource::Vmm);
         let Some(vmm) = &mut self.vmm else { return };
         let fds: Vec<BorrowedFd<'_>> = fds.iter().filter_map(|slot| self.fds.get(*slot)).collect();
-        if let Err(error) = vmm.send(bytes, &fds) {
+        if let Err(error) = vmm.send(bytes, &fds).and_then(|()| watch_room(vmm, token, Interest::Edge, poller)) {
             self.vmm_gone(&error.to_string(), poller);
         }
     }
@@ -659,12 +663,14 @@ impl Device {
     }
 
     pub(crate) fn read_link(&mut self, id: u64, now: Nanos, poller: &Poller) {
+        let token = self.token(PollSource::Link(id));
         let id = BackendId(id);
+        let Some(link) = self.backend(id).and_then(|backend| backend.link.as_mut()) else { return };
+        if let Err(error) = link.flush().and_then(|()| watch_room(link, token, Interest::Read, poller)) {
+            return self.lose_link(id, &error, now, poller);
+        }
         loop {
             let Some(link) = self.backend(id).and_then(|backend| backend.link.as_mut()) else { return };
-            if link.has_unsent() && link.flush().is_err() {
-                return self.lose_link(id, &ConnectionError::Closed, now, poller);
-            }
             match link.receive() {
                 Ok(Some(message)) => {
                     let Message { header, payload, fds } = message;
@@ -694,18 +700,24 @@ impl Device {
 
     fn send_link(&mut self, batch: &mut Batch, poller: &Poller) {
         let Batch { backend: Some(id), bytes, fds: slots } = std::mem::take(batch) else { return };
+        let token = self.token(PollSource::Link(id.0));
         let Some(backend) = self.backends.iter_mut().find(|backend| backend.id == id) else { return };
         let Some(link) = &mut backend.link else { return };
         let fds: Vec<BorrowedFd<'_>> = slots.iter().filter_map(|slot| self.fds.get(*slot)).collect();
         assert_eq!(fds.len(), slots.len(), "a message names a descriptor that is closed");
-        if let Err(error) = link.send(&bytes, &fds) {
+        if let Err(error) = link.send(&bytes, &fds).and_then(|()| watch_room(link, token, Interest::Read, poller)) {
             self.drop_link(id, poller);
             self.events.push_back(Event::LinkDown { backend: id, reason: format!("its link ended: {error}") });
         }
     }
 
     pub(crate) fn read_requests(&mut self, id: u64, now: Nanos, poller: &Poller) {
+        let token = self.token(PollSource::Requests(id));
         let id = BackendId(id);
+        if let Some(requests) = self.backend(id).and_then(|backend| backend.requests.as_mut()) {
+            // A channel that has failed is found when it is read.
+            let _failed = requests.flush().and_then(|()| watch_room(requests, token, Interest::Read, poller));
+        }
         loop {
             let Some(requests) = self.backend(id).and_then(|backend| backend.requests.as_mut()) else { return };
             match requests.receive() {
@@ -725,20 +737,23 @@ impl Device {
                     self.run(now, poller);
                 }
                 Ok(None) => return,
-                Err(_) => {
-                    if let Some(requests) = self.backend(id).and_then(|backend| backend.requests.take()) {
-                        poller.remove(requests.as_fd());
-                    }
-                    return;
-                }
+                Err(_) => return self.drop_requests(id, poller),
             }
         }
     }
 
-    fn answer_backend(&mut self, id: BackendId, bytes: &[u8]) {
-        if let Some(requests) = self.backend(id).and_then(|backend| backend.requests.as_mut()) {
-            // One that does not read its answer is found through its link.
-            let _unread = requests.send(bytes, &[]);
+    fn drop_requests(&mut self, id: BackendId, poller: &Poller) {
+        if let Some(requests) = self.backend(id).and_then(|backend| backend.requests.take()) {
+            poller.remove(requests.as_fd());
+        }
+    }
+
+    fn answer_backend(&mut self, id: BackendId, bytes: &[u8], poller: &Poller) {
+        let token = self.token(PollSource::Requests(id.0));
+        let Some(requests) = self.backend(id).and_then(|backend| backend.requests.as_mut()) else { return };
+        if requests.send(bytes, &[]).and_then(|()| watch_room(requests, token, Interest::Read, poller)).is_err() {
+            // One that does not read its answers loses the channel; whether it is well its link tells.
+            self.drop_requests(id, poller);
         }
     }
 
@@ -935,6 +950,19 @@ impl Device {
             pair: status,
         }
     }
+}
+
+/// Has the event queue tell when a peer reads again, while there is something unsent and no longer.
+fn watch_room(
+    connection: &mut Connection,
+    token: Token,
+    interest: Interest,
+    poller: &Poller,
+) -> Result<(), ConnectionError> {
+    let Some(room) = connection.room_wanted() else { return Ok(()) };
+    poller.watch_room(connection.as_fd(), token, interest, room).map_err(|error| {
+        ConnectionError::Socket(rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO))
+    })
 }
 
 /// A device at one moment.

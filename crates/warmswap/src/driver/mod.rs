@@ -293,7 +293,7 @@ impl Driver {
                 let Some(device) = self.devices.get_mut(usize::from(token.device)) else { return false };
                 match source {
                     Source::Listener => device.accept(now, poller),
-                    Source::Vmm => device.vmm_is_readable(),
+                    Source::Vmm => device.vmm_is_ready(now, poller),
                     Source::Link(id) => device.read_link(id, now, poller),
                     Source::Requests(id) => device.read_requests(id, now, poller),
                     Source::Process(id) => device.process_ended(id, now, poller),

@@ -91,6 +91,16 @@ pub(crate) enum Interest {
     Once,
 }
 
+impl Interest {
+    fn flags(self) -> epoll::EventFlags {
+        match self {
+            Interest::Read => epoll::EventFlags::IN,
+            Interest::Edge => epoll::EventFlags::IN | epoll::EventFlags::ET,
+            Interest::Once => epoll::EventFlags::IN | epoll::EventFlags::ET | epoll::EventFlags::ONESHOT,
+        }
+    }
+}
+
 /// The kernel's event queue.
 #[derive(Debug)]
 pub(crate) struct Poller {
@@ -111,12 +121,20 @@ impl Poller {
     }
 
     pub(crate) fn add(&self, fd: BorrowedFd<'_>, token: Token, interest: Interest) -> io::Result<()> {
-        let flags = match interest {
-            Interest::Read => epoll::EventFlags::IN,
-            Interest::Edge => epoll::EventFlags::IN | epoll::EventFlags::ET,
-            Interest::Once => epoll::EventFlags::IN | epoll::EventFlags::ET | epoll::EventFlags::ONESHOT,
-        };
-        Ok(epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token.encode()), flags)?)
+        Ok(epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token.encode()), interest.flags())?)
+    }
+
+    /// Watches a stream that is watched already, for room to write as well while there is something unsent. What can be read at
+    /// this moment is told again.
+    pub(crate) fn watch_room(
+        &self,
+        fd: BorrowedFd<'_>,
+        token: Token,
+        interest: Interest,
+        room: bool,
+    ) -> io::Result<()> {
+        let flags = interest.flags() | if room { epoll::EventFlags::OUT } else { epoll::EventFlags::empty() };
+        Ok(epoll::modify(&self.epoll, fd, epoll::EventData::new_u64(token.encode()), flags)?)
     }
 
     /// Watches a descriptor that others read, once.
@@ -175,6 +193,68 @@ pub(crate) fn waker() -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::socket::Connection;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn what_a_slow_peer_could_not_be_sent_reaches_it_when_it_reads_again() {
+        let poller = Poller::new().expect("an event queue");
+        let flags = rustix::net::SocketFlags::CLOEXEC;
+        let (unix, stream) = (rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM);
+        let (ours, theirs) = rustix::net::socketpair(unix, stream, flags, None).expect("a pair of sockets");
+        let (mut ours, mut theirs) = [ours, theirs].map(|end| Connection::new(end).expect("a stream")).into();
+        let token = Token { device: 0, source: Source::Link(1) };
+        poller.add(ours.as_fd(), token, Interest::Read).expect("it can be watched");
+        let mut tokens = Vec::new();
+        let mut ready = || {
+            poller.wait(Some(Nanos(0)), &mut tokens).expect("it can be waited for");
+            tokens.clone()
+        };
+        let message = |number: u32| [3, 1, 4, number].map(u32::to_ne_bytes).concat();
+        let (mut sent, event) = (0, waker().expect("an eventfd"));
+        while ours.room_wanted() != Some(true) {
+            // Every message brings a descriptor.
+            ours.send(&message(sent), &[event.as_fd()]).expect("it is kept");
+            sent += 1;
+        }
+        for _ in 0..1000 {
+            ours.send(&message(sent), &[event.as_fd()]).expect("it is kept");
+            sent += 1;
+        }
+        poller.watch_room(ours.as_fd(), token, Interest::Read, true).expect("it is watched");
+        assert_eq!(ready(), [], "there is no room as long as nobody reads");
+        let mut received = 0;
+        while received < sent {
+            while let Some(message) = theirs.receive().expect("whole messages") {
+                assert_eq!(message.payload, received.to_ne_bytes());
+                assert_eq!(message.fds.len(), 1);
+                received += 1;
+            }
+            if received < sent {
+                assert_eq!(ready(), [token], "the peer has read, so there is room");
+                ours.flush().expect("it is sent");
+            }
+        }
+        assert_eq!(ours.room_wanted(), Some(false));
+        poller.watch_room(ours.as_fd(), token, Interest::Read, false).expect("it is watched");
+        assert_eq!(ready(), [], "nobody is woken for room that nobody needs");
+    }
+
+    #[test]
+    fn what_is_kept_for_a_peer_that_never_reads_is_bounded() {
+        let flags = rustix::net::SocketFlags::CLOEXEC;
+        let (unix, stream) = (rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM);
+        let fill = |with_descriptors: bool| {
+            let (ours, _theirs) = rustix::net::socketpair(unix, stream, flags, None).expect("a pair of sockets");
+            let mut ours = Connection::new(ours).expect("a stream");
+            let event = waker().expect("an eventfd");
+            let fds = [event.as_fd()];
+            let fds = if with_descriptors { &fds[..] } else { &[] };
+            (0..1_000_000).position(|_| ours.send(&[0; 16], fds).is_err())
+        };
+        assert!(fill(false).is_some_and(|sent| sent < 100_000));
+        assert!(fill(true).is_some_and(|sent| sent < 4_000));
+    }
 
     #[test]
     fn tokens_survive_the_kernel() {
