@@ -134,12 +134,7 @@ impl Process {
     }
 
     fn foreign_exit(&self) -> Option<String> {
-        let mut fds = [rustix::event::PollFd::new(&self.pidfd, rustix::event::PollFlags::IN)];
-        let none = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        match rustix::event::poll(&mut fds, Some(&none)) {
-            Ok(1) => Some("ended".to_owned()),
-            _ => None,
-        }
+        has_ended(self.pidfd()).then(|| "ended".to_owned())
     }
 
     /// Whether the process and everything in its group is gone, and how that is known. Reaps first.
@@ -239,7 +234,14 @@ fn exit_status(code: i32) -> ExitStatus {
     std::os::unix::process::ExitStatusExt::from_raw(code << 8)
 }
 
-fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
+/// Whether a process has ended, collected or not.
+pub(crate) fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
+    let mut fds = [rustix::event::PollFd::from_borrowed_fd(pidfd, rustix::event::PollFlags::IN)];
+    let none = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(rustix::event::poll(&mut fds, Some(&none)), Ok(1))
+}
+
+pub(crate) fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
     Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
 }

@@ -25,7 +25,7 @@ use super::system;
 use crate::config::{DeviceConfig, Source};
 use crate::fds::FdTable;
 use crate::journal::JournalSender;
-use crate::process::{Process, RunDir};
+use crate::process::{Process, RunDir, has_ended, open_pidfd};
 use crate::shm::{MemoryAccess, SharedMemory};
 use crate::socket::{Connection, ConnectionError, Message};
 use crate::storage::{FenceBasis, Storage};
@@ -50,6 +50,8 @@ pub(crate) struct Device {
     memory: SharedMemory,
     listener: Option<OwnedFd>,
     vmm: Option<Connection>,
+    /// The process that connected, where it can be told.
+    vmm_process: Option<OwnedFd>,
     backends: Vec<Backend>,
     fences: Vec<Fence>,
     retired: Vec<Process>,
@@ -124,6 +126,7 @@ impl Device {
             memory: SharedMemory::default(),
             listener: None,
             vmm: None,
+            vmm_process: None,
             backends: Vec::new(),
             fences: Vec::new(),
             retired: Vec::new(),
@@ -321,7 +324,7 @@ impl Device {
             Action::SendLink { .. } => unreachable!("messages to backends are sent in batches"),
             Action::SendLinkBackend { backend, bytes } => self.answer_backend(backend, &bytes, poller),
             Action::Close(slot) => self.fds.close(slot),
-            Action::Signal(slot) => self.signal(slot),
+            Action::Signal(slot) => self.fds.signal(slot),
             Action::Start { backend } => self.start_backend(backend, now),
             Action::Fence { backend } => self.fence(backend, now, poller),
             Action::Retire { backend } => self.retire(backend, poller),
@@ -369,9 +372,12 @@ impl Device {
     pub(crate) fn accept(&mut self, now: Nanos, poller: &Poller) {
         let Some(listener) = &self.listener else { return };
         let Ok(socket) = rustix::net::accept_with(listener, SocketFlags::CLOEXEC) else { return };
-        // A VMM that reconnects at once is seen before the end of its last connection.
+        // A VMM that reconnects at once is seen before the end of its last connection. And one that has died may have left its end
+        // of the connection in hands that keep it open: ours, or a backend's.
         if self.vmm.as_ref().is_some_and(Connection::is_hung_up) {
             self.lose_vmm("it connected again", now, poller);
+        } else if self.vmm_process.as_ref().is_some_and(|process| has_ended(process.as_fd())) {
+            self.lose_vmm("its process has ended, and another one connects", now, poller);
         }
         if self.vmm.is_some() {
             let entry = Entry::warning("VmmRefused").with("reason", "another VMM is connected to this device already");
@@ -383,6 +389,7 @@ impl Device {
         if poller.add(connection.as_fd(), self.token(PollSource::Vmm), Interest::Edge).is_err() {
             return;
         }
+        self.vmm_process = peer_process(connection.as_fd());
         self.vmm = Some(connection);
         self.vmm_pid = peer;
         self.private_memory = None;
@@ -426,8 +433,10 @@ impl Device {
         let Message { header, payload, fds } = message;
         let slots: Vec<FdSlot> = fds.into_iter().map(|fd| self.fds.insert(fd)).collect();
         let need_reply = header.needs_reply();
-        match Request::decode(&header, &payload, &slots) {
-            Ok(request) => {
+        let refuse = |request, reason| Event::VmmRefused { request, reason, need_reply };
+        let checked = |request: &Request| self.vmm.as_ref().map_or(Ok(()), |vmm| self.fds.check(request, vmm.as_fd()));
+        match Request::decode(&header, &payload, &slots).map(|request| checked(&request).map(|()| request)) {
+            Ok(Ok(request)) => {
                 match request {
                     Request::RemMemReg(_) => slots.into_iter().for_each(|slot| self.fds.close(slot)),
                     Request::SetMemTable(_) | Request::AddMemReg { .. } => self.look_at_memory(&slots),
@@ -435,10 +444,13 @@ impl Device {
                 }
                 self.events.push_back(Event::VmmRequest { request, need_reply });
             }
+            Ok(Err(reason)) => {
+                slots.into_iter().for_each(|slot| self.fds.close(slot));
+                self.events.push_back(refuse(header.request, reason));
+            }
             Err(error) => {
                 slots.into_iter().for_each(|slot| self.fds.close(slot));
-                let reason = error.to_string();
-                self.events.push_back(Event::VmmRefused { request: header.request, reason, need_reply });
+                self.events.push_back(refuse(header.request, error.to_string()));
             }
         }
     }
@@ -465,6 +477,7 @@ impl Device {
     }
 
     fn vmm_gone(&mut self, reason: &str, poller: &Poller) {
+        self.vmm_process = None;
         if let Some(vmm) = self.vmm.take() {
             poller.remove(vmm.as_fd());
             self.events.push_back(Event::VmmGone { reason: reason.to_owned() });
@@ -864,13 +877,6 @@ impl Device {
 
     // --- rings -------------------------------------------------------------------------------------------------------------
 
-    fn signal(&self, slot: FdSlot) {
-        if let Some(fd) = self.fds.get(slot) {
-            // EAGAIN means the counter is full: it is signalled already.
-            let _full = rustix::io::write(fd, &1_u64.to_ne_bytes());
-        }
-    }
-
     fn watch_kick(&mut self, ring: u32, kick: FdSlot, poller: &Poller) {
         self.unwatch_kick(ring, poller);
         let Some(Ok(copy)) = self.fds.get(kick).map(|fd| fd.try_clone_to_owned()) else { return };
@@ -950,6 +956,12 @@ impl Device {
             pair: status,
         }
     }
+}
+
+/// The process at the other end of a socket.
+fn peer_process(socket: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let peer = rustix::net::sockopt::socket_peercred(socket).ok()?;
+    open_pidfd(u32::try_from(peer.pid.as_raw_nonzero().get()).ok()?).ok()
 }
 
 /// Has the event queue tell when a peer reads again, while there is something unsent and no longer.
