@@ -22,7 +22,10 @@ const LOG_PAGE: u64 = 4096;
 #[derive(Debug)]
 struct Mapping {
     start: NonNull<u8>,
+    /// Bytes that were asked for.
     len: usize,
+    /// Bytes that are mapped: whole pages.
+    mapped: usize,
     watch: usize,
 }
 
@@ -37,16 +40,32 @@ impl Mapping {
         if regular && u64::try_from(stat.st_size).unwrap_or(0) < end {
             return Err(format!("its descriptor has {} bytes, the region ends at {end}", stat.st_size));
         }
+        let page = page_size(fd)?;
         let len = usize::try_from(size).map_err(|_| "it is larger than the address space")?;
+        // Huge pages are mapped whole: a length between two of them could not be unmapped again.
+        let mapped = len.checked_next_multiple_of(page).ok_or("it is larger than the address space")?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh mapping at an address the kernel chooses; nothing else refers to it.
         let start = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED | MapFlags::NORESERVE, fd, offset)
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                mapped,
+                protection,
+                MapFlags::SHARED | MapFlags::NORESERVE,
+                fd,
+                offset,
+            )
         }
         .map_err(|error| format!("mmap: {error}"))?;
         let start = NonNull::new(start.cast::<u8>()).ok_or("mmap returned null")?;
-        let watch = sigbus::watch(start.as_ptr() as usize, len)?;
-        Ok(Mapping { start, len, watch })
+        match sigbus::watch(start.as_ptr() as usize, mapped, page) {
+            Ok(watch) => Ok(Mapping { start, len, mapped, watch }),
+            Err(reason) => {
+                // SAFETY: made just above and known to nobody else.
+                let _unmapped = unsafe { rustix::mm::munmap(start.as_ptr().cast(), mapped) };
+                Err(reason)
+            }
+        }
     }
 
     /// Pointer to `len` bytes at `offset`, if they lie inside and are aligned.
@@ -65,8 +84,19 @@ impl Drop for Mapping {
         sigbus::unwatch(self.watch);
         // SAFETY: the mapping was made by `new` with this length, and no pointer into it outlives the rings that
         // `SharedMemory` drops first. Failure would only leak it.
-        let _unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.len) };
+        let _unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.mapped) };
     }
+}
+
+/// Size of the pages that a descriptor is mapped with: those of its file system where that is made of huge pages.
+fn page_size(fd: BorrowedFd<'_>) -> Result<usize, String> {
+    const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
+    let system = rustix::fs::fstatfs(fd).map_err(|error| format!("its file system cannot be examined: {error}"))?;
+    if system.f_type as u32 != HUGETLBFS_MAGIC {
+        return Ok(rustix::param::page_size());
+    }
+    let size = usize::try_from(system.f_bsize).ok().filter(|size| size.is_power_of_two());
+    size.ok_or_else(|| format!("its file system claims pages of {} bytes", system.f_bsize))
 }
 
 #[derive(Debug)]
@@ -387,19 +417,27 @@ mod sigbus {
     struct Watched {
         start: AtomicUsize,
         len: AtomicUsize,
+        /// Size of its pages, a power of two: only whole ones can be replaced.
+        page: AtomicUsize,
         faulted: AtomicBool,
     }
 
-    static WATCHED: [Watched; MAPPINGS_MAX] =
-        [const { Watched { start: AtomicUsize::new(0), len: AtomicUsize::new(0), faulted: AtomicBool::new(false) } };
-            MAPPINGS_MAX];
+    impl Watched {
+        const fn none() -> Self {
+            let (start, len, page) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+            Watched { start, len, page, faulted: AtomicBool::new(false) }
+        }
+    }
+
+    static WATCHED: [Watched; MAPPINGS_MAX] = [const { Watched::none() }; MAPPINGS_MAX];
 
     /// Registers a mapping and returns its number.
-    pub(super) fn watch(start: usize, len: usize) -> Result<usize, String> {
+    pub(super) fn watch(start: usize, len: usize, page: usize) -> Result<usize, String> {
         install();
         for (index, watched) in WATCHED.iter().enumerate() {
             if watched.start.compare_exchange(0, start, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                 watched.faulted.store(false, Ordering::Relaxed);
+                watched.page.store(page, Ordering::Relaxed);
                 watched.len.store(len, Ordering::Release);
                 return Ok(index);
             }
@@ -438,25 +476,121 @@ mod sigbus {
             let start = watched.start.load(Ordering::Acquire);
             start != 0 && at.wrapping_sub(start) < watched.len.load(Ordering::Acquire)
         });
-        let page = at & !4095;
-        // SAFETY: the page lies in a mapping of ours whose memory is gone; an empty one takes its place.
-        let replaced = hit.is_some()
-            && unsafe {
-                libc::mmap(
-                    page as *mut libc::c_void,
-                    4096,
-                    libc::PROT_READ | libc::PROT_WRITE,
-                    libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                    -1,
-                    0,
-                )
-            } != libc::MAP_FAILED;
+        // SAFETY: the thread's own errno, which the interrupted code may be about to read.
+        let errno = unsafe { libc::__errno_location() };
+        // SAFETY: as above.
+        let kept = unsafe { *errno };
         match hit {
-            Some(watched) if replaced => watched.faulted.store(true, Ordering::Release),
+            Some(watched) if replace(at, watched.page.load(Ordering::Acquire)) => {
+                watched.faulted.store(true, Ordering::Release);
+            }
             // SAFETY: not ours: back to the default, and the same access ends the process as it should.
             _ => unsafe {
                 libc::signal(signal, libc::SIG_DFL);
             },
         }
+        // SAFETY: as above.
+        unsafe { *errno = kept };
+    }
+
+    /// Puts an empty page in the place of one whose memory is gone.
+    fn replace(at: usize, page: usize) -> bool {
+        let start = at & !(page - 1);
+        // SAFETY: the page lies in a mapping of ours, which begins and ends at one of its pages.
+        let mapped = unsafe {
+            libc::mmap(
+                start as *mut libc::c_void,
+                page,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        mapped != libc::MAP_FAILED
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::MemfdFlags;
+    use std::os::fd::{AsFd, OwnedFd};
+
+    const HUGE: u64 = 2 << 20;
+
+    /// The table of mappings is one for the process: a test that fills it is alone.
+    static TABLE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+    fn alone() -> std::sync::MutexGuard<'static, ()> {
+        TABLE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn memory(flags: MemfdFlags, size: u64) -> OwnedFd {
+        let fd = rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC | flags).expect("a memfd");
+        rustix::fs::ftruncate(&fd, size).expect("a memfd has any size");
+        fd
+    }
+
+    fn first_and_last(mapping: &Mapping, size: u64) -> [u16; 2] {
+        [0, size - 2].map(|at| load_u16(mapping.at(at, 2, 2).expect("inside"), 0, Ordering::Acquire))
+    }
+
+    #[test]
+    fn pages_that_were_truncated_away_read_as_zero_and_are_reported() {
+        let _alone = alone();
+        let fd = memory(MemfdFlags::empty(), 8192);
+        rustix::io::pwrite(&fd, &[0xff; 8192], 0).expect("room");
+        let mapping = Mapping::new(fd.as_fd(), 0, 8192).expect("it can be mapped");
+        assert_eq!(first_and_last(&mapping, 8192), [0xffff; 2]);
+        assert!(!sigbus::take(mapping.watch));
+        rustix::fs::ftruncate(&fd, 4096).expect("it is ours");
+        // SAFETY: the thread's own errno, which nothing between here and the check may change.
+        unsafe { *libc::__errno_location() = 77 };
+        let found = first_and_last(&mapping, 8192);
+        // SAFETY: as above.
+        assert_eq!(unsafe { *libc::__errno_location() }, 77, "the handler leaves errno alone");
+        assert_eq!(found, [0xffff, 0]);
+        assert!(sigbus::take(mapping.watch));
+        assert!(!sigbus::take(mapping.watch), "once");
+    }
+
+    /// Where the system has huge pages to give, this reads memory; where it has none every access is a fault. Both are survived.
+    #[test]
+    fn huge_pages_that_do_not_exist_read_as_zero() {
+        let _alone = alone();
+        let fd = memory(MemfdFlags::HUGETLB, 2 * HUGE);
+        assert_eq!(page_size(fd.as_fd()), Ok(HUGE as usize));
+        // The second page alone, and not to its end.
+        let mapping = Mapping::new(fd.as_fd(), HUGE, 8192).expect("it can be mapped");
+        assert_eq!(first_and_last(&mapping, 8192), [0; 2]);
+        drop(mapping);
+        let mapping = Mapping::new(fd.as_fd(), 0, 2 * HUGE).expect("it can be mapped");
+        assert_eq!(first_and_last(&mapping, 2 * HUGE), [0; 2]);
+        rustix::fs::ftruncate(&fd, 0).expect("it is ours");
+        assert_eq!(first_and_last(&mapping, 2 * HUGE), [0; 2]);
+        assert!(sigbus::take(mapping.watch));
+    }
+
+    fn mapped_ranges() -> usize {
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("everybody has one");
+        maps.lines().filter(|line| line.contains("memfd:watch-table")).count()
+    }
+
+    #[test]
+    fn a_region_that_cannot_be_watched_is_not_left_mapped() {
+        let _alone = alone();
+        // Not a page: what lies here is never looked at, for nothing faults in it.
+        let full: Vec<usize> = std::iter::from_fn(|| sigbus::watch(1, 0, 4096).ok()).collect();
+        let fd = rustix::fs::memfd_create("watch-table", MemfdFlags::CLOEXEC).expect("a memfd");
+        rustix::fs::ftruncate(&fd, 4096).expect("a memfd has any size");
+        let refused = Mapping::new(fd.as_fd(), 0, 4096).map(drop);
+        full.into_iter().for_each(sigbus::unwatch);
+        assert!(refused.expect_err("the table is full").contains("regions are mapped"));
+        assert_eq!(mapped_ranges(), 0);
+        let mapping = Mapping::new(fd.as_fd(), 0, 4096).expect("the table has room again");
+        assert_eq!(mapped_ranges(), 1);
+        drop(mapping);
+        assert_eq!(mapped_ranges(), 0);
     }
 }
