@@ -177,7 +177,7 @@ impl Writer {
                     held.push(to_text(record));
                 }
             }
-            _ => eprintln!("{}", to_text(record)),
+            _ => print(&to_text(record)),
         }
     }
 
@@ -188,7 +188,7 @@ impl Writer {
         if let Some(file) = &mut self.file
             && let Err(error) = writeln!(file, "{}", to_json(&record))
         {
-            eprintln!("the journal file cannot be written and is given up: {error}");
+            print(&format!("the journal file cannot be written and is given up: {error}"));
             self.file = None;
         }
         let mut kept = self.journal.lock();
@@ -200,6 +200,12 @@ impl Writer {
         drop(kept);
         self.journal.kept.1.notify_all();
     }
+}
+
+/// Writes a line to standard error. Nobody has to read it, and a full disk behind it is no reason to leave a guest alone, as
+/// `eprintln!` would: it panics.
+fn print(line: &str) {
+    let _unread = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// One JSON object. Written member by member, so that properties stay in the order in which they were given.

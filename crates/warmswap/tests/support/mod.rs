@@ -97,13 +97,24 @@ pub(crate) struct Broker {
 impl Broker {
     /// Starts one and waits until the VMM may connect.
     pub(crate) fn start(scratch: &Scratch, options: &[&str], backend: &[String]) -> Self {
+        Self::start_with(scratch, &[&["--quiet"], options].concat(), backend, |_| {})
+    }
+
+    /// The same, not quiet, and with something about the process changed.
+    pub(crate) fn start_with(
+        scratch: &Scratch,
+        options: &[&str],
+        backend: &[String],
+        change: impl FnOnce(&mut Command),
+    ) -> Self {
         let (socket, journal) = (scratch.path("vmm.sock"), scratch.path("journal"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_warmswap"));
-        command.args(["guard", "--name", "disk", "--quiet", "--socket"]).arg(&socket);
+        command.args(["guard", "--name", "disk", "--socket"]).arg(&socket);
         command.arg("--control").arg(&scratch.0).arg("--journal").arg(&journal).args(options);
         if !backend.is_empty() {
             command.arg("--").args(backend);
         }
+        change(&mut command);
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("the program starts");
         let mut ready = String::new();
         let stdout = child.stdout.as_mut().expect("it is piped");

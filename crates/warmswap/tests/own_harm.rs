@@ -1,0 +1,68 @@
+//! What one side does wrong costs that side, not the broker and not what else runs on the machine.
+
+mod support;
+
+use std::os::fd::AsFd;
+
+use support::{Broker, Disk, Ended, Scratch, Vmm, storage_daemon};
+use warmswap_wire::{FdSlot, Reply, Request, VringFd};
+
+fn noted(scratch: &Scratch) -> String {
+    std::fs::read_to_string(scratch.path("journal")).expect("a journal")
+}
+
+#[test]
+fn a_standard_error_that_cannot_be_written_ends_nothing() {
+    let scratch = Scratch::new("full-stderr");
+    let full = std::fs::File::options().write(true).open("/dev/full").expect("everybody has one");
+    let mut broker = Broker::start_with(&scratch, &[], &storage_daemon(&scratch.image()), |it| {
+        it.stderr(full);
+    });
+    broker.assert_serves();
+    drop(broker);
+    // Not even the thread that could not print has ended.
+    assert!(noted(&scratch).contains("FailoverSettled"), "{}", noted(&scratch));
+
+    let scratch = Scratch::new("closed-stderr");
+    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).expect("a pipe");
+    let mut broker = Broker::start_with(&scratch, &[], &storage_daemon(&scratch.image()), |it| {
+        it.stderr(writer);
+    });
+    drop(reader);
+    broker.assert_serves();
+    drop(broker);
+    assert!(noted(&scratch).contains("FailoverSettled"), "{}", noted(&scratch));
+}
+
+#[test]
+fn a_blocking_eventfd_that_is_full_stops_nobody() {
+    let scratch = Scratch::new("full-call");
+    let mut broker = Broker::start(&scratch, &[], &storage_daemon(&scratch.image()));
+    let mut vmm = Vmm::connect(&broker.socket);
+    let mut disk = Disk::new();
+    disk.call = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).expect("an eventfd that blocks");
+    rustix::io::write(&disk.call, &(u64::MAX - 1).to_ne_bytes()).expect("it has room");
+    // The backend may well be stopped by it.
+    let _harmed = vmm.start(&disk);
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    assert_eq!(broker.status()["name"], "disk", "the control thread answers");
+    drop((vmm, disk));
+    broker.assert_serves();
+}
+
+#[test]
+fn a_pipe_is_refused_where_an_eventfd_belongs() {
+    let scratch = Scratch::new("pipe-call");
+    let mut broker = Broker::start(&scratch, &[], &storage_daemon(&scratch.image()));
+    let mut vmm = Vmm::connect(&broker.socket);
+    let (_reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).expect("a pipe");
+    let call = Request::SetVringCall(VringFd { index: 0, fd: Some(FdSlot(0)) });
+    // Without protocol features there are no acknowledgements yet; the record can always be asked.
+    let Ok(Reply::U64(protocol)) = vmm.ask(&Request::GetProtocolFeatures, &[]) else { panic!("protocol features") };
+    assert!(vmm.tell(&Request::SetProtocolFeatures(protocol), &[], false));
+    assert_eq!(vmm.ask(&call, &[writer.as_fd()]).expect("an answer"), Reply::U64(1), "refused");
+    assert_eq!(vmm.ask(&call, &[vmm.stream.try_clone().expect("a copy").as_fd()]).expect("an answer"), Reply::U64(1));
+    vmm.start(&Disk::new()).map_err(|ended: Ended| format!("{ended:?}")).expect("the connection goes on");
+    drop(vmm);
+    broker.assert_serves();
+}
