@@ -161,7 +161,7 @@ impl Writer {
                 }
                 Note::Started { well } => {
                     for line in self.held.take().unwrap_or_default().iter().filter(|_| well) {
-                        eprintln!("{line}");
+                        print(line);
                     }
                 }
             }

@@ -4,7 +4,7 @@ mod support;
 
 use std::os::fd::AsFd;
 
-use support::{Broker, Disk, Ended, Scratch, Vmm, storage_daemon};
+use support::{Broker, Disk, Ended, Scratch, Vmm, storage_daemon, warmswap};
 use warmswap_wire::{FdSlot, Reply, Request, VringFd};
 
 fn noted(scratch: &Scratch) -> String {
@@ -65,4 +65,41 @@ fn a_pipe_is_refused_where_an_eventfd_belongs() {
     vmm.start(&Disk::new()).map_err(|ended: Ended| format!("{ended:?}")).expect("the connection goes on");
     drop(vmm);
     broker.assert_serves();
+}
+
+#[test]
+fn a_file_at_the_place_of_the_socket_is_refused_and_left_alone() {
+    let scratch = Scratch::new("precious");
+    let (precious, started) = (scratch.path("vmm.sock"), scratch.path("started"));
+    std::fs::write(&precious, "data").expect("a file");
+    let [socket, control] = [&precious, &scratch.0].map(|path| path.to_str().expect("plain text").to_owned());
+    let script = format!("touch {} # {{socket}}", started.display());
+    let args = ["guard", "--name", "disk", "--socket", &socket, "--control", &control, "--", "/bin/sh", "-c", &script];
+    let output = warmswap(&args);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(1) && said.contains("is not a socket"), "{said}");
+    assert_eq!(std::fs::read(&precious).expect("it is still there"), b"data");
+    assert!(!started.exists(), "nothing was started");
+}
+
+#[test]
+fn a_socket_of_another_broker_is_not_removed_at_the_end() {
+    let scratch = Scratch::new("taken-over");
+    let mut broker = Broker::start(&scratch, &[], &storage_daemon(&scratch.image()));
+    std::fs::remove_file(&broker.socket).expect("it is there");
+    let _other = std::os::unix::net::UnixListener::bind(&broker.socket).expect("the path is free");
+    broker.signal(rustix::process::Signal::TERM);
+    assert!(broker.wait().success());
+    assert!(broker.socket.exists(), "somebody else listens there");
+}
+
+#[test]
+fn a_device_that_cannot_start_leaves_a_stale_socket_alone() {
+    let scratch = Scratch::new("stale");
+    let socket = scratch.path("vmm.sock");
+    drop(std::os::unix::net::UnixListener::bind(&socket).expect("a socket"));
+    let [place, control] = [&socket, &scratch.0].map(|path| path.to_str().expect("plain text").to_owned());
+    let args = ["guard", "--name", "disk", "--socket", &place, "--control", &control, "--", "/bin/false", "{socket}"];
+    assert_eq!(warmswap(&args).status.code(), Some(1));
+    assert!(socket.exists(), "this broker never listened there");
 }

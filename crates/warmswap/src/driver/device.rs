@@ -49,6 +49,8 @@ pub(crate) struct Device {
     fds: FdTable,
     memory: SharedMemory,
     listener: Option<OwnedFd>,
+    /// Device and inode of the socket that the VMM connects to, once it is made.
+    pub(crate) listening_at: Option<(u64, u64)>,
     vmm: Option<Connection>,
     /// The process that connected, where it can be told.
     vmm_process: Option<OwnedFd>,
@@ -125,6 +127,7 @@ impl Device {
             fds: FdTable::default(),
             memory: SharedMemory::default(),
             listener: None,
+            listening_at: None,
             vmm: None,
             vmm_process: None,
             backends: Vec::new(),

@@ -202,6 +202,7 @@ impl Driver {
 
     /// Adds a device and starts its backends.
     pub(crate) fn add(&mut self, config: DeviceConfig, journal: JournalSender) -> std::io::Result<()> {
+        check_place(&config.socket)?;
         let number = u16::try_from(self.devices.len()).map_err(|_| std::io::ErrorKind::QuotaExceeded)?;
         let threads =
             Threads { spawner: self.spawner.clone(), inspector: self.inspector.clone(), maps: self.maps.clone() };
@@ -258,6 +259,7 @@ impl Driver {
             }
             if device.wants_listener() {
                 let listener = listen(&device.config.socket)?;
+                device.listening_at = identity(&device.config.socket);
                 admit(&device.config)?;
                 device.listen(listener, &self.poller)?;
                 ready(&device.config);
@@ -354,8 +356,10 @@ impl Driver {
         let until = began + SHUTDOWN_MAX;
         let rings: Vec<usize> = self.devices.iter().map(Device::rings).collect();
         for device in &mut self.devices {
-            // The path is free for the next broker at once.
-            let _gone = std::fs::remove_file(&device.config.socket);
+            // The path is free for the next broker at once. What is not the socket made here is somebody else's.
+            if device.listening_at.is_some() && device.listening_at == identity(&device.config.socket) {
+                let _gone = std::fs::remove_file(&device.config.socket);
+            }
             device.shut_down(now(), &self.poller);
         }
         while now() < until && self.devices.iter().any(Device::is_closing) {
@@ -411,6 +415,29 @@ fn admit(config: &DeviceConfig) -> std::io::Result<()> {
         std::fs::set_permissions(&config.socket, mode).map_err(|error| fail("--socket-mode", error))?;
     }
     Ok(())
+}
+
+/// What is at a path: its device and inode.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::symlink_metadata(path).ok().map(|it| (it.dev(), it.ino()))
+}
+
+/// Refuses a place where no socket can be made, before anything is started for it.
+fn check_place(path: &Path) -> std::io::Result<()> {
+    SocketAddrUnix::new(path)
+        .map_err(|error| std::io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
+    let is_socket = |it: std::fs::Metadata| std::os::unix::fs::FileTypeExt::is_socket(&it.file_type());
+    match std::fs::symlink_metadata(path).map(is_socket) {
+        Ok(false) => {
+            let text = format!(
+                "{}: this exists and is not a socket; give another path for the VMM to connect to",
+                path.display()
+            );
+            Err(std::io::Error::new(std::io::ErrorKind::AlreadyExists, text))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Listens at a path. A socket that nobody serves any more is replaced; one that is served is somebody else's.
