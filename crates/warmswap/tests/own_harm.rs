@@ -3,6 +3,7 @@
 mod support;
 
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use support::{Broker, Disk, Ended, Scratch, Vmm, storage_daemon, warmswap};
 use warmswap_wire::{FdSlot, Reply, Request, VringFd};
@@ -44,7 +45,7 @@ fn a_blocking_eventfd_that_is_full_stops_nobody() {
     rustix::io::write(&disk.call, &(u64::MAX - 1).to_ne_bytes()).expect("it has room");
     // The backend may well be stopped by it.
     let _harmed = vmm.start(&disk);
-    std::thread::sleep(std::time::Duration::from_millis(200));
+    std::thread::sleep(Duration::from_millis(200));
     assert_eq!(broker.status()["name"], "disk", "the control thread answers");
     drop((vmm, disk));
     broker.assert_serves();
@@ -102,4 +103,62 @@ fn a_device_that_cannot_start_leaves_a_stale_socket_alone() {
     let args = ["guard", "--name", "disk", "--socket", &place, "--control", &control, "--", "/bin/false", "{socket}"];
     assert_eq!(warmswap(&args).status.code(), Some(1));
     assert!(socket.exists(), "this broker never listened there");
+}
+
+/// Ticks of processor time that a process has used so far. A second has a hundred.
+fn ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it lives");
+    let (_, fields) = stat.rsplit_once(')').expect("a name in brackets");
+    fields.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<u64>().expect("a number")).sum()
+}
+
+#[test]
+fn a_broker_without_descriptors_left_does_not_spin_and_accepts_when_it_has_some() {
+    let scratch = Scratch::new("no-descriptors");
+    let mut broker = Broker::start(&scratch, &[], &storage_daemon(&scratch.image()));
+    broker.wait_for_state("protected");
+    let pid = rustix::process::Pid::from_child(&broker.child);
+    let resource = rustix::process::Resource::Nofile;
+    let before = rustix::process::getrlimit(resource);
+    let none = rustix::process::Rlimit { current: Some(3), ..before.clone() };
+    rustix::process::prlimit(Some(pid), resource, none).expect("our own child");
+    let vmm = Vmm::connect(&broker.socket);
+    let used = ticks(broker.child.id());
+    std::thread::sleep(Duration::from_secs(1));
+    let used = ticks(broker.child.id()) - used;
+    assert!(used < 30, "{used} ticks in a second");
+    rustix::process::prlimit(Some(pid), resource, before).expect("our own child");
+    drop(vmm);
+    assert!(noted(&scratch).contains("it cannot be accepted"), "{}", noted(&scratch));
+    broker.assert_serves();
+}
+
+#[test]
+fn a_dead_backend_that_a_tracer_keeps_from_being_collected_costs_no_time() {
+    let scratch = Scratch::new("traced");
+    let mut broker = Broker::start(&scratch, &[], &storage_daemon(&scratch.image()));
+    broker.wait_for_state("protected");
+    let mut vmm = Vmm::connect(&broker.socket);
+    let mut disk = vmm.boot();
+    disk.write(&mut vmm, 1, 1);
+    broker.wait_for_state("protected");
+    let primary = broker.status()["primary"]["pid"].as_u64().expect("a process") as i32;
+    let nothing = std::ptr::null_mut::<libc::c_void>();
+    // SAFETY: a plain call without pointers.
+    if unsafe { libc::ptrace(libc::PTRACE_SEIZE, primary, nothing, nothing) } != 0 {
+        eprintln!("not tested: this system lets nobody trace");
+        return;
+    }
+    // SAFETY: as above. Nobody else has this process id: its exit is not collected.
+    assert_eq!(unsafe { libc::kill(primary, libc::SIGKILL) }, 0);
+    std::thread::sleep(Duration::from_millis(300));
+    let used = ticks(broker.child.id());
+    std::thread::sleep(Duration::from_secs(1));
+    let used = ticks(broker.child.id()) - used;
+    assert!(used < 30, "{used} ticks in a second");
+    // SAFETY: as above; the status is not asked for.
+    unsafe { libc::waitpid(primary, std::ptr::null_mut(), libc::__WALL) };
+    assert_eq!(disk.read(&mut vmm, 1), vec![1; 512], "the shadow serves once the end is proved");
+    drop(vmm);
+    broker.assert_serves();
 }

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 
 use crossbeam_channel::Sender;
 use rustix::event::EventfdFlags;
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use warmswap_core::{
     Action, Actions, BackendId, CommandId, Entry, Event, FenceLevel, Nanos, Pair, PairState, PrivateEvents, Report,
@@ -39,6 +40,9 @@ const NOT_READY: &str = "it was not ready within";
 /// Processes that were ended are looked at this often until they are gone.
 const RETIRE_EVERY: Nanos = Nanos::from_millis(3);
 
+/// A connection that could not be taken, because the system has no descriptor left, is tried again after this long.
+const ACCEPT_AGAIN: Nanos = Nanos::from_millis(500);
+
 /// One device.
 pub(crate) struct Device {
     pub(crate) config: DeviceConfig,
@@ -51,6 +55,8 @@ pub(crate) struct Device {
     listener: Option<OwnedFd>,
     /// Device and inode of the socket that the VMM connects to, once it is made.
     pub(crate) listening_at: Option<(u64, u64)>,
+    /// When the listener, which could not take a connection, is watched again.
+    accept_at: Option<Nanos>,
     vmm: Option<Connection>,
     /// The process that connected, where it can be told.
     vmm_process: Option<OwnedFd>,
@@ -128,6 +134,7 @@ impl Device {
             memory: SharedMemory::default(),
             listener: None,
             listening_at: None,
+            accept_at: None,
             vmm: None,
             vmm_process: None,
             backends: Vec::new(),
@@ -208,7 +215,13 @@ impl Device {
         let connects = self.backends.iter().filter_map(|backend| backend.connect_at);
         let fences = self.fences.iter().map(|fence| fence.check_at);
         let retired = (!self.retired.is_empty()).then_some(self.retire_at);
-        connects.chain(fences).chain(retired).chain(self.pair.next_timeout()).chain([self.inspect_at]).min()
+        connects
+            .chain(fences)
+            .chain(retired)
+            .chain(self.accept_at)
+            .chain(self.pair.next_timeout())
+            .chain([self.inspect_at])
+            .min()
     }
 
     /// Everything that depends on time alone.
@@ -220,6 +233,7 @@ impl Device {
             self.retire_at = now + RETIRE_EVERY;
             self.retired.retain_mut(|process| process.is_gone().is_err());
         }
+        self.accept_again(now, poller);
         self.connect_backends(now, poller);
         self.look_at_fences(now);
         self.events.push_back(Event::Tick);
@@ -374,7 +388,18 @@ impl Device {
 
     pub(crate) fn accept(&mut self, now: Nanos, poller: &Poller) {
         let Some(listener) = &self.listener else { return };
-        let Ok(socket) = rustix::net::accept_with(listener, SocketFlags::CLOEXEC) else { return };
+        let socket = match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
+            Ok(socket) => socket,
+            // Who was waiting has gone.
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return,
+            Err(error) => {
+                // Who waits goes on waiting, and is looked at again when there may be descriptors.
+                poller.remove(listener.as_fd());
+                self.accept_at = Some(now + ACCEPT_AGAIN);
+                let entry = Entry::error("VmmRefused").with("reason", format!("it cannot be accepted: {error}"));
+                return self.entries.push(entry.with("next", "tried again every half second"));
+            }
+        };
         // A VMM that reconnects at once is seen before the end of its last connection. And one that has died may have left its end
         // of the connection in hands that keep it open: ours, or a backend's.
         if self.vmm.as_ref().is_some_and(Connection::is_hung_up) {
@@ -399,6 +424,17 @@ impl Device {
         self.vmm_readable = true;
         self.events.push_back(Event::VmmConnected);
         self.run(now, poller);
+    }
+
+    /// Watches the listener again after a connection could not be taken.
+    fn accept_again(&mut self, now: Nanos, poller: &Poller) {
+        if self.accept_at.is_none_or(|at| at > now) {
+            return;
+        }
+        let watched = self.listener.as_ref().is_none_or(|listener| {
+            poller.add(listener.as_fd(), self.token(PollSource::Listener), Interest::Read).is_ok()
+        });
+        self.accept_at = (!watched).then_some(now + ACCEPT_AGAIN);
     }
 
     /// The VMM has sent something, or has read what it was sent.
@@ -657,7 +693,7 @@ impl Device {
             }
             return Err(reason);
         }
-        let fail = |error: rustix::io::Errno| error.to_string();
+        let fail = |error: Errno| error.to_string();
         poller
             .add(connection.as_fd(), self.token(PollSource::Link(id.0)), Interest::Read)
             .map_err(|e| e.to_string())?;
@@ -777,20 +813,16 @@ impl Device {
     pub(crate) fn process_ended(&mut self, id: u64, now: Nanos, poller: &Poller) {
         let id = BackendId(id);
         if let Some(fence) = self.fences.iter_mut().find(|fence| fence.backend == id) {
-            if fence.process.reap().is_some() {
-                poller.remove(fence.process.pidfd());
-            }
+            // It stays readable, also while a tracer keeps the exit from being collected. The fence looks again by itself.
+            poller.remove(fence.process.pidfd());
             self.look_at_fences(now);
             return self.run(now, poller);
         }
         let Some(process) = self.backend(id).and_then(|backend| backend.process.as_mut()) else { return };
+        poller.remove(process.pidfd());
         let pid = process.pid;
-        let Some(how) = process.reap() else { return };
+        let how = process.reap().unwrap_or("ended, and its exit is held back: is it being traced?");
         let reason = format!("process {pid}: {how}");
-        let process = self.backends.iter().find(|backend| backend.id == id).and_then(|it| it.process.as_ref());
-        if let Some(process) = process {
-            poller.remove(process.pidfd());
-        }
         self.events.push_back(Event::Exited { backend: id, reason });
         self.run(now, poller);
     }
@@ -975,9 +1007,9 @@ fn watch_room(
     poller: &Poller,
 ) -> Result<(), ConnectionError> {
     let Some(room) = connection.room_wanted() else { return Ok(()) };
-    poller.watch_room(connection.as_fd(), token, interest, room).map_err(|error| {
-        ConnectionError::Socket(rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO))
-    })
+    poller
+        .watch_room(connection.as_fd(), token, interest, room)
+        .map_err(|error| ConnectionError::Socket(Errno::from_io_error(&error).unwrap_or(Errno::IO)))
 }
 
 /// A device at one moment.
