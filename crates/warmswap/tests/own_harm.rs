@@ -162,3 +162,41 @@ fn a_dead_backend_that_a_tracer_keeps_from_being_collected_costs_no_time() {
     drop(vmm);
     broker.assert_serves();
 }
+
+/// Processes that have this parent and wait to be collected.
+fn zombies(parent: u32) -> usize {
+    let processes = std::fs::read_dir("/proc").expect("everybody has one").flatten();
+    let stats = processes.filter_map(|entry| std::fs::read_to_string(entry.path().join("stat")).ok());
+    let starts = format!("Z {parent} ");
+    stats.filter(|stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(&starts))).count()
+}
+
+/// A shell script that runs the backend, with something before and after it.
+fn wrapped(before: &str, backend: Vec<String>, after: &str) -> Vec<String> {
+    let script = format!("{before}\n\"$0\" \"$@\"\n{after}");
+    ["/bin/sh".to_owned(), "-c".to_owned(), script].into_iter().chain(backend).collect()
+}
+
+#[test]
+fn orphans_of_backends_are_collected_and_what_is_known_is_left_to_its_owner() {
+    let scratch = Scratch::new("orphans");
+    let backend = wrapped("for i in 1 2 3; do ( (sleep 0.1) & ); done", storage_daemon(&scratch.image()), "");
+    // A command whose exit the broker itself must see.
+    let options = ["--quiet", "--fence-command", "sleep 0.1; exit 0"];
+    let mut broker = Broker::start_with(&scratch, &options, &backend, |_| {});
+    for _ in 0..2 {
+        broker.wait_for_state("protected");
+        broker.assert_serves();
+    }
+    broker.wait_for_state("protected");
+    let mut vmm = Vmm::connect(&broker.socket);
+    let mut disk = vmm.boot();
+    disk.write(&mut vmm, 1, 1);
+    broker.wait_for_state("protected");
+    let primary = broker.status()["primary"]["pid"].as_i64().expect("a process") as i32;
+    let primary = rustix::process::Pid::from_raw(primary).expect("a process");
+    rustix::process::kill_process(primary, rustix::process::Signal::KILL).expect("it lives");
+    assert_eq!(disk.read(&mut vmm, 1), vec![1; 512]);
+    assert!(noted(&scratch).contains("the operator's fence command succeeded"), "{}", noted(&scratch));
+    support::wait_for("the last orphan", || zombies(broker.child.id()) == 0);
+}

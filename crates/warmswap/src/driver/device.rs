@@ -862,6 +862,11 @@ impl Device {
         self.look_at_fences(now);
     }
 
+    /// Whether a process may have been started on this thread: by a fence, for the operator's command.
+    pub(crate) fn may_run_command(&self) -> bool {
+        self.config.fence_command.is_some() && !self.fences.is_empty()
+    }
+
     fn look_at_fences(&mut self, now: Nanos) {
         if self.fences.is_empty() {
             return;

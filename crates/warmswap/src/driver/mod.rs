@@ -137,6 +137,8 @@ pub(crate) struct Driver {
     spawner: Spawner,
     inspector: Inspector,
     maps: Maps,
+    /// Adopted orphans may have ended.
+    orphans: bool,
     /// When the last wait ended.
     woken: Nanos,
     lateness: Lateness,
@@ -194,6 +196,7 @@ impl Driver {
             spawner,
             inspector,
             maps,
+            orphans: false,
             woken: Nanos(0),
             lateness: Lateness::default(),
         };
@@ -242,6 +245,7 @@ impl Driver {
             }
         }
         self.tokens = tokens;
+        self.reap_orphans();
         if let Some(due) = due {
             self.note_lateness("the processor was not given in time", woken.since(due.max(started)));
         }
@@ -268,6 +272,13 @@ impl Driver {
         Ok(None)
     }
 
+    /// Collects orphans, but not while a fence command runs: it is the only process that this thread starts itself.
+    fn reap_orphans(&mut self) {
+        if self.orphans && !self.devices.iter().any(Device::may_run_command) {
+            self.orphans = system::reap_orphans();
+        }
+    }
+
     /// A control thread that is late may lose sight of the rings: said, with the reason, so that somebody can help.
     fn note_lateness(&mut self, reason: &str, late: Nanos) {
         if late <= LATE_MAX || self.woken == Nanos(0) {
@@ -289,7 +300,11 @@ impl Driver {
         let now = now();
         match token.source {
             Source::Commands => self.obey(now),
-            Source::Signals => return system::signal_waits(&self.signals),
+            Source::Signals => {
+                let said = system::take_said(&self.signals);
+                self.orphans |= said.child;
+                return said.end;
+            }
             source => {
                 let poller = &self.poller;
                 let Some(device) = self.devices.get_mut(usize::from(token.device)) else { return false };
@@ -383,11 +398,11 @@ impl Driver {
         let mut tokens = std::mem::take(&mut self.tokens);
         self.poller.wait(Some(Nanos::from_micros(200)), &mut tokens)?;
         for token in &tokens {
-            if token.source != Source::Signals {
-                self.dispatch(*token);
-            }
+            // It is ending already.
+            let _asked_again = self.dispatch(*token);
         }
         self.tokens = tokens;
+        self.reap_orphans();
         for device in &mut self.devices {
             device.tick(now(), &self.poller);
             device.flush_journal();

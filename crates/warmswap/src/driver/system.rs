@@ -3,7 +3,12 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
-/// Takes SIGTERM and SIGINT over into a descriptor, and becomes the parent of orphaned descendants. Called before any thread is
+use rustix::process::{WaitId, WaitIdOptions};
+
+/// Orphans that are collected at once.
+const ORPHANS_PER_STEP: usize = 64;
+
+/// Takes SIGTERM, SIGINT and SIGCHLD over into a descriptor, and becomes the parent of orphaned descendants. Called before any thread is
 /// started, for a thread that does not block a signal would take it the old way.
 pub(crate) fn take_signals() -> io::Result<OwnedFd> {
     // SAFETY: plain calls on local values; the descriptor that signalfd returns is new and owned by nobody else.
@@ -12,6 +17,7 @@ pub(crate) fn take_signals() -> io::Result<OwnedFd> {
         libc::sigemptyset(&raw mut set);
         libc::sigaddset(&raw mut set, libc::SIGTERM);
         libc::sigaddset(&raw mut set, libc::SIGINT);
+        libc::sigaddset(&raw mut set, libc::SIGCHLD);
         if libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) != 0 {
             return Err(io::Error::last_os_error());
         }
@@ -22,10 +28,36 @@ pub(crate) fn take_signals() -> io::Result<OwnedFd> {
     }
 }
 
-/// Whether a signal has arrived.
-pub(super) fn signal_waits(signals: &OwnedFd) -> bool {
-    let mut info = [0; 128];
-    matches!(rustix::io::read(signals.as_fd(), &mut info), Ok(count) if count > 0)
+/// What signals have said since they were last taken.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Said {
+    /// The program is asked to end.
+    pub(super) end: bool,
+    /// A process has ended.
+    pub(super) child: bool,
+}
+
+/// Takes the signals that have arrived.
+pub(super) fn take_said(signals: &OwnedFd) -> Said {
+    let mut said = Said::default();
+    // A signal waits at most once, so there are three.
+    for _ in 0..3 {
+        // A `signalfd_siginfo`, which begins with the number.
+        let mut info = [0; 128];
+        let Ok(128) = rustix::io::read(signals.as_fd(), &mut info) else { break };
+        let number = u32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
+        if number == libc::SIGCHLD as u32 { said.child = true } else { said.end = true }
+    }
+    said
+}
+
+/// Collects the exits of adopted orphans; true if there may be more. Only on the main thread, which they are given to: what other
+/// threads have started, backends above all, stays theirs to collect. What the main thread has started itself would be taken for an
+/// orphan, so it must not be called while that has not been collected.
+pub(super) fn reap_orphans() -> bool {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    let own = options | WaitIdOptions::from_bits_retain(libc::__WNOTHREAD as u32);
+    (0..ORPHANS_PER_STEP).all(|_| matches!(rustix::process::waitid(WaitId::All, own), Ok(Some(_))))
 }
 
 /// The process that connected to a socket of ours; none if it lives where processes have numbers of their own.
