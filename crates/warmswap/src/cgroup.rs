@@ -6,9 +6,14 @@
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
+
+/// What dead brokers have left running may take this long to end before nothing is started.
+const LEFTOVERS_MAX: Duration = Duration::from_secs(10);
 
 /// Kills and removes groups on a thread of its own.
 #[derive(Clone, Debug)]
@@ -51,12 +56,16 @@ pub(crate) struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes a group beside our own, where the system allows it.
+    /// Makes a group beside our own, where the system allows it. One of that name which is occupied is somebody else's: `ResourceBusy`.
     pub(crate) fn create(name: &str, janitor: &Janitor) -> io::Result<Self> {
-        let path = own_path()?.join(format!("warmswap.{name}"));
-        fs::create_dir(&path).or_else(|error| {
-            // Left behind by a broker of that process id that was killed: usable if empty.
-            if error.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(error) }
+        let path = own_path()?.join(name);
+        fs::create_dir(&path).or_else(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists if !is_occupied(&path)? => Ok(()),
+            io::ErrorKind::AlreadyExists => {
+                let text = format!("the control group {} exists and has processes in it", path.display());
+                Err(io::Error::new(io::ErrorKind::ResourceBusy, text))
+            }
+            _ => Err(error),
         })?;
         match (fs::File::open(&path), fs::File::open(path.join("cgroup.events"))) {
             (Ok(directory), Ok(events)) => Ok(Cgroup { path, directory, events, janitor: janitor.clone() }),
@@ -99,24 +108,124 @@ fn remove(path: &Path) {
     for _ in 0..50 {
         match fs::remove_dir(path) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-                std::thread::sleep(std::time::Duration::from_micros(200));
+                std::thread::sleep(Duration::from_micros(200));
             }
             _ => return,
         }
     }
 }
 
-/// Removes what brokers that were killed have left behind: empty groups whose broker is gone. Occupied ones refuse.
+/// Removes what brokers that were killed have left behind: empty groups whose broker is gone. Occupied ones refuse, and wait for the
+/// next broker of their device.
 fn sweep() {
-    let Ok(entries) = own_path().and_then(fs::read_dir) else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let broker = name.strip_prefix("warmswap.").and_then(|rest| rest.rsplit('.').nth(1)?.parse::<u32>().ok());
-        if broker.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
-            // A group that is not empty belongs to somebody.
-            let _occupied = fs::remove_dir(entry.path());
+    for (path, _) in abandoned() {
+        let _occupied = fs::remove_dir(path);
+    }
+}
+
+/// Kills what backends of dead brokers of this device have left running, and waits for its end: another backend is about to write
+/// what they write. Returns the groups that had processes in them.
+pub(crate) fn end_leftovers(device: &str) -> io::Result<Vec<PathBuf>> {
+    let mut ended = Vec::new();
+    for (path, _) in abandoned().into_iter().filter(|(_, name)| name.device == device) {
+        let until = Instant::now() + LEFTOVERS_MAX;
+        let mut killed = false;
+        // A group that cannot be read any more has been removed.
+        while is_occupied(&path).unwrap_or(false) {
+            // Kernels before 5.14 lack cgroup.kill, and what sleeps in the kernel does not end: it is waited for, then an operator is.
+            let result = fs::write(path.join("cgroup.kill"), "1");
+            if Instant::now() > until {
+                let why = result.err().map(|error| format!(" ({error})")).unwrap_or_default();
+                let text = format!(
+                    "{}: processes that a broker of this device left behind cannot be ended{why}; end them and start again",
+                    path.display()
+                );
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
+            }
+            killed = true;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        remove(&path);
+        if killed {
+            ended.push(path);
         }
     }
+    Ok(ended)
+}
+
+/// Groups whose broker is gone.
+fn abandoned() -> Vec<(PathBuf, Name)> {
+    let (Ok(entries), Some(me)) = (own_path().and_then(fs::read_dir), Broker::find(std::process::id())) else {
+        return Vec::new();
+    };
+    let named = entries.flatten().filter_map(|entry| Some((entry.path(), Name::parse(entry.file_name().to_str()?)?)));
+    named.filter(|(_, name)| name.broker.is_gone(me)).collect()
+}
+
+fn is_occupied(group: &Path) -> io::Result<bool> {
+    Ok(!fs::read_to_string(group.join("cgroup.events"))?.lines().any(|line| line == "populated 0"))
+}
+
+/// A broker's process. Start time and namespace tell it from another one that has its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Broker {
+    pid: u32,
+    /// In ticks since the system was started.
+    started: u64,
+    /// Inode of its namespace of processes.
+    namespace: u64,
+}
+
+impl Broker {
+    /// The living process of this number.
+    fn find(pid: u32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name, in brackets, may hold anything; the state follows it.
+        let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+        let dead = matches!(fields.next()?, "Z" | "X");
+        let started = fields.nth(18)?.parse().ok()?;
+        let namespace = fs::metadata("/proc/self/ns/pid").ok()?.ino();
+        (!dead).then_some(Broker { pid, started, namespace })
+    }
+
+    /// Whether it has ended. Of other namespaces nothing is known.
+    fn is_gone(self, me: Broker) -> bool {
+        self.namespace == me.namespace && Broker::find(self.pid) != Some(self)
+    }
+}
+
+/// Name of a group: `warmswap.DEVICE.PID-STARTED-NAMESPACE.GENERATION`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Name {
+    device: String,
+    broker: Broker,
+    generation: u64,
+}
+
+impl std::fmt::Display for Name {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Name { device, broker: Broker { pid, started, namespace }, generation } = self;
+        write!(f, "warmswap.{device}.{pid}-{started}-{namespace}.{generation}")
+    }
+}
+
+impl Name {
+    fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.strip_prefix("warmswap.")?.rsplitn(3, '.');
+        let generation = parts.next()?.parse().ok()?;
+        let numbers = parts.next()?.split('-').map(|number| number.parse::<u64>().ok()).collect::<Option<Vec<_>>>()?;
+        let &[pid, started, namespace] = numbers.as_slice() else { return None };
+        let broker = Broker { pid: u32::try_from(pid).ok()?, started, namespace };
+        Some(Name { device: parts.next()?.to_owned(), broker, generation })
+    }
+}
+
+/// Name of the group of one backend of this process.
+pub(crate) fn name(device: &str, generation: u64) -> String {
+    let pid = std::process::id();
+    // Without /proc there are no groups either.
+    let broker = Broker::find(pid).unwrap_or(Broker { pid, started: 0, namespace: 0 });
+    Name { device: device.to_owned(), broker, generation }.to_string()
 }
 
 /// Where our own group lies in the version 2 hierarchy.
@@ -130,4 +239,77 @@ fn own_path() -> io::Result<PathBuf> {
     let groups = fs::read_to_string("/proc/self/cgroup")?;
     let own = groups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
     Ok(Path::new(mount).join(own.trim_start_matches('/')))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    /// A group of a broker that may be dead, with a process in it; none where the system lets nobody make groups.
+    fn occupied(name: &str) -> Option<(PathBuf, std::process::Child)> {
+        let path = own_path().ok()?.join(name);
+        fs::create_dir(&path).ok()?;
+        let child = Command::new("/bin/sleep").arg("60").spawn().expect("everybody has one");
+        fs::write(path.join("cgroup.procs"), child.id().to_string()).expect("it can be moved");
+        Some((path, child))
+    }
+
+    fn dead_broker() -> Broker {
+        // Our own number, but another process.
+        Broker { started: 1, ..Broker::find(std::process::id()).expect("it runs this") }
+    }
+
+    #[test]
+    fn names_of_groups_tell_their_device_and_their_broker() {
+        let me = Broker::find(std::process::id()).expect("it runs this");
+        let name = name("disk.0-a", 7);
+        assert_eq!(Name::parse(&name), Some(Name { device: "disk.0-a".to_owned(), broker: me, generation: 7 }));
+        assert!(!me.is_gone(me));
+        assert!(dead_broker().is_gone(me));
+        assert!(!Broker { namespace: 1, ..dead_broker() }.is_gone(me), "nothing is known of another namespace");
+        for foreign in ["warmswap.disk.1.2", "warmswap.disk", "disk.1-2-3.4", "warmswap.disk.1-2-3.x"] {
+            assert_eq!(Name::parse(foreign), None);
+        }
+    }
+
+    #[test]
+    fn what_a_dead_broker_of_the_device_left_running_is_ended() {
+        let group = |device: &str, broker| Name { device: device.to_owned(), broker, generation: 1 }.to_string();
+        let me = Broker::find(std::process::id()).expect("it runs this");
+        let Some((left, mut child)) = occupied(&group("test-left", dead_broker())) else {
+            eprintln!("not tested: this system lets us make no control groups");
+            return;
+        };
+        let (other, mut of_other) = occupied(&group("test-other", dead_broker())).expect("as above");
+        let (living, mut of_living) = occupied(&group("test-left", me)).expect("as above");
+        assert_eq!(end_leftovers("test-left").expect("it ends"), [left.clone()]);
+        assert!(!left.exists());
+        assert!(!child.wait().expect("our own child").success());
+        for (path, child) in [(other, &mut of_other), (living, &mut of_living)] {
+            assert!(matches!(child.try_wait(), Ok(None)), "{} is not the device's, or not abandoned", path.display());
+            child.kill().and_then(|()| child.wait()).expect("our own child");
+            remove(&path);
+        }
+    }
+
+    #[test]
+    fn an_occupied_group_is_not_taken() {
+        let name = name("test-occupied", 1);
+        let Some((path, mut child)) = occupied(&name) else {
+            eprintln!("not tested: this system lets us make no control groups");
+            return;
+        };
+        let (janitor, thread) = Janitor::start().expect("a thread");
+        let refused = Cgroup::create(&name, &janitor).map(drop).expect_err("somebody is in it");
+        assert_eq!(refused.kind(), io::ErrorKind::ResourceBusy);
+        child.kill().and_then(|()| child.wait()).expect("our own child");
+        while is_occupied(&path).expect("it is there") {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(Cgroup::create(&name, &janitor).expect("an empty one is usable"));
+        drop(janitor);
+        thread.join().expect("it ends");
+        assert!(!path.exists());
+    }
 }

@@ -61,7 +61,10 @@ impl Process {
         };
         let arguments: Vec<String> = command.iter().map(fill).collect();
         // Without control groups descendants cannot be counted; the process itself still can.
-        let cgroup = Cgroup::create(group, janitor).ok();
+        let cgroup = match Cgroup::create(group, janitor) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return Err(error),
+            group => group.ok(),
+        };
         let (stderr, theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         rustix::io::ioctl_fionbio(&stderr, true)?;
         let child = launch::Child {

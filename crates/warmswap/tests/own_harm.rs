@@ -3,6 +3,7 @@
 mod support;
 
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::Duration;
 
 use support::{Broker, Disk, Ended, Scratch, Vmm, storage_daemon, warmswap};
@@ -197,6 +198,37 @@ fn orphans_of_backends_are_collected_and_what_is_known_is_left_to_its_owner() {
     let primary = rustix::process::Pid::from_raw(primary).expect("a process");
     rustix::process::kill_process(primary, rustix::process::Signal::KILL).expect("it lives");
     assert_eq!(disk.read(&mut vmm, 1), vec![1; 512]);
-    assert!(noted(&scratch).contains("the operator's fence command succeeded"), "{}", noted(&scratch));
+    let proved = || noted(&scratch).contains("the operator's fence command succeeded");
+    support::wait_for("the exit of the fence command", proved);
     support::wait_for("the last orphan", || zombies(broker.child.id()) == 0);
+}
+
+/// Processes whose command line names this.
+fn running(words: &str) -> Vec<String> {
+    let processes = std::fs::read_dir("/proc").expect("everybody has one").flatten();
+    let lines = processes.filter_map(|entry| std::fs::read_to_string(entry.path().join("cmdline")).ok());
+    lines.filter(|line| line.contains(words)).collect()
+}
+
+#[test]
+fn what_a_killed_broker_left_running_ends_before_the_next_one_starts_anything() {
+    let scratch = Scratch::new("left-behind");
+    // A shell between the broker and the daemon: only the shell dies with the broker.
+    let backend = wrapped("", storage_daemon(&scratch.image()), ":");
+    let mut broker = Broker::start(&scratch, &[], &backend);
+    broker.wait_for_state("protected");
+    let sockets = format!("{}.{}/", scratch.path("disk").display(), broker.child.id());
+    let primary = broker.status()["primary"]["pid"].as_u64().expect("a process");
+    let group = std::fs::read_to_string(format!("/proc/{primary}/cgroup")).expect("it lives");
+    broker.child.kill().and_then(|()| broker.child.wait()).expect("our own child");
+    std::thread::sleep(Duration::from_millis(200));
+    let left = running(&sockets);
+    let mut broker = Broker::start(&scratch, &[], &backend);
+    if left.is_empty() || !group.contains("warmswap.disk") {
+        eprintln!("not tested: nothing lived on, or there are no control groups");
+        return;
+    }
+    assert!(noted(&scratch).contains("LeftoversKilled"), "{}", noted(&scratch));
+    assert!(running(&sockets).is_empty(), "{left:?}");
+    broker.assert_serves();
 }

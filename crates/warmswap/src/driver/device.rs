@@ -603,7 +603,7 @@ impl Device {
                     backend: id,
                     command: command.clone(),
                     path: path.clone(),
-                    group: format!("{}.{}.{}", self.config.name, std::process::id(), id.0),
+                    group: crate::cgroup::name(&self.config.name, id.0),
                 };
                 if !self.spawner.spawn(start) {
                     return Err("too many processes wait to be started".to_owned());

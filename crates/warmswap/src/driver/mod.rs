@@ -207,9 +207,15 @@ impl Driver {
     pub(crate) fn add(&mut self, config: DeviceConfig, journal: JournalSender) -> std::io::Result<()> {
         check_place(&config.socket)?;
         let number = u16::try_from(self.devices.len()).map_err(|_| std::io::ErrorKind::QuotaExceeded)?;
+        // Before anything is started: what is left of a broker that was killed may still write.
+        let leftovers = crate::cgroup::end_leftovers(&config.name)?;
         let threads =
             Threads { spawner: self.spawner.clone(), inspector: self.inspector.clone(), maps: self.maps.clone() };
         let mut device = Device::new(number, config, journal, threads, now())?;
+        for group in leftovers {
+            let entry = Entry::warning("LeftoversKilled").with("group", group.display().to_string());
+            device.note(entry.with("reason", "a broker of this device was killed, and its backends lived on"));
+        }
         device.run(now(), &self.poller);
         self.devices.push(device);
         Ok(())
