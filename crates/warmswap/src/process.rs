@@ -16,6 +16,11 @@ use crate::cgroup::{Cgroup, Janitor};
 /// Lines of a backend's output that are kept to explain its end.
 const TAIL_LINES: usize = 12;
 
+/// Bytes of output that are read at a time.
+const OUTPUT_PER_LOOK: usize = 4096;
+/// So many of them are a full pipe.
+const OUTPUT_LOOKS_MAX: usize = 16;
+
 /// After so many looks at a group without its first process the rest of it is killed.
 const OCCUPIED_LOOKS: u32 = 4;
 
@@ -132,7 +137,8 @@ impl Process {
             (_, Some(signal)) => format!("killed by signal {signal}"),
             _ => "ended".to_owned(),
         };
-        self.read_stderr(&mut |_| {});
+        // What it said last, as far as a pipe holds it; its descendants may go on for ever.
+        let _rest = (0..OUTPUT_LOOKS_MAX).all(|_| self.read_stderr(&mut |_| {}));
         Some(self.tail.explain(how))
     }
 
@@ -173,20 +179,20 @@ impl Process {
         }
     }
 
-    /// Reads what the process printed; each line goes to `line` and to the tail.
+    /// Reads some of what the process printed; each line goes to `line` and to the tail. False if there was nothing.
     pub(crate) fn read_stderr(&mut self, line: &mut dyn FnMut(&str)) -> bool {
         let Some(stderr) = &mut self.stderr else { return false };
-        let mut buffer = [0; 4096];
-        loop {
-            match stderr.read(&mut buffer) {
-                Ok(0) => {
-                    self.stderr = None;
-                    return false;
-                }
-                Ok(count) => self.tail.push(&buffer[..count], line),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return true,
+        let mut buffer = [0; OUTPUT_PER_LOOK];
+        match stderr.read(&mut buffer) {
+            Ok(0) => {
+                self.stderr = None;
+                false
             }
+            Ok(count) => {
+                self.tail.push(&buffer[..count], line);
+                true
+            }
+            Err(error) => error.kind() == io::ErrorKind::Interrupted,
         }
     }
 }

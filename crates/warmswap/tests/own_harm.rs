@@ -4,7 +4,8 @@ mod support;
 
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use support::{Broker, Disk, Ended, Scratch, Vmm, storage_daemon, warmswap};
 use warmswap_wire::{FdSlot, Reply, Request, VringFd};
@@ -230,5 +231,41 @@ fn what_a_killed_broker_left_running_ends_before_the_next_one_starts_anything() 
     }
     assert!(noted(&scratch).contains("LeftoversKilled"), "{}", noted(&scratch));
     assert!(running(&sockets).is_empty(), "{left:?}");
+    broker.assert_serves();
+}
+
+#[test]
+fn a_flood_of_requests_is_read_to_its_end_and_keeps_nobody_waiting() {
+    let scratch = Scratch::new("flood");
+    let mut broker = Broker::start(&scratch, &[], &storage_daemon(&scratch.image()));
+    let mut vmm = Vmm::connect(&broker.socket);
+    let mut bytes = Vec::new();
+    Request::SetOwner.encode(warmswap_wire::HeaderFlags::empty(), &mut bytes, &mut Vec::new());
+    // Sent in one piece: the event queue tells once that something came.
+    let many = bytes.repeat(5_000);
+    assert!(vmm.send(&many, &[]));
+    assert!(vmm.ask(&Request::GetFeatures, &[]).is_ok(), "what comes after the flood is answered");
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| while !stop.load(Ordering::Relaxed) && vmm.send(&many, &[]) {});
+        std::thread::sleep(Duration::from_millis(300));
+        let began = Instant::now();
+        assert_eq!(broker.status()["name"], "disk");
+        assert!(began.elapsed() < Duration::from_secs(2), "an answer took {:?}", began.elapsed());
+        stop.store(true, Ordering::Relaxed);
+    });
+    drop(vmm);
+    broker.assert_serves();
+}
+
+#[test]
+fn a_backend_that_prints_without_end_keeps_nobody_waiting() {
+    let scratch = Scratch::new("printing");
+    let backend = wrapped("( sleep 0.3; exec yes '' >&2 ) &", storage_daemon(&scratch.image()), "");
+    let mut broker = Broker::start(&scratch, &[], &backend);
+    std::thread::sleep(Duration::from_millis(500));
+    let began = Instant::now();
+    assert_eq!(broker.status()["name"], "disk");
+    assert!(began.elapsed() < Duration::from_secs(2), "an answer took {:?}", began.elapsed());
     broker.assert_serves();
 }

@@ -43,6 +43,9 @@ const RETIRE_EVERY: Nanos = Nanos::from_millis(3);
 /// A connection that could not be taken, because the system has no descriptor left, is tried again after this long.
 const ACCEPT_AGAIN: Nanos = Nanos::from_millis(500);
 
+/// Messages of one peer that are taken before the others are looked at again.
+const MESSAGES_PER_WAKE: usize = 32;
+
 /// One device.
 pub(crate) struct Device {
     pub(crate) config: DeviceConfig,
@@ -447,9 +450,18 @@ impl Device {
         }
     }
 
-    /// Reads requests, one at a time, as long as there are any and the core wants them.
+    /// Whether there may be requests that could be read at once.
+    pub(crate) fn has_more(&self) -> bool {
+        self.vmm_readable && self.vmm.is_some() && self.pair.wants_request()
+    }
+
+    /// Reads requests, one at a time, while there are any and the core wants them. Many are read in several steps: the event queue
+    /// tells only once that they came, [`Device::has_more`] as long as they are there.
     pub(crate) fn read_vmm(&mut self, now: Nanos, poller: &Poller) {
-        while self.vmm_readable && self.pair.wants_request() {
+        for _ in 0..MESSAGES_PER_WAKE {
+            if !self.has_more() {
+                return;
+            }
             let Some(vmm) = &mut self.vmm else { return };
             match vmm.receive() {
                 Ok(Some(message)) => self.vmm_message(message),
@@ -721,7 +733,7 @@ impl Device {
         if let Err(error) = link.flush().and_then(|()| watch_room(link, token, Interest::Read, poller)) {
             return self.lose_link(id, &error, now, poller);
         }
-        loop {
+        for _ in 0..MESSAGES_PER_WAKE {
             let Some(link) = self.backend(id).and_then(|backend| backend.link.as_mut()) else { return };
             match link.receive() {
                 Ok(Some(message)) => {
@@ -770,7 +782,7 @@ impl Device {
             // A channel that has failed is found when it is read.
             let _failed = requests.flush().and_then(|()| watch_room(requests, token, Interest::Read, poller));
         }
-        loop {
+        for _ in 0..MESSAGES_PER_WAKE {
             let Some(requests) = self.backend(id).and_then(|backend| backend.requests.as_mut()) else { return };
             match requests.receive() {
                 Ok(Some(Message { header, payload, fds })) => {

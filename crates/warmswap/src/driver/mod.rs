@@ -241,7 +241,10 @@ impl Driver {
     fn step(&mut self, ready: &mut dyn FnMut(&DeviceConfig)) -> std::io::Result<Option<Ended>> {
         let due = self.devices.iter().filter_map(Device::next_timeout).min();
         let started = now();
-        let timeout = due.map(|due| due.since(started));
+        let timeout = match self.devices.iter().any(Device::has_more) {
+            true => Some(Nanos(0)),
+            false => due.map(|due| due.since(started)),
+        };
         let mut tokens = std::mem::take(&mut self.tokens);
         self.poller.wait(timeout, &mut tokens)?;
         let woken = now();
@@ -333,7 +336,13 @@ impl Driver {
         let mut count = [0; 8];
         // Empty means another pass has taken the commands already.
         let _empty = rustix::io::read(&*self.waker, &mut count);
-        while let Ok(command) = self.commands.try_recv() {
+        // Askers that ask without end get their turn in the next step.
+        for count in 0.. {
+            if count == COMMANDS_MAX {
+                let _full = rustix::io::write(&*self.waker, &1_u64.to_ne_bytes());
+                break;
+            }
+            let Ok(command) = self.commands.try_recv() else { break };
             match command {
                 Command::Status { answer } => {
                     let (late, late_worst) = (self.lateness.count, self.lateness.worst);
