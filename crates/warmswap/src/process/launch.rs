@@ -109,6 +109,17 @@ fn clone_into(cgroup: Option<BorrowedFd<'_>>, prepared: &Prepared, failure: RawF
     Ok((pid, unsafe { OwnedFd::from_raw_fd(pidfd) }))
 }
 
+/// Runs in the child: marks everything beyond the first three descriptors to be closed by exec. What the broker was started with, a
+/// lock or a log, is no business of a backend's: held there, it would look like storage that the backend keeps open.
+fn close_the_rest() -> bool {
+    // SAFETY: a plain call without pointers.
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    // SAFETY: the thread's own errno.
+    let refused = unsafe { *libc::__errno_location() };
+    // Kernels before 5.11, and filters older than that, do not know it: then the broker's own are closed, as they always are.
+    closed == 0 || matches!(refused, libc::ENOSYS | libc::EINVAL | libc::EPERM)
+}
+
 /// Runs in the child.
 fn become_backend(prepared: &Prepared, failure: RawFd) -> ! {
     // SAFETY: async-signal-safe calls on memory and descriptors that were prepared before the fork.
@@ -127,6 +138,7 @@ fn become_backend(prepared: &Prepared, failure: RawFd) -> ! {
             && libc::dup2(prepared.null, 0) >= 0
             && libc::dup2(prepared.null, 1) >= 0
             && libc::dup2(prepared.stderr, 2) >= 0
+            && close_the_rest()
             && prepared.inherited.is_none_or(|fd| libc::fcntl(fd, libc::F_SETFD, 0) >= 0);
         if ready {
             libc::execv(prepared.argv[0], prepared.argv.as_ptr());
