@@ -5,6 +5,7 @@ mod launch;
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
@@ -255,7 +256,7 @@ pub(crate) fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
 }
 
-/// A private directory for one device's sockets, gone with the value.
+/// A private directory for one device's sockets, gone with the value. Whoever could enter it could take a backend's place.
 #[derive(Debug)]
 pub(crate) struct RunDir {
     path: PathBuf,
@@ -264,7 +265,21 @@ pub(crate) struct RunDir {
 impl RunDir {
     pub(crate) fn create(base: &Path, name: &str) -> io::Result<Self> {
         let path = base.join(format!("{name}.{}", std::process::id()));
-        fs::create_dir_all(&path)?;
+        let own = rustix::process::geteuid().as_raw();
+        fs::create_dir_all(base)?;
+        // Left behind by a broker of that process id: ours, and nobody else's to prepare.
+        if fs::symlink_metadata(&path).is_ok_and(|it| it.is_dir() && it.uid() == own && it.mode() & 0o077 == 0) {
+            fs::remove_dir_all(&path)?;
+        }
+        fs::DirBuilder::new().mode(0o700).create(&path).map_err(|error| {
+            let why = match error.kind() {
+                io::ErrorKind::AlreadyExists => {
+                    "this exists and was not made by a broker of this user; remove it".to_owned()
+                }
+                _ => error.to_string(),
+            };
+            io::Error::new(error.kind(), format!("{}: {why}", path.display()))
+        })?;
         Ok(RunDir { path })
     }
 
@@ -277,5 +292,64 @@ impl Drop for RunDir {
     fn drop(&mut self) {
         // Only sockets of backends that are gone are in it.
         let _leftover = fs::remove_dir_all(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    #[test]
+    fn the_directory_of_the_sockets_is_private_and_one_of_somebody_else_is_refused() {
+        let base = std::env::temp_dir().join(format!("ws-run-dir-{}", std::process::id()));
+        fs::create_dir(&base).expect("a temporary directory");
+        let place = base.join(format!("disk.{}", std::process::id()));
+        let refused = || {
+            let error = RunDir::create(&base, "disk").expect_err("it exists");
+            assert!(error.to_string().contains("was not made by a broker"), "{error}");
+        };
+        let elsewhere = base.join("elsewhere");
+        fs::create_dir(&elsewhere).expect("a directory");
+        symlink(&elsewhere, &place).expect("a link");
+        refused();
+        fs::remove_file(&place).expect("it is a link");
+        // Open to others, who may have put something into it.
+        fs::create_dir(&place).expect("a directory");
+        fs::set_permissions(&place, fs::Permissions::from_mode(0o755)).expect("ours");
+        refused();
+        // What this user's broker left behind is replaced.
+        fs::set_permissions(&place, fs::Permissions::from_mode(0o700)).expect("ours");
+        fs::write(place.join("backend-1.sock"), "stale").expect("a file");
+        let made = RunDir::create(&base, "disk").expect("it is made");
+        assert_eq!(fs::metadata(&place).expect("it is there").mode() & 0o777, 0o700);
+        assert!(!made.socket(1).exists());
+        drop(made);
+        assert!(!place.exists());
+        fs::remove_dir_all(&base).expect("ours");
+    }
+
+    #[test]
+    fn a_backend_inherits_nothing_but_what_it_needs() {
+        let (janitor, thread) = Janitor::start().expect("a thread");
+        let path = std::env::temp_dir().join(format!("ws-inherit-{}.sock", std::process::id()));
+        let listener = std::os::unix::net::UnixListener::bind(&path).expect("a socket");
+        fs::remove_file(&path).expect("it is there");
+        let (inherited, _writer) = rustix::pipe::pipe().expect("a pipe that is not closed by exec");
+        let script = "for fd in /proc/$$/fd/*; do readlink $fd >&2; done; # {fd}";
+        let command = ["/bin/sh", "-c", script].map(str::to_owned);
+        let group = crate::cgroup::name("test-inherit", 1);
+        let mut process =
+            Process::spawn(&command, &Endpoint::Listener(listener.as_fd()), &group, &janitor).expect("it starts");
+        while process.reap().is_none() {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        let (pipe, socket) = (rustix::fs::fstat(&inherited), rustix::fs::fstat(&listener));
+        let [pipe, socket] = [pipe, socket].map(|stat| stat.expect("open").st_ino);
+        let said = process.reap().expect("just seen").to_owned();
+        assert!(said.contains(&format!("socket:[{socket}]")), "{said}");
+        assert!(!said.contains(&format!("pipe:[{pipe}]")), "{said}");
+        drop((process, janitor));
+        thread.join().expect("it ends");
     }
 }
