@@ -81,6 +81,11 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
+    /// Where it lies.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Has every process in the group killed, soon.
     pub(crate) fn kill(&self) {
         // Without a janitor the program is ending, and what is left dies with its parent.

@@ -13,6 +13,7 @@ use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitIdOptions};
 
 use crate::cgroup::{Cgroup, Janitor};
+use crate::storage::Subject;
 
 /// Lines of a backend's output that are kept to explain its end.
 const TAIL_LINES: usize = 12;
@@ -97,6 +98,16 @@ impl Process {
             exited: None,
             looks_occupied: 0,
         })
+    }
+
+    /// Whether we have started it, and what it has started is ours to kill as well.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.child
+    }
+
+    /// What is looked at: the process, its group, and what it has started.
+    pub(crate) fn subject(&self) -> Subject {
+        Subject { pid: self.pid, group: self.cgroup.as_ref().map(|group| group.path().to_path_buf()) }
     }
 
     pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {

@@ -4,17 +4,24 @@
 //! the disk, and neither its control group nor the device's counters show it. What does show it is the open file description the
 //! I/O was submitted on: requests in flight hold it. Each is given a [`Mark`] while the backend lives, and the backend is harmless
 //! when every mark is gone. This needs nothing from the backend, whatever its engine and whether or not it locks its image.
+//!
+//! A backend is all of its processes ([`Subject`]). What is done through other things than files and block devices may go on where
+//! nobody here sees it; then nothing that can be observed proves its end.
 
+mod kind;
 mod mark;
+mod members;
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
-use rustix::net::AddressFamily;
-use rustix::process::PidfdGetfdFlags;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
+use warmswap_core::Nanos;
 
-use self::mark::Mark;
+use self::kind::Kind;
+pub(crate) use self::mark::Mark;
+pub(crate) use self::members::{Subject, name as process_name};
 
 /// Most descriptions of one backend that are marked.
 const MARKS_MAX: usize = 256;
@@ -25,12 +32,27 @@ pub(crate) struct Storage {
     marks: Vec<Mark>,
     /// A description that could not be marked, and why.
     unmarked: Option<String>,
+    /// What it does I/O through besides, where its end cannot be seen.
+    foreign: Option<String>,
+    /// A process of it that the last look could not look into, and why.
+    hidden: Option<String>,
+    /// Another broker guards what it writes.
+    rival: Option<String>,
     /// It has, or may make, an io_uring.
     ring: bool,
-    /// It has a connection to another machine.
-    remote: bool,
-    /// It has been looked at.
-    seen: bool,
+    /// Its processes besides the first, as far as they were seen.
+    others: Vec<Member>,
+    /// When the last complete look began.
+    began: Option<Nanos>,
+    /// The last look found storage that the looks before had not.
+    grew: bool,
+}
+
+/// A process that a backend has started.
+#[derive(Debug)]
+struct Member {
+    pid: u32,
+    process: OwnedFd,
 }
 
 /// What makes a dead backend's I/O provably over.
@@ -45,42 +67,88 @@ pub(crate) enum FenceBasis {
 }
 
 impl Storage {
-    /// Looks at a living process and marks what it has opened since the last look. What was marked once is never forgotten: a
+    /// Looks at a living backend and marks what it has opened since the last look. What was marked once is never forgotten: a
     /// process that is dying has no descriptors any more, its I/O may.
-    pub(crate) fn inspect(&mut self, pid: u32, process: BorrowedFd<'_>) {
-        match self.look(pid, process) {
-            Ok(()) => self.seen = true,
-            // One that is gone shows nothing; what is known of it stays.
-            Err(error) if !self.seen => self.unmarked = Some(format!("it cannot be looked into: {error}")),
-            Err(_) => {}
+    pub(crate) fn inspect(&mut self, subject: &Subject, first: BorrowedFd<'_>, now: Nanos) {
+        let before = (self.marks.iter().map(Mark::number).max(), self.ring, self.foreign.is_some());
+        let hidden = self.look(subject, first).err();
+        // One that is dying shows nothing; what is known of it stays.
+        if members::is_dying(subject.pid) || has_ended(first) {
+            return;
         }
+        self.hidden = hidden.map(|error| format!("it cannot be looked into: {error}"));
+        let after = (self.marks.iter().map(Mark::number).max(), self.ring, self.foreign.is_some());
+        self.grew = self.began.is_some() && before != after;
+        self.began = Some(now);
     }
 
-    fn look(&mut self, pid: u32, process: BorrowedFd<'_>) -> io::Result<()> {
+    fn look(&mut self, subject: &Subject, first: BorrowedFd<'_>) -> io::Result<()> {
+        let members = subject.members()?;
+        self.others.retain(|member| !has_ended(member.process.as_fd()));
+        for pid in &members {
+            if *pid == subject.pid {
+                self.look_at(*pid, first, &members)?;
+                continue;
+            }
+            let known = self.others.iter().position(|member| member.pid == *pid);
+            let process = match known {
+                Some(at) => self.others.swap_remove(at).process,
+                None => match open(*pid) {
+                    Ok(process) => process,
+                    Err(error) if members::is_gone(&error) => continue,
+                    Err(error) => return Err(error),
+                },
+            };
+            let looked = self.look_at(*pid, process.as_fd(), &members);
+            self.others.push(Member { pid: *pid, process });
+            looked?;
+        }
+        Ok(())
+    }
+
+    fn look_at(&mut self, pid: u32, process: BorrowedFd<'_>, members: &[u32]) -> io::Result<()> {
+        self.look_into(pid, process, members).or_else(|error| {
+            // Of a process on its way out nothing can be seen, with various errors.
+            if members::is_gone(&error) || members::is_dying(pid) || has_ended(process) {
+                return Ok(());
+            }
+            Err(io::Error::new(error.kind(), format!("{}: {error}", members::name(pid))))
+        })
+    }
+
+    fn look_into(&mut self, pid: u32, process: BorrowedFd<'_>, members: &[u32]) -> io::Result<()> {
         // A ring may be made with the first request, long after the start.
         self.ring |= fs::read(format!("/proc/{pid}/cmdline"))?.windows(8).any(|word| word == b"io_uring");
-        let mut remote = false;
         for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
             let entry = entry?;
             let Ok(fd) = entry.file_name().to_string_lossy().parse::<RawFd>() else { continue };
             let Ok(target) = fs::read_link(entry.path()) else { continue };
             let target = target.to_string_lossy().into_owned();
+            let socket = target.starts_with("socket:[");
             if target == "anon_inode:[io_uring]" {
                 self.ring = true;
-            } else if target.starts_with("socket:[") {
-                remote |= borrow(process, fd).is_ok_and(|copy| is_connected_inet(&copy));
-            } else if target.starts_with('/') && !target.starts_with("/memfd:") {
-                self.mark(pid, process, fd, &target);
+            }
+            if !socket && (!target.starts_with('/') || target.starts_with("/memfd:")) {
+                continue;
+            }
+            let copy = match rustix::process::pidfd_getfd(process, fd, PidfdGetfdFlags::empty()) {
+                Ok(copy) => copy,
+                // Closed in the meantime.
+                Err(rustix::io::Errno::BADF) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let kind = if socket { kind::of_socket(&copy, members) } else { kind::of_file(&copy, fd, &target) };
+            match kind {
+                Kind::Harmless => {}
+                Kind::Storage => self.mark(&copy, &target),
+                Kind::Foreign(reason) => self.foreign = Some(reason),
             }
         }
-        self.remote |= remote;
         Ok(())
     }
 
-    fn mark(&mut self, pid: u32, process: BorrowedFd<'_>, fd: RawFd, path: &str) {
-        // Closed in the meantime, or the process is dying.
-        let Ok(copy) = borrow(process, fd) else { return };
-        if !is_storage(&copy) || self.marks.iter().any(|mark| mark.path == path && mark.is_on(copy.as_fd())) {
+    fn mark(&mut self, copy: &OwnedFd, path: &str) {
+        if self.marks.iter().any(|mark| mark.path == path && mark.is_on(copy.as_fd())) {
             return;
         }
         self.marks.retain(|mark| mark.is_held().unwrap_or(true));
@@ -88,28 +156,66 @@ impl Storage {
             self.unmarked = Some(format!("it has more than {MARKS_MAX} files open"));
             return;
         }
-        match Mark::set(copy.as_fd(), pid, fd, path) {
-            Ok(mark) => self.marks.push(mark),
+        match Mark::set(copy.as_fd(), path) {
+            Ok(mark) if mark.is_shared_with_us(copy.as_fd()) => mark.lift(copy.as_fd()),
+            Ok(mark) => {
+                if kind::is_writable(copy) {
+                    match mark.claim() {
+                        Ok(None) => {}
+                        Ok(Some(rival)) => self.rival = Some(format!("{path} is guarded by {rival}")),
+                        Err(error) => self.unmarked = Some(format!("{path} cannot be claimed: {error}")),
+                    }
+                }
+                self.marks.push(mark);
+            }
             Err(error) => self.unmarked = Some(format!("{path} cannot be marked: {error}")),
         }
     }
 
+    /// Who else guards what it writes, in words, if somebody does.
+    pub(crate) fn rival(&self) -> Option<&str> {
+        self.rival.as_deref()
+    }
+
+    /// When the last complete look began, and whether it found storage that the looks before had not.
+    pub(crate) fn last_look(&self) -> Option<(Nanos, bool)> {
+        self.began.map(|began| (began, self.grew))
+    }
+
     /// What its death would prove.
     pub(crate) fn basis(&self) -> FenceBasis {
-        if self.remote {
-            return FenceBasis::Unprovable(
-                "it has network connections: data already sent to a storage target cannot be called back from here"
-                    .to_owned(),
-            );
+        if let Some(reason) = self.foreign.as_ref().or(self.hidden.as_ref()) {
+            return FenceBasis::Unprovable(reason.clone());
+        }
+        if self.began.is_none() {
+            return FenceBasis::Unprovable("it has not been looked into".to_owned());
         }
         match &self.unmarked {
-            None if !self.seen => FenceBasis::Unprovable("it has not been looked into".to_owned()),
-            None => FenceBasis::Marks,
-            Some(_) if self.seen && !self.ring => FenceBasis::Exit,
-            Some(reason) => FenceBasis::Unprovable(format!(
+            None if !self.marks.is_empty() => FenceBasis::Marks,
+            None if self.ring => FenceBasis::Unprovable(
+                "it does I/O through io_uring, which outlives the process, and has nothing open on which its end could be seen"
+                    .to_owned(),
+            ),
+            Some(reason) if self.ring => FenceBasis::Unprovable(format!(
                 "it does I/O through io_uring, which outlives the process, and its end could not be seen: {reason}"
             )),
+            _ => FenceBasis::Exit,
         }
+    }
+
+    /// Whether every process that it was seen to have started has ended. With a control group the group says more.
+    ///
+    /// # Errors
+    /// Who is left, in words. They are killed if `kill` says so.
+    pub(crate) fn has_no_process(&self, kill: bool) -> Result<(), String> {
+        let Some(left) = self.others.iter().find(|member| !has_ended(member.process.as_fd())) else { return Ok(()) };
+        if kill {
+            for member in &self.others {
+                // It may be gone; the descriptor makes sure nobody else is hit.
+                let _gone = rustix::process::pidfd_send_signal(&member.process, Signal::KILL);
+            }
+        }
+        Err(format!("{}, which the backend has started, is still alive", members::name(left.pid)))
     }
 
     /// Whether every marked description is closed.
@@ -131,64 +237,136 @@ impl Storage {
     pub(crate) fn marked(&self) -> usize {
         self.marks.len()
     }
+
+    /// A mark that is still there.
+    pub(crate) fn held(&self) -> Option<Mark> {
+        self.marks.iter().find(|mark| mark.is_held().unwrap_or(true))?.try_clone().ok()
+    }
 }
 
-fn borrow(process: BorrowedFd<'_>, fd: RawFd) -> io::Result<OwnedFd> {
-    Ok(rustix::process::pidfd_getfd(process, fd, PidfdGetfdFlags::empty())?)
+/// Which living process has the marked description open. None: what holds it is I/O in flight, or a mapping.
+pub(crate) fn holder(mark: &Mark) -> Option<u32> {
+    let pids =
+        fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| *pid != std::process::id()).find(|pid| holds(*pid, mark))
 }
 
-/// Regular files and block devices hold data; nothing else a backend has open is storage.
-fn is_storage(copy: &OwnedFd) -> bool {
-    use rustix::fs::FileType;
-    rustix::fs::fstat(copy).is_ok_and(|stat| {
-        matches!(FileType::from_raw_mode(stat.st_mode), FileType::RegularFile | FileType::BlockDevice)
+fn holds(pid: u32, mark: &Mark) -> bool {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    let same_path = entries
+        .flatten()
+        .filter(|entry| fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy() == mark.path.as_str()));
+    let mut fds = same_path.filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok()).peekable();
+    if fds.peek().is_none() {
+        return false;
+    }
+    let Ok(process) = open(pid) else { return false };
+    fds.any(|fd| {
+        rustix::process::pidfd_getfd(&process, fd, PidfdGetfdFlags::empty()).is_ok_and(|copy| mark.is_on(copy.as_fd()))
     })
 }
 
-/// Whether it is a socket of the internet family that is connected: storage behind it is remote.
-fn is_connected_inet(copy: &OwnedFd) -> bool {
-    match rustix::net::sockopt::socket_domain(copy) {
-        Ok(AddressFamily::INET | AddressFamily::INET6) => rustix::net::getpeername(copy).is_ok(),
-        _ => false,
-    }
+fn open(pid: u32) -> io::Result<OwnedFd> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
+}
+
+fn has_ended(process: BorrowedFd<'_>) -> bool {
+    let mut fds = [rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN)];
+    let none = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(rustix::event::poll(&mut fds, Some(&none)), Ok(1))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::process::{Child, Command, Stdio};
 
-    fn storage(unmarked: bool, ring: bool, remote: bool, seen: bool) -> FenceBasis {
-        let unmarked = unmarked.then(|| "a file".to_owned());
-        Storage { marks: Vec::new(), unmarked, ring, remote, seen }.basis()
+    const SEEN: Option<Nanos> = Some(Nanos(1));
+
+    fn with(change: impl FnOnce(&mut Storage)) -> FenceBasis {
+        let mut storage = Storage { began: SEEN, ..Storage::default() };
+        change(&mut storage);
+        storage.basis()
+    }
+
+    fn mark() -> Mark {
+        let thread = std::thread::current().id();
+        let path = std::env::temp_dir().join(format!("warmswap-basis-{}-{thread:?}", std::process::id()));
+        let file = fs::File::create(&path).expect("a temporary file");
+        fs::remove_file(path).expect("just made");
+        Mark::set(file.as_fd(), "test").expect("an ordinary file takes a mark")
     }
 
     #[test]
     fn what_a_death_proves_follows_from_marks_and_engine() {
-        assert_eq!(storage(false, false, false, true), FenceBasis::Marks);
-        assert_eq!(storage(false, true, false, true), FenceBasis::Marks);
-        assert_eq!(storage(true, false, false, true), FenceBasis::Exit);
-        assert!(matches!(storage(true, true, false, true), FenceBasis::Unprovable(_)));
-        assert!(matches!(storage(false, false, true, true), FenceBasis::Unprovable(_)));
-        assert!(matches!(storage(false, false, false, false), FenceBasis::Unprovable(_)), "never looked at");
+        let reason = || Some("a file".to_owned());
+        assert_eq!(with(|it| it.marks.push(mark())), FenceBasis::Marks);
+        assert_eq!(
+            with(|it| {
+                it.marks.push(mark());
+                it.ring = true;
+            }),
+            FenceBasis::Marks
+        );
+        assert_eq!(with(|_| ()), FenceBasis::Exit, "no storage and no ring");
+        assert_eq!(with(|it| it.unmarked = reason()), FenceBasis::Exit);
+        let unprovable = [
+            with(|it| it.ring = true),
+            with(|it| {
+                it.unmarked = reason();
+                it.ring = true;
+            }),
+            with(|it| it.foreign = reason()),
+            with(|it| it.hidden = reason()),
+            with(|it| it.began = None),
+        ];
+        for basis in unprovable {
+            assert!(matches!(basis, FenceBasis::Unprovable(_)), "{basis:?}");
+        }
+    }
+
+    /// A process with a file of ours at its standard input, through a shell that waits for it.
+    fn wrapped(file: fs::File) -> (Child, OwnedFd, Subject) {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "exec 3<&0 </dev/null; (exec <&3 3<&-; sleep 60; true) & exec 3<&-; wait"]);
+        let shell = shell.stdin(file).stdout(Stdio::null()).spawn().expect("a shell");
+        let process = open(shell.id()).expect("our own child");
+        let subject = Subject { pid: shell.id(), group: None };
+        (shell, process, subject)
     }
 
     #[test]
-    fn a_living_process_is_marked_once_and_its_marks_go_with_its_descriptions() {
+    fn what_a_child_of_the_backend_has_open_is_marked_once_and_its_mark_goes_with_it() {
         let path = std::env::temp_dir().join(format!("warmswap-storage-{}", std::process::id()));
         let file = fs::File::options().read(true).write(true).create(true).truncate(true).open(&path);
-        let file = file.expect("a temporary file");
-        let process = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty());
-        let process = process.expect("our own process");
-        let ours =
-            |storage: &Storage| storage.marks.iter().filter(|mark| mark.path == path.display().to_string()).count();
+        let (mut shell, process, subject) = wrapped(file.expect("a temporary file"));
         let mut storage = Storage::default();
-        storage.inspect(std::process::id(), process.as_fd());
-        storage.inspect(std::process::id(), process.as_fd());
-        assert!(storage.seen && ours(&storage) >= 1);
-        drop(file);
-        storage.marks.retain(|mark| mark.path == path.display().to_string());
-        // The broker's own probes are descriptions of this very process, so only the first mark can be asked here.
-        assert_eq!(storage.marks.first().and_then(|mark| mark.is_held().ok()), Some(false));
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while std::time::Instant::now() < until
+            && (subject.members().expect("our own").len() < 3
+                || fs::read_link(format!("/proc/{}/fd/0", subject.pid)).is_ok_and(|it| it == path))
+        {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        storage.inspect(&subject, process.as_fd(), Nanos(1));
+        storage.inspect(&subject, process.as_fd(), Nanos(2));
+        assert_eq!((storage.marked(), storage.last_look()), (1, Some((Nanos(2), false))), "{storage:?}");
+        assert!(storage.is_closed().is_err() && storage.others.len() >= 2);
+        shell.kill().expect("our own child");
+        shell.wait().expect("our own child");
+        // Without a control group its children live on, and are found by what was seen of them.
+        let mark = storage.held().expect("it is open");
+        assert!(storage.others.iter().any(|member| Some(member.pid) == holder(&mark)), "its child has it open");
+        assert!(storage.has_no_process(true).is_err());
+        while std::time::Instant::now() < until
+            && (storage.has_no_process(true).is_err() || storage.is_closed().is_err())
+        {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        assert_eq!((storage.has_no_process(false), storage.is_closed()), (Ok(()), Ok(())));
+        storage.inspect(&subject, process.as_fd(), Nanos(3));
+        assert_eq!(storage.last_look(), Some((Nanos(2), false)), "one that is gone cannot be looked at");
         fs::remove_file(path).expect("the file is there");
     }
 }

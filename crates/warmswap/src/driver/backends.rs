@@ -26,6 +26,10 @@ pub(crate) struct Backend {
     pub(crate) storage: Option<Storage>,
     /// Connected, and waiting for the first look before it is used.
     pub(crate) pending: Option<Connection>,
+    /// It serves the guest, or is to.
+    pub(crate) primary: bool,
+    /// When it was first given a ring in its role; as a shadow, that of the canary.
+    pub(crate) given_at: Option<Nanos>,
     pub(crate) connect_at: Option<Nanos>,
     /// What the last attempt to connect said.
     pub(crate) connect_error: String,
@@ -42,6 +46,8 @@ impl Backend {
             requests: None,
             storage: Some(Storage::default()),
             pending: None,
+            primary: false,
+            given_at: None,
             connect_at,
             connect_error: String::new(),
         }
@@ -66,6 +72,15 @@ pub(crate) fn listen(path: &Path) -> Result<OwnedFd, String> {
 }
 
 impl Backend {
+    /// Takes note of its role.
+    pub(crate) fn assign(&mut self, primary: bool) {
+        if primary && !self.primary {
+            // The rings of the guest come after this.
+            self.given_at = None;
+        }
+        self.primary = primary;
+    }
+
     /// Tries to connect. `None`: not listening yet.
     pub(crate) fn connect(&mut self, now: Nanos) -> Result<Option<Connection>, String> {
         match try_connect(&self.path) {

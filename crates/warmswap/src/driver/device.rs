@@ -14,11 +14,11 @@ use warmswap_core::{
     Action, Actions, BackendId, CommandId, Entry, Event, FenceLevel, Nanos, Pair, PairState, PrivateEvents, Report,
     Status, Value,
 };
-use warmswap_wire::{BackendRequest, FdSlot, Request};
+use warmswap_wire::{BackendRequest, FdSlot, Request, RequestCode};
 
 use super::backends::{self, Backend};
-use super::fence::{Fence, Progress};
-use super::inspector::{Inspector, Look};
+use super::fence::{Fence, Given, Progress};
+use super::inspector::{Inspector, Look, Search};
 use super::maps::{self, Maps};
 use super::poller::{Interest, Poller, Source as PollSource, Token};
 use super::spawner::{Spawner, Start};
@@ -31,8 +31,11 @@ use crate::shm::{MemoryAccess, SharedMemory};
 use crate::socket::{Connection, ConnectionError, Message};
 use crate::storage::{FenceBasis, Storage};
 
-/// Backends are looked at for what they have open this often.
+/// Backends are looked at for what they have open this often; and this soon after one was given rings, ever more rarely then.
 const INSPECT_EVERY: Nanos = Nanos::from_millis(5_000);
+const INSPECT_SOON: Nanos = Nanos::from_millis(1);
+/// Storage that is found within this time after a backend was given rings was opened because of them.
+const OPENS_LATE: Nanos = Nanos::from_millis(1_000);
 
 /// How the core begins to say that a backend took too long.
 const NOT_READY: &str = "it was not ready within";
@@ -75,6 +78,9 @@ pub(crate) struct Device {
     /// Starts that have not come back from the spawner yet.
     starting: usize,
     inspect_at: Nanos,
+    inspect_after: Nanos,
+    /// Backends were seen to open storage only when they had rings.
+    late_opener: bool,
     /// When the processes that were ended are looked at again.
     retire_at: Nanos,
     /// The VMM's socket may have something to read.
@@ -151,6 +157,8 @@ impl Device {
             spawner,
             starting: 0,
             inspect_at: now + INSPECT_EVERY,
+            inspect_after: INSPECT_EVERY,
+            late_opener: false,
             retire_at: now,
             vmm_readable: false,
             unprovable: None,
@@ -244,7 +252,8 @@ impl Device {
     }
 
     fn inspect(&mut self, now: Nanos) {
-        self.inspect_at = now + INSPECT_EVERY;
+        self.inspect_after = Nanos(self.inspect_after.0.saturating_mul(8)).min(INSPECT_EVERY);
+        self.inspect_at = now + self.inspect_after;
         for index in 0..self.backends.len() {
             if self.backends[index].link.is_some() {
                 self.look_at(index);
@@ -256,9 +265,9 @@ impl Device {
     fn look_at(&mut self, index: usize) {
         let backend = &mut self.backends[index];
         let Some(process) = &backend.process else { return };
-        let (pid, copy) = (process.pid, process.pidfd().try_clone_to_owned());
+        let (subject, copy) = (process.subject(), process.pidfd().try_clone_to_owned());
         let (Ok(process), Some(storage)) = (copy, backend.storage.take()) else { return };
-        let look = Look { device: self.number, backend: backend.id, pid, process, storage };
+        let look = Look { device: self.number, backend: backend.id, subject, process, storage };
         if let Err(look) = self.inspector.look(look) {
             // It is busy; what is known stays, and the next round comes.
             backend.storage = Some(look.storage);
@@ -271,11 +280,17 @@ impl Device {
             fence.storage = Some(storage);
             self.look_at_fences(now);
         } else if let Some(index) = self.backends.iter().position(|backend| backend.id == id) {
-            let basis = storage.basis();
+            let (basis, rival) = (storage.basis(), storage.rival().map(str::to_owned));
+            let since_given = |began: Nanos| self.backends[index].given_at.filter(|at| *at <= began);
+            if let Some((began, true)) = storage.last_look()
+                && since_given(began).is_some_and(|at| began.since(at) < OPENS_LATE)
+            {
+                self.late_opener = true;
+            }
             self.backends[index].storage = Some(storage);
             match self.backends[index].pending.take() {
                 Some(connection) => {
-                    if let Err(reason) = self.link_up(index, connection, &basis, poller) {
+                    if let Err(reason) = self.link_up(index, connection, &basis, rival, poller) {
                         self.events.push_back(Event::Exited { backend: id, reason });
                     }
                 }
@@ -350,8 +365,9 @@ impl Device {
             Action::Retire { backend } => self.retire(backend, poller),
             Action::WatchKick { ring, kick } => self.watch_kick(ring, kick, poller),
             Action::UnwatchKick { ring } => self.unwatch_kick(ring, poller),
-            // Placing primary and shadow on their processors is the offload's work.
-            Action::Assign { .. } => {}
+            Action::Assign { backend, primary } => {
+                self.backend(backend).into_iter().for_each(|backend| backend.assign(primary));
+            }
             Action::Journal(entry) => {
                 self.learn(&entry);
                 self.entries.push(entry);
@@ -690,9 +706,19 @@ impl Device {
         index: usize,
         connection: Connection,
         basis: &FenceBasis,
+        rival: Option<String>,
         poller: &Poller,
     ) -> Result<(), String> {
         let id = self.backends[index].id;
+        if let Some(rival) = rival {
+            let reason =
+                format!("{rival}: two guards on one image would be two virtual machines that overwrite each other");
+            if !self.pair.is_open() {
+                self.unprovable = Some(reason.clone());
+            }
+            self.release_foreign(index, poller);
+            return Err(reason);
+        }
         if let FenceBasis::Unprovable(reason) = basis
             && self.config.fence_command.is_none()
         {
@@ -703,6 +729,7 @@ impl Device {
             if !self.pair.is_open() {
                 self.unprovable = Some(reason.clone());
             }
+            self.release_foreign(index, poller);
             return Err(reason);
         }
         let fail = |error: Errno| error.to_string();
@@ -724,6 +751,13 @@ impl Device {
         self.backends[index].requests = Some(requests);
         self.events.push_back(Event::LinkUp { backend: id, backend_req, private });
         Ok(())
+    }
+
+    /// A process of somebody else's that is not taken as a backend is not killed either.
+    fn release_foreign(&mut self, index: usize, poller: &Poller) {
+        if let Some(process) = self.backends[index].process.take_if(|process| !process.is_ours()) {
+            poller.remove(process.pidfd());
+        }
     }
 
     pub(crate) fn read_link(&mut self, id: u64, now: Nanos, poller: &Poller) {
@@ -767,6 +801,13 @@ impl Device {
         let token = self.token(PollSource::Link(id.0));
         let Some(backend) = self.backends.iter_mut().find(|backend| backend.id == id) else { return };
         let Some(link) = &mut backend.link else { return };
+        // A ring begins with its kick; a message with a descriptor stands at the beginning.
+        if backend.given_at.is_none() && bytes.starts_with(&(RequestCode::SetVringKick as u32).to_ne_bytes()) {
+            let now = super::now();
+            backend.given_at = Some(now);
+            self.inspect_after = INSPECT_SOON;
+            self.inspect_at = now + INSPECT_SOON;
+        }
         let fds: Vec<BorrowedFd<'_>> = slots.iter().filter_map(|slot| self.fds.get(*slot)).collect();
         assert_eq!(fds.len(), slots.len(), "a message names a descriptor that is closed");
         if let Err(error) = link.send(&bytes, &fds).and_then(|()| watch_room(link, token, Interest::Read, poller)) {
@@ -866,11 +907,12 @@ impl Device {
         if let Some(stderr) = process.stderr() {
             poller.remove(stderr);
         }
+        let given = Given { at: backend.given_at, late_opener: self.late_opener };
         let entry = Entry::info("Fencing").with("backend", id.0).with("pid", process.pid);
         let state = if alive { process.state_hint() } else { String::new() };
         let state = state.trim_matches([' ', '(', ')']).trim_start_matches("it is ");
         self.entries.push(if state.is_empty() { entry } else { entry.with("state", state) });
-        self.fences.push(Fence::raise(id, process, backend.storage, self.config.fence_command.clone(), now));
+        self.fences.push(Fence::raise(id, process, backend.storage, given, self.config.fence_command.clone(), now));
         self.look_at_fences(now);
     }
 
@@ -897,7 +939,17 @@ impl Device {
                 Progress::Overdue(reason) => self.events.push_back(Event::FenceWaiting { backend, reason }),
                 Progress::Waiting => {}
             }
+            if let Some(mark) = self.fences[at].unexplained(now) {
+                self.inspector.search(Search { device: self.number, backend, mark });
+            }
             at += 1;
+        }
+    }
+
+    /// Who holds what a dead backend had open: said in the next report.
+    pub(crate) fn holder_found(&mut self, id: BackendId, holder: String) {
+        if let Some(fence) = self.fences.iter_mut().find(|fence| fence.backend == id) {
+            fence.holder = Some(holder);
         }
     }
 

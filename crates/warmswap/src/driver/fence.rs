@@ -11,13 +11,15 @@ use std::process::{Child, Command, Stdio};
 use warmswap_core::{BackendId, FenceLevel, Nanos};
 
 use crate::process::Process;
-use crate::storage::{FenceBasis, Storage};
+use crate::storage::{FenceBasis, Mark, Storage};
 
 /// First and longest time between two looks.
 const CHECK_MIN: Nanos = Nanos::from_micros(30);
 const CHECK_MAX: Nanos = Nanos::from_millis(5);
 /// Waiting longer than this is reported, and then ever more rarely.
 const REPORT_FIRST: Nanos = Nanos::from_millis(200);
+/// What is held for so long after the exit may be held by another process: it is looked for, before the first report.
+const SEARCH_AFTER: Nanos = Nanos::from_millis(100);
 
 /// A fence being raised.
 #[derive(Debug)]
@@ -26,12 +28,26 @@ pub(crate) struct Fence {
     pub(crate) process: Process,
     /// What it had open; none while the inspector still looks.
     pub(crate) storage: Option<Storage>,
+    given: Given,
+    /// Who else holds what it had open, once that was found out.
+    pub(crate) holder: Option<String>,
+    /// That was asked for.
+    searched: bool,
     command: Option<String>,
     running: Option<Child>,
     began: Nanos,
     gone_at: Option<Nanos>,
     pub(crate) check_at: Nanos,
     report_at: Nanos,
+}
+
+/// What is known of the time between the last look at a backend and its death.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Given {
+    /// When it was first given rings in its role.
+    pub(crate) at: Option<Nanos>,
+    /// Backends of this device were seen to open storage only after that.
+    pub(crate) late_opener: bool,
 }
 
 /// Where a fence stands after a look.
@@ -52,6 +68,7 @@ impl Fence {
         backend: BackendId,
         process: Process,
         storage: Option<Storage>,
+        given: Given,
         command: Option<String>,
         now: Nanos,
     ) -> Self {
@@ -60,6 +77,9 @@ impl Fence {
             backend,
             process,
             storage,
+            given,
+            holder: None,
+            searched: false,
             command,
             running: None,
             began: now,
@@ -83,6 +103,32 @@ impl Fence {
         }
     }
 
+    /// What it waits for although the process is gone, if nobody has looked yet who holds it.
+    pub(crate) fn unexplained(&mut self, now: Nanos) -> Option<Mark> {
+        if self.searched || self.gone_at.is_none_or(|at| now.since(at) < SEARCH_AFTER) {
+            return None;
+        }
+        self.searched = true;
+        self.storage.as_ref()?.held()
+    }
+
+    /// Whether it was looked at after it was given rings. In words, what is not known otherwise.
+    fn looked(&self, storage: &Storage) -> Result<&'static str, String> {
+        let looked = storage.last_look().map(|(began, _)| began);
+        match self.given.at {
+            Some(at) if looked.is_none_or(|looked| looked < at) => {
+                if self.given.late_opener {
+                    return Err(
+                        "it died before it was looked at with its rings, and this device's backends open storage only then"
+                            .to_owned(),
+                    );
+                }
+                Ok("; last looked at before it was given rings")
+            }
+            _ => Ok(""),
+        }
+    }
+
     fn proof(&mut self, device: &str, now: Nanos) -> Result<(FenceLevel, String), String> {
         let exit = self.process.is_gone()?;
         let gone_at = *self.gone_at.get_or_insert(now);
@@ -91,18 +137,36 @@ impl Fence {
             return Ok((FenceLevel::Target, format!("{exit}, the operator's fence command succeeded")));
         }
         let Some(storage) = &self.storage else { return Err("it is still being looked at".to_owned()) };
-        match storage.basis() {
-            FenceBasis::Exit => Ok((FenceLevel::Reaped, format!("{exit}; it did no I/O that outlives a process"))),
+        storage.has_no_process(self.process.is_ours())?;
+        let basis = storage.basis();
+        let looked = match &basis {
+            FenceBasis::Unprovable(_) => "",
+            _ => self.looked(storage)?,
+        };
+        match basis {
+            FenceBasis::Exit if storage.marked() == 0 => {
+                let evidence = format!("{exit}; it had no file, block device or io_uring open{looked}");
+                Ok((FenceLevel::Reaped, evidence))
+            }
+            FenceBasis::Exit => {
+                Ok((FenceLevel::Reaped, format!("{exit}; it did no I/O that outlives a process{looked}")))
+            }
             // The laboratory shows with it what the next step is for; the program that is shipped has no such switch.
             #[cfg(feature = "lab")]
             FenceBasis::Marks if std::env::var_os("WARMSWAP_LAB_TRUST_EXIT").is_some() => {
                 Ok((FenceLevel::Reaped, format!("{exit}; SABOTAGED: its storage descriptions were not looked at")))
             }
             FenceBasis::Marks => {
-                storage.is_closed()?;
+                storage.is_closed().map_err(|missing| match &self.holder {
+                    Some(holder) => format!("{missing}; {holder}"),
+                    None => missing,
+                })?;
                 let after = now.since(gone_at);
                 let marked = storage.marked();
-                Ok((FenceLevel::Reaped, format!("{exit}, its {marked} storage descriptions closed {after} later")))
+                Ok((
+                    FenceLevel::Reaped,
+                    format!("{exit}, its {marked} storage descriptions closed {after} later{looked}"),
+                ))
             }
             FenceBasis::Unprovable(reason) => Err(reason),
         }

@@ -84,6 +84,15 @@ pub(crate) enum Command {
         /// The generation of the shadow that goes, or why none does; dropped if there is no such device.
         answer: Sender<Result<u64, String>>,
     },
+    /// It was found out who holds what a dead backend had open.
+    HolderFound {
+        /// Number of its device.
+        device: u16,
+        /// Its generation.
+        backend: BackendId,
+        /// In words.
+        holder: String,
+    },
     /// Make a failover.
     Failover {
         /// Of which device.
@@ -368,6 +377,11 @@ impl Driver {
                 Command::Refresh { device, answer } => {
                     if let Some(device) = self.devices.iter_mut().find(|known| known.name() == device) {
                         let _gone = answer.try_send(device.refresh(now, &self.poller));
+                    }
+                }
+                Command::HolderFound { device, backend, holder } => {
+                    if let Some(device) = self.devices.get_mut(usize::from(device)) {
+                        device.holder_found(backend, holder);
                     }
                 }
                 Command::Failover { device, now: at_once, reason, answer } => {
