@@ -1,6 +1,7 @@
 //! Backend processes: starting them, finding those somebody else started, killing them.
 
 mod launch;
+mod peer;
 
 use std::fs;
 use std::io::{self, Read};
@@ -12,6 +13,7 @@ use std::process::ExitStatus;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitIdOptions};
 
+pub(crate) use self::peer::{listener, refusal};
 use crate::cgroup::{Cgroup, Janitor};
 use crate::storage::Subject;
 
@@ -86,8 +88,8 @@ impl Process {
     }
 
     /// Watches a process somebody else started.
-    pub(crate) fn adopt(pid: u32) -> io::Result<Self> {
-        let pidfd = open_pidfd(pid)?;
+    pub(crate) fn adopt(pid: u32, pidfd: Option<OwnedFd>) -> io::Result<Self> {
+        let pidfd = pidfd.map_or_else(|| open_pidfd(pid), Ok)?;
         Ok(Process {
             pid,
             pidfd,

@@ -21,7 +21,7 @@ use warmswap_core::Nanos;
 
 use self::kind::Kind;
 pub(crate) use self::mark::Mark;
-pub(crate) use self::members::{Subject, name as process_name};
+pub(crate) use self::members::{Subject, name as process_name, parent};
 
 /// Most descriptions of one backend that are marked.
 const MARKS_MAX: usize = 256;
@@ -226,7 +226,9 @@ impl Storage {
         for mark in &self.marks {
             match mark.is_held() {
                 Ok(false) => {}
-                Ok(true) => return Err(format!("I/O on {} is still in flight: its description is open", mark.path)),
+                Ok(true) => {
+                    return Err(format!("I/O on {} may still be in flight: its description is open", mark.path));
+                }
                 Err(error) => return Err(format!("the mark on {} cannot be asked for: {error}", mark.path)),
             }
         }

@@ -219,9 +219,11 @@ fn configure(args: Args) -> Result<DeviceConfig, Failure> {
 
 fn source(args: &Args) -> Result<Source, Failure> {
     if let Some(primary) = &args.primary_socket {
-        if args.shadow_socket.as_ref() == Some(primary) {
-            let text = "--primary-socket and --shadow-socket are the same: each backend needs a socket of its own";
-            return Err(Failure::new(2, text));
+        let real = |path: &PathBuf| path.canonicalize().unwrap_or_else(|_| path.clone());
+        if args.shadow_socket.as_ref().is_some_and(|shadow| real(shadow) == real(primary)) {
+            let reason =
+                "--primary-socket and --shadow-socket are the same socket: primary and shadow must be two processes";
+            return Err(Failure::new(2, reason));
         }
         for (option, path) in [("--primary-socket", Some(primary)), ("--shadow-socket", args.shadow_socket.as_ref())] {
             if let Some(path) = path

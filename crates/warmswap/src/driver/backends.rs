@@ -1,12 +1,12 @@
 //! Backends as the shell has them: process, link, back-end request channel, and what they have open.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use warmswap_core::{BackendId, Nanos};
 
-use crate::process::Process;
+use crate::process::{self, Process};
 use crate::socket::Connection;
 use crate::storage::Storage;
 
@@ -81,12 +81,12 @@ impl Backend {
         self.primary = primary;
     }
 
-    /// Tries to connect. `None`: not listening yet.
-    pub(crate) fn connect(&mut self, now: Nanos) -> Result<Option<Connection>, String> {
+    /// Tries to connect. `None`: not listening yet. `others` are the processes of the pair's other backends.
+    pub(crate) fn connect(&mut self, now: Nanos, others: &[u32]) -> Result<Option<Connection>, String> {
         match try_connect(&self.path) {
             Ok(socket) => {
                 self.connect_at = None;
-                self.identify(&socket)?;
+                self.identify(&socket, others)?;
                 Connection::new(socket).map(Some).map_err(|error| error.to_string())
             }
             Err(error) => {
@@ -98,12 +98,22 @@ impl Backend {
     }
 
     /// Finds the process behind an external socket, and makes sure it is alive: a connect can succeed into a dying listener.
-    fn identify(&mut self, socket: &OwnedFd) -> Result<(), String> {
+    fn identify(&mut self, socket: &OwnedFd, others: &[u32]) -> Result<(), String> {
         if self.process.is_none() {
-            let peer = rustix::net::sockopt::socket_peercred(socket)
-                .map_err(|error| format!("the process behind {} is unknown: {error}", self.path.display()))?;
-            let pid = u32::try_from(peer.pid.as_raw_nonzero().get()).unwrap_or(0);
-            let adopted = Process::adopt(pid).map_err(|error| format!("process {pid} cannot be watched: {error}"))?;
+            let path = self.path.display();
+            let (pid, pidfd) = process::listener(socket.as_fd())
+                .map_err(|error| format!("the process behind {path} is unknown: {error}"))?;
+            if let Some(refusal) = process::refusal(pid) {
+                return Err(format!("{path}: {refusal}"));
+            }
+            if others.contains(&pid) {
+                return Err(format!(
+                    "{path}: process {pid} listens there, which is the other backend of this pair already: primary and shadow must \
+                     be two processes, for one of them is killed"
+                ));
+            }
+            let adopted =
+                Process::adopt(pid, pidfd).map_err(|error| format!("process {pid} cannot be watched: {error}"))?;
             self.process = Some(adopted);
         }
         let process = self.process.as_mut().expect("set above");

@@ -687,7 +687,9 @@ impl Device {
             }
             let external = self.backends[index].process.is_none();
             let id = self.backends[index].id;
-            match self.backends[index].connect(now) {
+            let others = self.backends.iter().filter(|other| other.id != id);
+            let others: Vec<u32> = others.filter_map(|other| Some(other.process.as_ref()?.pid)).collect();
+            match self.backends[index].connect(now, &others) {
                 Ok(None) => {}
                 Ok(Some(connection)) => {
                     if external {
@@ -969,6 +971,10 @@ impl Device {
             poller.remove(process.pidfd());
             if let Some(stderr) = process.stderr() {
                 poller.remove(stderr);
+            }
+            // Somebody else's process that was not looked at yet is no backend of ours: it may be that of another guard.
+            if !process.is_ours() && backend.pending.is_some() {
+                return;
             }
             process.kill();
             if process.is_gone().is_err() {

@@ -104,7 +104,7 @@ fn stat_field(pid: u32, number: usize) -> Option<String> {
 }
 
 /// The process that started another one, or has adopted it.
-fn parent(pid: u32) -> Option<u32> {
+pub(crate) fn parent(pid: u32) -> Option<u32> {
     stat_field(pid, 4)?.parse().ok()
 }
 
