@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crossbeam_channel::{Receiver, Sender};
 /// What dead brokers have left running may take this long to end before nothing is started.
 const LEFTOVERS_MAX: Duration = Duration::from_secs(10);
 
-/// Kills and removes groups on a thread of its own.
+/// Kills and removes groups, and collects children that have ended, on a thread of its own.
 #[derive(Clone, Debug)]
 pub(crate) struct Janitor {
     chores: Sender<Chore>,
@@ -26,6 +26,8 @@ enum Chore {
     /// Kill what is left in a group whose first process is gone.
     Kill(PathBuf),
     Remove(PathBuf),
+    /// Collect a child that has ended.
+    Reap(OwnedFd),
 }
 
 impl Janitor {
@@ -39,10 +41,21 @@ impl Janitor {
                     // Kernels before 5.14 lack cgroup.kill: then it is the operator who must end them.
                     Chore::Kill(path) => drop(fs::write(path.join("cgroup.kill"), "1")),
                     Chore::Remove(path) => remove(&path),
+                    Chore::Reap(process) => {
+                        let id = rustix::process::WaitId::PidFd(process.as_fd());
+                        // It has ended, so this does not wait.
+                        let _collected = rustix::process::waitid(id, rustix::process::WaitIdOptions::EXITED);
+                    }
                 }
             }
         })?;
         Ok((Janitor { chores: sender }, thread))
+    }
+
+    /// Has a child collected that has ended.
+    pub(crate) fn reap(&self, process: OwnedFd) {
+        // Without a janitor the program is ending.
+        let _janitor_gone = self.chores.send(Chore::Reap(process));
     }
 }
 

@@ -33,8 +33,8 @@ const OCCUPIED_LOOKS: u32 = 4;
 pub(crate) struct Process {
     pub(crate) pid: u32,
     pidfd: OwnedFd,
-    /// Ours to reap; others are only watched.
-    child: bool,
+    /// Ours to reap, on the janitor's thread; others are only watched.
+    child: Option<Janitor>,
     cgroup: Option<Cgroup>,
     stderr: Option<fs::File>,
     tail: Tail,
@@ -84,7 +84,16 @@ impl Process {
         };
         let (pid, pidfd) = child.launch()?;
         let stderr = Some(fs::File::from(stderr));
-        Ok(Process { pid, pidfd, child: true, cgroup, stderr, tail: Tail::default(), exited: None, looks_occupied: 0 })
+        Ok(Process {
+            pid,
+            pidfd,
+            child: Some(janitor.clone()),
+            cgroup,
+            stderr,
+            tail: Tail::default(),
+            exited: None,
+            looks_occupied: 0,
+        })
     }
 
     /// Watches a process somebody else started.
@@ -93,7 +102,7 @@ impl Process {
         Ok(Process {
             pid,
             pidfd,
-            child: false,
+            child: None,
             cgroup: None,
             stderr: None,
             tail: Tail::default(),
@@ -104,7 +113,7 @@ impl Process {
 
     /// Whether we have started it, and what it has started is ours to kill as well.
     pub(crate) fn is_ours(&self) -> bool {
-        self.child
+        self.child.is_some()
     }
 
     /// What is looked at: the process, its group, and what it has started.
@@ -131,7 +140,7 @@ impl Process {
     /// Collects the exit of the process itself, if it has ended. Says how it ended.
     pub(crate) fn reap(&mut self) -> Option<&str> {
         if self.exited.is_none() {
-            self.exited = if self.child { self.reap_child() } else { self.foreign_exit() };
+            self.exited = if self.child.is_some() { self.reap_child() } else { self.foreign_exit() };
         }
         self.exited.as_deref()
     }
@@ -139,7 +148,7 @@ impl Process {
     fn reap_child(&mut self) -> Option<String> {
         let status = rustix::process::waitid(
             rustix::process::WaitId::PidFd(self.pidfd.as_fd()),
-            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+            WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT,
         );
         let status = match status {
             Ok(None) => return None,
@@ -151,6 +160,11 @@ impl Process {
             (_, Some(signal)) => format!("killed by signal {signal}"),
             _ => "ended".to_owned(),
         };
+        // Its threads, memory and descriptors are gone. Taking the last of it away makes the kernel spin while anybody else is at
+        // the process' entries in /proc; in a real-time thread that can last until the kernel takes the processor away.
+        if let (Some(janitor), Ok(process)) = (&self.child, self.pidfd.try_clone()) {
+            janitor.reap(process);
+        }
         // What it said last, as far as a pipe holds it; its descendants may go on for ever.
         let _rest = (0..OUTPUT_LOOKS_MAX).all(|_| self.read_stderr(&mut |_| {}));
         Some(self.tail.explain(how))
@@ -176,7 +190,7 @@ impl Process {
             }
             Some(Err(error)) => Err(format!("its control group cannot be read: {error}")),
             Some(Ok(true)) => Ok(format!("process {} reaped, its control group empty", self.pid)),
-            None if self.child => Ok(format!("process {} reaped", self.pid)),
+            None if self.child.is_some() => Ok(format!("process {} reaped", self.pid)),
             None => Ok(format!("process {} ended", self.pid)),
         }
     }
