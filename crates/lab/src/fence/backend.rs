@@ -38,3 +38,9 @@ pub(super) fn command_line(device: &Path, engine: Engine, locking: bool) -> Vec<
     let export = "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},writable=on";
     ["qemu-storage-daemon", "--blockdev", &driver, "--export", export].map(str::to_owned).to_vec()
 }
+
+/// The same behind a process that serves nothing itself and waits for the one that does.
+pub(super) fn wrapped(command: &[String]) -> Vec<String> {
+    // None of the words has a space or a quote.
+    ["sh".to_owned(), "-c".to_owned(), format!("{}; true", command.join(" "))].to_vec()
+}

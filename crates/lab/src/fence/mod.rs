@@ -8,7 +8,7 @@
 //!
 //! Two arms in one run: the broker as shipped, which must show none, and the broker without its storage proof, which must
 //! show some, or the instrument has no teeth and fails. Besides: engines whose exit waits; a backend that locks
-//! nothing, which is fenced all the same; the cost of the proof when nothing is in flight.
+//! nothing, and one behind a shell, which are fenced all the same; the cost of the proof when nothing is in flight.
 //!
 //! Not shown: network storage, file systems, other kernels than the one it runs on.
 
@@ -68,34 +68,49 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     crate::common::interrupt::note_signals();
     let workspace = Workspace::new(&args.run_dir, "fence")?;
     let report = Report {
-        guarded: rounds(args, &workspace, Engine::IoUring, Arm::Guarded, true, args.rounds)?,
-        sabotaged: rounds(args, &workspace, Engine::IoUring, Arm::Sabotaged, true, args.rounds)?,
-        unlocked: rounds(args, &workspace, Engine::IoUring, Arm::Guarded, false, args.rounds)?,
-        native: rounds(args, &workspace, Engine::Native, Arm::Guarded, true, EXIT_WAITS_ROUNDS)?,
-        threads: rounds(args, &workspace, Engine::Threads, Arm::Guarded, true, EXIT_WAITS_ROUNDS)?,
+        guarded: rounds(args, &workspace, Kind::PLAIN, args.rounds)?,
+        sabotaged: rounds(args, &workspace, Kind { arm: Arm::Sabotaged, ..Kind::PLAIN }, args.rounds)?,
+        unlocked: rounds(args, &workspace, Kind { locking: false, ..Kind::PLAIN }, args.rounds)?,
+        wrapped: rounds(args, &workspace, Kind { wrapped: true, ..Kind::PLAIN }, args.rounds)?,
+        native: rounds(args, &workspace, Kind { engine: Engine::Native, ..Kind::PLAIN }, EXIT_WAITS_ROUNDS)?,
+        threads: rounds(args, &workspace, Kind { engine: Engine::Threads, ..Kind::PLAIN }, EXIT_WAITS_ROUNDS)?,
         cost: cost(args, &workspace)?,
     };
     report.print(args);
     report.verdict()
 }
 
-fn rounds(
-    args: &Args,
-    workspace: &Workspace,
+/// What rounds differ in.
+#[derive(Clone, Copy, Debug)]
+struct Kind {
     engine: Engine,
     arm: Arm,
     locking: bool,
-    count: u64,
-) -> anyhow::Result<Vec<Round>> {
+    wrapped: bool,
+}
+
+impl Kind {
+    /// io_uring, the broker as shipped.
+    const PLAIN: Kind = Kind { engine: Engine::IoUring, arm: Arm::Guarded, locking: true, wrapped: false };
+}
+
+fn rounds(args: &Args, workspace: &Workspace, kind: Kind, count: u64) -> anyhow::Result<Vec<Round>> {
+    let Kind { engine, arm, locking, wrapped } = kind;
     let age = Duration::from_millis(args.age_ms);
     (0..count)
         .map(|number| {
-            let locks = if locking { "locked" } else { "unlocked" };
+            let locks = if wrapped {
+                "wrapped"
+            } else if locking {
+                "locked"
+            } else {
+                "unlocked"
+            };
             let name = format!("{}-{locks}-{arm:?}-{number}", engine.name()).to_lowercase();
             let directory = workspace.path().join(&name);
             // Both arms draw the same requests.
             let mut rng = Rng::new(args.seed, number);
-            let round = round::run(Plan { directory: &directory, engine, arm, locking, age }, &mut rng)?;
+            let round = round::run(Plan { directory: &directory, engine, arm, locking, wrapped, age }, &mut rng)?;
             eprintln!("{name}: {}", report::line(&round));
             Ok(round)
         })

@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::backend::{Engine, command_line};
+use super::backend::{Engine, command_line, wrapped};
 use super::broker::{Arm, Broker};
 use super::disk::{Disk, EXTENT, EXTENT_BLOCKS};
 use super::interrupt::pause;
@@ -42,6 +42,8 @@ pub(super) struct Plan<'a> {
     pub(super) arm: Arm,
     /// The backends lock their image.
     pub(super) locking: bool,
+    /// The backends are behind a shell.
+    pub(super) wrapped: bool,
     /// How long the primary serves before it gets the requests it dies with.
     pub(super) age: Duration,
 }
@@ -89,6 +91,7 @@ pub(super) fn run(plan: Plan<'_>, rng: &mut Rng) -> anyhow::Result<Round> {
     std::fs::create_dir_all(plan.directory)?;
     let disk = Disk::new()?;
     let backend = command_line(disk.path(), plan.engine, plan.locking);
+    let backend = if plan.wrapped { wrapped(&backend) } else { backend };
     let started = Broker::start(plan.directory, plan.arm, &backend)?;
     let mut broker =
         started.map_err(|refusal| anyhow::anyhow!("the broker ended: {}\n{}", refusal.status, refusal.log))?;
@@ -114,7 +117,7 @@ fn kill_and_watch(
     read_once(&mut guest.queues[0])?;
     pause(plan.age)?;
     let name = plan.directory.file_name().context("a directory without a name")?.to_string_lossy();
-    let throttle = Throttle::new(&name, disk.number()?, RATE, primary.pid())?;
+    let throttle = Throttle::new(&name, disk.number()?, RATE, serving(primary.pid())?)?;
     let oracle = Oracle::new(disk, each, rng);
     let drain = Duration::from_secs_f64(f64::from(each) * EXTENT as f64 / RATE as f64);
     let mut watch = Watch { queue: &mut guest.queues[0], oracle, primary, drain };
@@ -123,6 +126,12 @@ fn kill_and_watch(
     pause(Duration::from_micros(rng.below(KILL_DELAY_MAX_US)))?;
     let round = watch.kill(broker)?;
     Ok((round, throttle))
+}
+
+/// The process that does the I/O: a shell waits for its child.
+fn serving(pid: u32) -> anyhow::Result<u32> {
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    children.split_ascii_whitespace().next().map_or(Ok(pid), |child| Ok(child.parse()?))
 }
 
 /// Connects a guest and starts it.
