@@ -3,6 +3,7 @@
 //! Making, killing and removing a group waits for locks that other users of control groups may hold for tens of milliseconds, so
 //! none of it is done by the control thread.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,8 +11,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
+/// A group that is empty is removed so much later.
+const REMOVE_AFTER: Duration = Duration::from_millis(50);
 /// What dead brokers have left running may take this long to end before nothing is started.
 const LEFTOVERS_MAX: Duration = Duration::from_secs(10);
 
@@ -36,11 +39,28 @@ impl Janitor {
         let (sender, chores): (_, Receiver<Chore>) = crossbeam_channel::unbounded();
         let thread = std::thread::Builder::new().name("janitor".to_owned()).spawn(move || {
             sweep();
-            for chore in chores {
+            let mut old: VecDeque<(Instant, PathBuf)> = VecDeque::new();
+            loop {
+                let due = old.front().map(|(at, _)| *at);
+                let chore = match due {
+                    Some(at) => match chores.recv_deadline(at) {
+                        Ok(chore) => chore,
+                        Err(RecvTimeoutError::Timeout) => {
+                            old.pop_front().iter().for_each(|(_, path)| remove(path));
+                            continue;
+                        }
+                        Err(RecvTimeoutError::Disconnected) => break,
+                    },
+                    None => match chores.recv() {
+                        Ok(chore) => chore,
+                        Err(_) => break,
+                    },
+                };
                 match chore {
                     // Kernels before 5.14 lack cgroup.kill: then it is the operator who must end them.
                     Chore::Kill(path) => drop(fs::write(path.join("cgroup.kill"), "1")),
-                    Chore::Remove(path) => remove(&path),
+                    // A new primary has better use for the processor just now.
+                    Chore::Remove(path) => old.push_back((Instant::now() + REMOVE_AFTER, path)),
                     Chore::Reap(process) => {
                         let id = rustix::process::WaitId::PidFd(process.as_fd());
                         // It has ended, so this does not wait.
@@ -48,6 +68,7 @@ impl Janitor {
                     }
                 }
             }
+            old.iter().for_each(|(_, path)| remove(path));
         })?;
         Ok((Janitor { chores: sender }, thread))
     }
@@ -301,7 +322,7 @@ mod tests {
         };
         let (other, mut of_other) = occupied(&group("test-other", dead_broker())).expect("as above");
         let (living, mut of_living) = occupied(&group("test-left", me)).expect("as above");
-        assert_eq!(end_leftovers("test-left").expect("it ends"), [left.clone()]);
+        assert_eq!(end_leftovers("test-left").expect("it ends"), std::slice::from_ref(&left));
         assert!(!left.exists());
         assert!(!child.wait().expect("our own child").success());
         for (path, child) in [(other, &mut of_other), (living, &mut of_living)] {

@@ -121,7 +121,7 @@ fn a_broker_without_descriptors_left_does_not_spin_and_accepts_when_it_has_some(
     let pid = rustix::process::Pid::from_child(&broker.child);
     let resource = rustix::process::Resource::Nofile;
     let before = rustix::process::getrlimit(resource);
-    let none = rustix::process::Rlimit { current: Some(3), ..before.clone() };
+    let none = rustix::process::Rlimit { current: Some(3), ..before };
     rustix::process::prlimit(Some(pid), resource, none).expect("our own child");
     let vmm = Vmm::connect(&broker.socket);
     let used = ticks(broker.child.id());
@@ -246,7 +246,11 @@ fn a_flood_of_requests_is_read_to_its_end_and_keeps_nobody_waiting() {
     assert!(vmm.ask(&Request::GetFeatures, &[]).is_ok(), "what comes after the flood is answered");
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        scope.spawn(|| while !stop.load(Ordering::Relaxed) && vmm.send(&many, &[]) {});
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) && vmm.send(&many, &[]) {
+                std::hint::spin_loop();
+            }
+        });
         std::thread::sleep(Duration::from_millis(300));
         let began = Instant::now();
         assert_eq!(broker.status()["name"], "disk");

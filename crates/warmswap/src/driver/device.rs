@@ -33,7 +33,7 @@ use crate::storage::{FenceBasis, Storage};
 
 /// Backends are looked at for what they have open this often; and this soon after one was given rings, ever more rarely then.
 const INSPECT_EVERY: Nanos = Nanos::from_millis(5_000);
-const INSPECT_SOON: Nanos = Nanos::from_millis(1);
+const INSPECT_SOON: Nanos = Nanos::from_millis(20);
 /// Storage that is found within this time after a backend was given rings was opened because of them.
 const OPENS_LATE: Nanos = Nanos::from_millis(1_000);
 

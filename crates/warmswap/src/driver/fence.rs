@@ -13,7 +13,9 @@ use warmswap_core::{BackendId, FenceLevel, Nanos};
 use crate::process::Process;
 use crate::storage::{FenceBasis, Mark, Storage};
 
-/// First and longest time between two looks.
+/// First and longest time between two looks. The end of a process makes itself heard; looking for it often would only take time from it,
+/// where the two share a processor. What comes after the end is looked for.
+const CHECK_ALIVE: Nanos = Nanos::from_micros(500);
 const CHECK_MIN: Nanos = Nanos::from_micros(30);
 const CHECK_MAX: Nanos = Nanos::from_millis(5);
 /// Waiting longer than this is reported, and then ever more rarely.
@@ -92,8 +94,13 @@ impl Fence {
     /// Looks once.
     pub(crate) fn look(&mut self, device: &str, now: Nanos) -> Progress {
         let waited = now.since(self.began);
-        self.check_at = now + Nanos(waited.0 / 8).clamp(CHECK_MIN, CHECK_MAX);
-        match self.proof(device, now) {
+        let next = |soonest| now + Nanos(waited.0 / 8).clamp(soonest, CHECK_MAX);
+        self.check_at = next(CHECK_MIN);
+        let proof = self.proof(device, now);
+        if self.gone_at.is_none() {
+            self.check_at = next(CHECK_ALIVE);
+        }
+        match proof {
             Ok((level, evidence)) => Progress::Proved { level, evidence },
             Err(missing) if now >= self.report_at => {
                 self.report_at = now + waited.max(REPORT_FIRST);
