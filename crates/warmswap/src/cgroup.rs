@@ -290,7 +290,10 @@ mod tests {
         let path = own_path().ok()?.join(name);
         fs::create_dir(&path).ok()?;
         let child = Command::new("/bin/sleep").arg("60").spawn().expect("everybody has one");
-        fs::write(path.join("cgroup.procs"), child.id().to_string()).expect("it can be moved");
+        // As long as it is empty any broker that starts meanwhile may remove it.
+        while fs::write(path.join("cgroup.procs"), child.id().to_string()).is_err() {
+            let _there = fs::create_dir(&path);
+        }
         Some((path, child))
     }
 
