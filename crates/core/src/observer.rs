@@ -161,6 +161,17 @@ pub struct Observer {
     gap: Option<Gap>,
     violation: Option<Violation>,
     observed_at: Nanos,
+    /// What both rings held when the ring came to rest.
+    rest: Option<Rest>,
+}
+
+/// The slots of both rings, and where their indices stood.
+#[derive(Clone, Debug)]
+struct Rest {
+    avail_idx: u16,
+    used_idx: u16,
+    avail: Vec<u16>,
+    used: Vec<u32>,
 }
 
 impl Observer {
@@ -182,6 +193,7 @@ impl Observer {
             gap: None,
             violation: None,
             observed_at: now,
+            rest: None,
         }
     }
 
@@ -284,7 +296,7 @@ impl Observer {
                 memory,
             );
         }
-        if silent && !rested {
+        if silent && !rested && !self.holds_still(seen, ring, memory) {
             return self.lose(seen, Gap::Silence, avail, used, ring, memory);
         }
         if self.unknown.is_none() {
@@ -293,6 +305,45 @@ impl Observer {
             return seen;
         }
         self.follow(seen, avail, used, ring, memory)
+    }
+
+    /// Keeps what the rings of a ring at rest hold. From then on it may be looked at as rarely as one likes: see
+    /// [`Observer::observe`].
+    pub fn remember(&mut self, ring: u32, memory: &dyn GuestMemory) {
+        if self.outstanding() != 0 || self.gap.is_some() {
+            return;
+        }
+        let slots = 0..self.layout.size();
+        self.rest = Some(Rest {
+            avail_idx: self.avail_seen,
+            used_idx: self.used_seen,
+            avail: slots.clone().map(|slot| memory.avail_slot(ring, slot)).collect(),
+            used: slots.map(|slot| memory.used_slot(ring, slot).id).collect(),
+        });
+    }
+
+    /// Whether every slot that cannot have been written since the ring came to rest, if the indices have not gone all the way round,
+    /// holds what it held. Going round writes each of them many times, and leaves them alike only where the requests come in such a
+    /// regular order that it leaves the same set in flight, too.
+    fn holds_still(&self, seen: Observation, ring: u32, memory: &dyn GuestMemory) -> bool {
+        let Some(rest) =
+            self.rest.as_ref().filter(|it| it.avail_idx == self.avail_seen && it.used_idx == self.used_seen)
+        else {
+            return false;
+        };
+        let (size, layout) = (self.layout.size(), self.layout);
+        // The slots right behind the new ones may be written ahead.
+        let ahead = (size / 16).max(1);
+        let kept = |seen: u16, moved: u16| {
+            let from = seen.wrapping_add(moved).wrapping_add(ahead);
+            let count = size.saturating_sub(moved).saturating_sub(ahead);
+            (0..count).map(move |at| layout.slot(from.wrapping_add(at)))
+        };
+        let avail = kept(self.avail_seen, seen.submitted)
+            .all(|slot| memory.avail_slot(ring, slot) == rest.avail[usize::from(slot)]);
+        avail
+            && kept(self.used_seen, seen.completed)
+                .all(|slot| memory.used_slot(ring, slot).id == rest.used[usize::from(slot)])
     }
 
     fn follow(

@@ -199,3 +199,32 @@ fn a_stall_between_the_reads_of_the_two_indices_is_a_gap_and_not_a_broken_ring()
     observer.observe(Nanos(1), 0, &mut memory);
     assert!(matches!(observer.knowledge(), Knowledge::Inexact(_)), "{:?}", observer.knowledge());
 }
+
+#[test]
+fn a_ring_at_rest_may_be_looked_at_as_rarely_as_one_likes() {
+    let day = Nanos(86_400_000_000_000);
+    let mut memory = memory_with(PlainRing::new(16, 0));
+    let mut observer = Observer::new(Layout::new(16).expect("a power of two"), 0, Nanos(0));
+    for head in [3, 7, 2, 9, 1, 3, 4, 11, 5, 3, 8, 0, 6, 12, 13, 14, 15] {
+        memory.ring(0).submit(head);
+        observer.observe(Nanos(1), 0, &mut memory);
+        memory.ring(0).complete(head);
+        observer.observe(Nanos(2), 0, &mut memory);
+    }
+    observer.remember(0, &memory);
+    // The first request after a day.
+    memory.ring(0).submit(5);
+    observer.observe(day, 0, &mut memory);
+    assert_eq!(observer.survivors(), Ok(vec![5]));
+    memory.ring(0).complete(5);
+    observer.observe(day + Nanos(1), 0, &mut memory);
+    observer.remember(0, &memory);
+    // Indices that stand as if one request had come, after 65 537.
+    for turn in 0..=65_536_u32 {
+        let head = (turn * 7 % 16) as u16;
+        memory.ring(0).submit(head);
+        memory.ring(0).complete(head);
+    }
+    let seen = observer.observe(day + day, 0, &mut memory);
+    assert_eq!(seen.lost, Some(Gap::Silence));
+}

@@ -16,6 +16,8 @@ use super::rings::{BURST_RATE, RingState};
 const RATE_MEMORY_S: f64 = 0.5;
 /// Part of the ring that may pass between two looks at the rate that is reckoned with.
 const RING_PART: f64 = 2.0;
+/// Shortest time between two looks while knowledge is on its way back.
+const RESYNC_MIN: Nanos = Nanos::from_micros(20);
 /// A hang is left alone for so many times the time it was found in, while it is not known what is owed.
 const PUT_OFF: u64 = 8;
 
@@ -108,7 +110,12 @@ impl Pair {
         }
         let size = f64::from(ring.size().map_or(1, Layout::size));
         let period = Nanos((size / RING_PART / ring.rate.max(BURST_RATE) * 1e9) as u64);
-        let period = period.clamp(limits.observe_min, limits.observe_max);
+        let mut period = period.clamp(limits.observe_min, limits.observe_max);
+        if matches!(ring.observer.as_ref().map(Observer::knowledge), Some(Knowledge::Inexact(_))) {
+            // Counting off what was open at the cut goes wrong, harmlessly, for heads that come round twice between two looks.
+            let mean = f64::from(seen.outstanding) / ring.rate.max(1.0);
+            period = period.min(Nanos((mean / 4.0 * 1e9) as u64).max(RESYNC_MIN));
+        }
         let quiet = moved == 0.0 && seen.outstanding == 0;
         if !quiet {
             ring.idle_since = None;
@@ -122,6 +129,9 @@ impl Pair {
             Some(_) if ring.watched => ring.observe_at = now + now.since(idle_since).min(limits.observe_idle),
             Some(kick) if rested && will_kick(index, event_idx, step) => {
                 ring.watched = true;
+                if let Some(observer) = &mut ring.observer {
+                    observer.remember(index, step.memory);
+                }
                 // Looked at once more very soon: a kick may have been swallowed before the watch was in place.
                 ring.observe_at = now + limits.observe_min;
                 step.out.push(Action::WatchKick { ring: index, kick });
