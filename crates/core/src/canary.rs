@@ -1,4 +1,4 @@
-//! The canary: a read of the broker's own that a shadow carries out.
+//! The canary: a few reads of the broker's own that a shadow carries out.
 //!
 //! ```text
 //! Resting ─begin─▶ Reading ─completed─▶ Stopping ─reply─▶ Resting
@@ -14,8 +14,12 @@ use warmswap_wire::{FdSlot, VringAddr};
 use crate::memory::{GuestMemory, PRIVATE_ADDR};
 use crate::time::Nanos;
 
-/// Entries of the canary's ring.
-pub(crate) const RING_SIZE: u16 = 16;
+/// Entries of the canary's ring: three descriptors for each read.
+pub(crate) const RING_SIZE: u16 = 64;
+/// Reads at once the first time: as many as a busy guest keeps in flight, so that a backend makes all the threads it will want.
+const READS_FIRST: u16 = 16;
+/// Reads at once every other time: enough to keep the threads of a pool from being given up (qemu's are after 10 s without work).
+const READS_AGAIN: u16 = 4;
 /// Sector size of the virtio block device, whatever its block size.
 const SECTOR: u64 = 512;
 /// Bytes that are read where the device has them: a page.
@@ -27,8 +31,9 @@ const READ_MAX: u64 = 16_384;
 const TABLE: u64 = 0;
 const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
-const HEADER: u64 = 0x3000;
-const STATUS: u64 = 0x3010;
+const HEADERS: u64 = 0x3000;
+const STATUS: u64 = 0x3800;
+/// One buffer for all reads: nobody looks at what was read.
 const DATA: u64 = 0x4000;
 
 /// `VIRTIO_BLK_T_IN`.
@@ -54,8 +59,8 @@ pub(crate) struct Canary {
     pub(crate) poll_at: Nanos,
     /// The backend still has the memory for it.
     pub(crate) possible: bool,
-    /// Reads that were completed.
-    pub(crate) reads: u64,
+    /// Canaries that were completed.
+    pub(crate) number: u64,
     /// How long the last one took, from the first message to the look that found it done.
     pub(crate) took: Option<Nanos>,
 }
@@ -68,7 +73,7 @@ impl Canary {
             waited: Nanos(0),
             poll_at: now,
             possible: true,
-            reads: 0,
+            number: 0,
             took: None,
         }
     }
@@ -81,8 +86,13 @@ pub(crate) struct CanaryRead {
     pub(crate) bytes: u32,
 }
 
-/// The read of that number on a block device with this configuration space; none if the device is too small for one. The first is
-/// at the start, the others all over the device.
+/// How many reads the canary of that number makes at once.
+pub(crate) fn reads_at_once(number: u64) -> u16 {
+    if number == 0 { READS_FIRST } else { READS_AGAIN }
+}
+
+/// A read on a block device with this configuration space; none if the device is too small for one. The first is at the start, the
+/// others all over the device.
 pub(crate) fn read_of(number: u64, config: &[u8]) -> Option<CanaryRead> {
     let field =
         |at: usize| config.get(at..at + 4).map(|it| u64::from(u32::from_le_bytes(it.try_into().expect("four"))));
@@ -100,27 +110,38 @@ pub(crate) fn read_of(number: u64, config: &[u8]) -> Option<CanaryRead> {
     Some(CanaryRead { sector: place * (bytes / SECTOR), bytes: u32::try_from(bytes).expect("at most READ_MAX") })
 }
 
-/// Puts the read into memory of the broker's own as the only request of a fresh ring. No backend serves that ring.
-pub(crate) fn write_ring(memory: &mut dyn GuestMemory, private: FdSlot, read: CanaryRead) -> bool {
+/// Puts the canary of that number into memory of the broker's own as the only requests of a fresh ring; false if the device has nothing
+/// to read. No backend serves that ring.
+pub(crate) fn write_ring(memory: &mut dyn GuestMemory, private: FdSlot, number: u64, config: &[u8]) -> bool {
     let at = |offset: u64| PRIVATE_ADDR + offset;
-    let chain = [
-        Descriptor { addr: at(HEADER), len: 16, flags: DESC_F_NEXT, next: 1 },
-        Descriptor { addr: at(DATA), len: read.bytes, flags: DESC_F_NEXT | DESC_F_WRITE, next: 2 },
-        Descriptor { addr: at(STATUS), len: 1, flags: DESC_F_WRITE, next: 0 },
-    ];
-    let table: Vec<u8> = chain.iter().flat_map(|descriptor| descriptor.to_le_bytes()).collect();
-    let mut header = [0; 17];
-    header[..4].copy_from_slice(&BLK_IN.to_le_bytes());
-    header[8..16].copy_from_slice(&read.sector.to_le_bytes());
-    header[16] = UNWRITTEN;
-    // Flags, idx = 1, slot 0 = head 0 and, behind the slots, a used_event that is far from where used.idx goes.
+    let reads = reads_at_once(number);
+    let (mut table, mut headers) = (Vec::new(), Vec::new());
+    for index in 0..reads {
+        let Some(read) = read_of(number * u64::from(READS_FIRST) + u64::from(index), config) else { return false };
+        let first = 3 * index;
+        let header = at(HEADERS) + 16 * u64::from(index);
+        let status = at(STATUS) + u64::from(index);
+        table.extend(Descriptor { addr: header, len: 16, flags: DESC_F_NEXT, next: first + 1 }.to_le_bytes());
+        let flags = DESC_F_NEXT | DESC_F_WRITE;
+        table.extend(Descriptor { addr: at(DATA), len: read.bytes, flags, next: first + 2 }.to_le_bytes());
+        table.extend(Descriptor { addr: status, len: 1, flags: DESC_F_WRITE, next: 0 }.to_le_bytes());
+        headers.extend(BLK_IN.to_le_bytes());
+        headers.extend([0; 4]);
+        headers.extend(read.sector.to_le_bytes());
+    }
+    // Flags, idx, the heads and, behind the slots, a used_event that is far from where used.idx goes.
     let mut available = [0; 4 + 2 * RING_SIZE as usize + 2];
     available[..2].copy_from_slice(&AVAIL_F_NO_INTERRUPT.to_le_bytes());
-    available[2..4].copy_from_slice(&1_u16.to_le_bytes());
+    available[2..4].copy_from_slice(&reads.to_le_bytes());
+    for index in 0..reads {
+        let slot = 4 + 2 * usize::from(index);
+        available[slot..slot + 2].copy_from_slice(&(3 * index).to_le_bytes());
+    }
     let event = available.len() - 2;
     available[event..].copy_from_slice(&0x8000_u16.to_le_bytes());
     let used = [0; 4 + 8 * RING_SIZE as usize + 2];
-    [(USED, &used[..]), (TABLE, &table), (HEADER, &header), (AVAILABLE, &available)]
+    let status = [UNWRITTEN; READS_FIRST as usize];
+    [(USED, &used[..]), (TABLE, &table), (HEADERS, &headers), (STATUS, &status), (AVAILABLE, &available)]
         .into_iter()
         .all(|(offset, bytes)| memory.write_private(private, offset, bytes))
 }
@@ -131,20 +152,28 @@ pub(crate) fn ring_addr(index: u32) -> VringAddr {
     VringAddr { index, flags: 0, descriptor: at(TABLE), used: at(USED), available: at(AVAILABLE), log: 0 }
 }
 
-/// The status byte of the read, once it is completed.
-pub(crate) fn status(memory: &dyn GuestMemory, private: FdSlot) -> Option<u8> {
+/// The worst status of the reads, once all are completed.
+pub(crate) fn status(memory: &dyn GuestMemory, private: FdSlot, number: u64) -> Option<u8> {
+    let reads = reads_at_once(number);
     let used = memory.read_region(private, USED, 4)?;
-    if used[2..4] == [0, 0] {
+    if used[2..4] != reads.to_le_bytes() {
         return None;
     }
-    memory.read_region(private, STATUS, 1).map(|byte| byte[0])
+    memory.read_region(private, STATUS, u64::from(reads)).and_then(|bytes| bytes.into_iter().max())
 }
 
-/// What a backend writes when it completes the read: for the models of backends in tests.
+/// What a backend writes when it completes the reads: for the models of backends in tests.
 #[cfg(test)]
 pub(crate) fn complete(memory: &mut dyn GuestMemory, private: FdSlot, result: u8) {
-    memory.write_private(private, STATUS, &[result]);
-    memory.write_private(private, USED, &[0, 0, 1, 0]);
+    let reads = memory.read_region(private, AVAILABLE + 2, 2).expect("it is there");
+    memory.write_private(private, STATUS, &[result; READS_FIRST as usize]);
+    memory.write_private(private, USED + 2, &reads);
+}
+
+/// Whether everything that was asked for is completed: for the models of backends in tests.
+#[cfg(test)]
+pub(crate) fn is_complete(memory: &dyn GuestMemory, private: FdSlot) -> bool {
+    memory.read_region(private, AVAILABLE + 2, 2) == memory.read_region(private, USED + 2, 2)
 }
 
 #[cfg(test)]

@@ -38,8 +38,7 @@ impl Pair {
         let (Some(private), Some(events), true) = (link.private_memory, link.private, link.canary.possible) else {
             return false;
         };
-        let Some(read) = canary::read_of(link.canary.reads, config) else { return false };
-        if !canary::write_ring(step.memory, private, read) {
+        if !canary::write_ring(step.memory, private, link.canary.number, config) {
             return false;
         }
         let poll_at = step.now + self.config.limits.canary_poll;
@@ -89,7 +88,7 @@ impl Pair {
         let Some(link) = self.link_mut(backend) else { return };
         let Some(private) = link.private_memory else { return };
         let waited = step.now.since(link.canary.began);
-        match canary::status(step.memory, private) {
+        match canary::status(step.memory, private, link.canary.number) {
             Some(0) => {
                 link.canary.state = CanaryState::Stopping;
                 link.canary.took = Some(waited);
@@ -127,7 +126,7 @@ impl Pair {
             return;
         };
         link.canary.state = CanaryState::Resting;
-        link.canary.reads += 1;
+        link.canary.number += 1;
         link.pinged_at = None;
         let fd = |fd| VringFd { index: RING, fd: Some(fd) };
         let state = |value| VringState { index: RING, value };

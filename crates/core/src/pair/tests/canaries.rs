@@ -44,12 +44,12 @@ fn the_read_is_repeated_while_the_shadow_stands_by() {
         &expect![[r#"
             > wait 2000ms
                 watch kick0
-                #2 <- SET_VRING_NUM 0=16, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
+                #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
                 signal #2.probe
                 #1 <- GET_FEATURES
                 #2 <- GET_VRING_BASE 0
                 #2 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
-                #2 <- SET_VRING_NUM 0=16, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
+                #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
                 signal #2.probe
                 #1 <- GET_FEATURES
                 #2 <- GET_VRING_BASE 0
@@ -185,7 +185,7 @@ fn a_new_memory_table_keeps_the_memory_of_the_broker() {
                 vmm <- SET_MEM_TABLE ok
             > wait 1000ms
                 watch kick0
-                #2 <- SET_VRING_NUM 0=16, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
+                #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
                 signal #2.probe
                 #2 <- GET_VRING_BASE 0
                 #2 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
@@ -239,7 +239,7 @@ fn a_shadow_without_memory_slots_gets_the_memory_with_the_table() {
                 #3 <- GET_QUEUE_NUM, GET_CONFIG 256
                 #3 <- GET_FEATURES
                 #3 <- SET_FEATURES 0x140002200, SET_MEM_TABLE mem0 private-ring, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
-                #3 <- SET_VRING_NUM 0=16, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
+                #3 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
                 signal #3.probe
             > wait 1ms
                 #3 <- GET_VRING_BASE 0
