@@ -8,7 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Instant;
 
 use rustix::process::{Pid, Signal};
-use support::{Broker, PATIENCE, Scratch, Vmm, storage_daemon, wait_for, warmswap};
+use support::{Broker, PATIENCE, Scratch, Vmm, storage_daemon, wait_for};
 
 /// A process of the test's own. Killed on drop.
 struct Running(Child);
@@ -59,7 +59,10 @@ fn said(output: &Output) -> String {
 fn refused(scratch: &Scratch, name: &str, args: &[&str]) -> String {
     let (socket, control) = (scratch.path(&format!("{name}-vmm")), text(&scratch.0).to_owned());
     let first = ["guard", "--name", name, "--quiet", "--socket", text(&socket), "--control", &control];
-    let output = warmswap(&[first.as_slice(), args].concat());
+    // One that is not refused would serve for ever.
+    let mut guard = Command::new("timeout");
+    guard.arg("30").arg(env!("CARGO_BIN_EXE_warmswap")).args(first).args(args).stdin(Stdio::null());
+    let output = guard.output().expect("the program starts");
     assert!(matches!(output.status.code(), Some(1 | 2)), "{output:?}");
     said(&output)
 }
