@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
-/// A group that is empty is removed so much later.
-const REMOVE_AFTER: Duration = Duration::from_millis(50);
+/// What is left of a backend is cleared away so much later.
+const CLEAR_AFTER: Duration = Duration::from_millis(100);
 /// What dead brokers have left running may take this long to end before nothing is started.
 const LEFTOVERS_MAX: Duration = Duration::from_secs(10);
 
@@ -33,20 +33,41 @@ enum Chore {
     Reap(OwnedFd),
 }
 
+/// What is left of a backend.
+#[derive(Debug)]
+enum Rest {
+    Group(PathBuf),
+    Process(OwnedFd),
+}
+
+impl Rest {
+    fn clear(&self) {
+        match self {
+            Rest::Group(path) => remove(path),
+            Rest::Process(process) => {
+                let id = rustix::process::WaitId::PidFd(process.as_fd());
+                // It has ended, so this does not wait. It makes the kernel forget the process' entries in `/proc`, and spin while anybody
+                // is still at them.
+                let _collected = rustix::process::waitid(id, rustix::process::WaitIdOptions::EXITED);
+            }
+        }
+    }
+}
+
 impl Janitor {
     /// Starts the thread. It ends when the last janitor and the last group are gone; wait for it then.
     pub(crate) fn start() -> io::Result<(Self, std::thread::JoinHandle<()>)> {
         let (sender, chores): (_, Receiver<Chore>) = crossbeam_channel::unbounded();
         let thread = std::thread::Builder::new().name("janitor".to_owned()).spawn(move || {
             sweep();
-            let mut old: VecDeque<(Instant, PathBuf)> = VecDeque::new();
+            let mut old: VecDeque<(Instant, Rest)> = VecDeque::new();
             loop {
                 let due = old.front().map(|(at, _)| *at);
                 let chore = match due {
                     Some(at) => match chores.recv_deadline(at) {
                         Ok(chore) => chore,
                         Err(RecvTimeoutError::Timeout) => {
-                            old.pop_front().iter().for_each(|(_, path)| remove(path));
+                            old.pop_front().iter().for_each(|(_, rest)| rest.clear());
                             continue;
                         }
                         Err(RecvTimeoutError::Disconnected) => break,
@@ -60,15 +81,11 @@ impl Janitor {
                     // Kernels before 5.14 lack cgroup.kill: then it is the operator who must end them.
                     Chore::Kill(path) => drop(fs::write(path.join("cgroup.kill"), "1")),
                     // A new primary has better use for the processor just now.
-                    Chore::Remove(path) => old.push_back((Instant::now() + REMOVE_AFTER, path)),
-                    Chore::Reap(process) => {
-                        let id = rustix::process::WaitId::PidFd(process.as_fd());
-                        // It has ended, so this does not wait.
-                        let _collected = rustix::process::waitid(id, rustix::process::WaitIdOptions::EXITED);
-                    }
+                    Chore::Remove(path) => old.push_back((Instant::now() + CLEAR_AFTER, Rest::Group(path))),
+                    Chore::Reap(process) => old.push_back((Instant::now() + CLEAR_AFTER, Rest::Process(process))),
                 }
             }
-            old.iter().for_each(|(_, path)| remove(path));
+            old.iter().for_each(|(_, rest)| rest.clear());
         })?;
         Ok((Janitor { chores: sender }, thread))
     }

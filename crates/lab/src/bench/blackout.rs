@@ -20,6 +20,8 @@ use crate::common::rng::Rng;
 use crate::common::workspace::Workspace;
 use crate::rig::unguarded::{self, Rule};
 
+/// A blackout beyond this is shown with the broker's report.
+const SLOW_NS: u64 = 20_000_000;
 /// Load before a failure: shortest and longest.
 const LOAD_NS: (u64, u64) = (4_000_000, 12_000_000);
 /// Kills per rule for `lost_by_rule`.
@@ -201,6 +203,7 @@ fn shuffle(kinds: &mut [Kind], choices: &mut Rng) {
 
 impl Felt {
     fn add_planned(&mut self, blackout: &Blackout) {
+        note_slow("planned", blackout);
         self.planned.push_ns(blackout.felt_ns);
         if blackout.is_drained() {
             self.planned_drained.push_ns(blackout.felt_ns);
@@ -211,6 +214,7 @@ impl Felt {
     }
 
     fn add_crash(&mut self, blackout: &Blackout) {
+        note_slow("crash", blackout);
         self.crash.push_ns(blackout.felt_ns);
         self.crash_ended.push_ns(blackout.ended_ns);
         self.crash_rest.push_ns(blackout.felt_ns - blackout.ended_ns);
@@ -295,6 +299,18 @@ fn report(
     report.set("guest_mib", &args.guest_mib)?;
     report.set("engine", &format!("{:?}", args.engine))?;
     Ok(report)
+}
+
+/// Says what the broker thinks of one that took unusually long.
+fn note_slow(kind: &str, blackout: &Blackout) {
+    if blackout.felt_ns > SLOW_NS {
+        let felt = blackout.felt_ns / 1000;
+        eprintln!(
+            "a slow {kind}: {felt} us, {} us of it until the old primary was gone; {}",
+            blackout.ended_ns / 1000,
+            blackout.report
+        );
+    }
 }
 
 /// The report for people.

@@ -246,7 +246,7 @@ impl Device {
         }
         self.accept_again(now, poller);
         self.connect_backends(now, poller);
-        self.look_at_fences(now);
+        self.look_at_fences(now, poller);
         self.events.push_back(Event::Tick);
         self.run(now, poller);
     }
@@ -278,7 +278,7 @@ impl Device {
     pub(crate) fn inspected(&mut self, id: BackendId, storage: Storage, now: Nanos, poller: &Poller) {
         if let Some(fence) = self.fences.iter_mut().find(|fence| fence.backend == id) {
             fence.storage = Some(storage);
-            self.look_at_fences(now);
+            self.look_at_fences(now, poller);
         } else if let Some(index) = self.backends.iter().position(|backend| backend.id == id) {
             let (basis, rival) = (storage.basis(), storage.rival().map(str::to_owned));
             let since_given = |began: Nanos| self.backends[index].given_at.filter(|at| *at <= began);
@@ -870,7 +870,7 @@ impl Device {
         if let Some(fence) = self.fences.iter_mut().find(|fence| fence.backend == id) {
             // It stays readable, also while a tracer keeps the exit from being collected. The fence looks again by itself.
             poller.remove(fence.process.pidfd());
-            self.look_at_fences(now);
+            self.look_at_fences(now, poller);
             return self.run(now, poller);
         }
         let Some(process) = self.backend(id).and_then(|backend| backend.process.as_mut()) else { return };
@@ -915,7 +915,7 @@ impl Device {
         let state = state.trim_matches([' ', '(', ')']).trim_start_matches("it is ");
         self.entries.push(if state.is_empty() { entry } else { entry.with("state", state) });
         self.fences.push(Fence::raise(id, process, backend.storage, given, self.config.fence_command.clone(), now));
-        self.look_at_fences(now);
+        self.look_at_fences(now, poller);
     }
 
     /// Whether a process may have been started on this thread: by a fence, for the operator's command.
@@ -923,7 +923,7 @@ impl Device {
         self.config.fence_command.is_some() && !self.fences.is_empty()
     }
 
-    fn look_at_fences(&mut self, now: Nanos) {
+    fn look_at_fences(&mut self, now: Nanos, poller: &Poller) {
         if self.fences.is_empty() {
             return;
         }
@@ -934,7 +934,8 @@ impl Device {
             let backend = fence.backend;
             match fence.look(&name, now) {
                 Progress::Proved { level, evidence } => {
-                    self.fences.remove(at);
+                    // Others have copies of its descriptor, and it stays readable as long as one is open.
+                    poller.remove(self.fences.remove(at).process.pidfd());
                     self.events.push_back(Event::Fenced { backend, level, evidence });
                     continue;
                 }

@@ -1,7 +1,7 @@
 //! Which processes a backend consists of.
 //!
 //! A wrapper (`sh -c`, a sandbox, `sudo`) serves nothing itself: what has the image open is its child. So a backend is every process
-//! of its control group, and every descendant of its first process.
+//! of its control group; where there is none, every descendant of its first process.
 
 use std::fs;
 use std::io;
@@ -24,7 +24,9 @@ impl Subject {
     pub(super) fn members(&self) -> io::Result<Vec<u32>> {
         let mut members = vec![self.pid];
         if let Some(group) = &self.group {
+            // Every descendant is in it. Walking the threads of a process as well leaves entries of `/proc` behind that slow down its end.
             add_group(group, &mut members)?;
+            return Ok(members);
         }
         let mut parents = 0;
         while let Some(parent) = members.get(parents).copied() {
