@@ -17,7 +17,7 @@ use warmswap_core::{
 use warmswap_wire::{BackendRequest, FdSlot, Request, RequestCode};
 
 use super::backends::{self, Backend};
-use super::fence::{Fence, Given, Progress};
+use super::fence::{Fence, Progress};
 use super::inspector::{Inspector, Look, Search};
 use super::maps::{self, Maps};
 use super::poller::{Interest, Poller, Source as PollSource, Token};
@@ -34,8 +34,6 @@ use crate::storage::{FenceBasis, Storage};
 /// Backends are looked at for what they have open this often; and this soon after one was given rings, ever more rarely then.
 const INSPECT_EVERY: Nanos = Nanos::from_millis(5_000);
 const INSPECT_SOON: Nanos = Nanos::from_millis(20);
-/// Storage that is found within this time after a backend was given rings was opened because of them.
-const OPENS_LATE: Nanos = Nanos::from_millis(1_000);
 
 /// How the core begins to say that a backend took too long.
 const NOT_READY: &str = "it was not ready within";
@@ -79,8 +77,6 @@ pub(crate) struct Device {
     starting: usize,
     inspect_at: Nanos,
     inspect_after: Nanos,
-    /// Backends were seen to open storage only when they had rings.
-    late_opener: bool,
     /// When the processes that were ended are looked at again.
     retire_at: Nanos,
     /// The VMM's socket may have something to read.
@@ -158,7 +154,6 @@ impl Device {
             starting: 0,
             inspect_at: now + INSPECT_EVERY,
             inspect_after: INSPECT_EVERY,
-            late_opener: false,
             retire_at: now,
             vmm_readable: false,
             unprovable: None,
@@ -281,12 +276,6 @@ impl Device {
             self.look_at_fences(now, poller);
         } else if let Some(index) = self.backends.iter().position(|backend| backend.id == id) {
             let (basis, rival) = (storage.basis(), storage.rival().map(str::to_owned));
-            let since_given = |began: Nanos| self.backends[index].given_at.filter(|at| *at <= began);
-            if let Some((began, true)) = storage.last_look()
-                && since_given(began).is_some_and(|at| began.since(at) < OPENS_LATE)
-            {
-                self.late_opener = true;
-            }
             self.backends[index].storage = Some(storage);
             match self.backends[index].pending.take() {
                 Some(connection) => {
@@ -909,12 +898,18 @@ impl Device {
         if let Some(stderr) = process.stderr() {
             poller.remove(stderr);
         }
-        let given = Given { at: backend.given_at, late_opener: self.late_opener };
         let entry = Entry::info("Fencing").with("backend", id.0).with("pid", process.pid);
         let state = if alive { process.state_hint() } else { String::new() };
         let state = state.trim_matches([' ', '(', ')']).trim_start_matches("it is ");
         self.entries.push(if state.is_empty() { entry } else { entry.with("state", state) });
-        self.fences.push(Fence::raise(id, process, backend.storage, given, self.config.fence_command.clone(), now));
+        self.fences.push(Fence::raise(
+            id,
+            process,
+            backend.storage,
+            backend.given_at,
+            self.config.fence_command.clone(),
+            now,
+        ));
         self.look_at_fences(now, poller);
     }
 

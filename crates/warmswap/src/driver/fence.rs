@@ -30,7 +30,8 @@ pub(crate) struct Fence {
     pub(crate) process: Process,
     /// What it had open; none while the inspector still looks.
     pub(crate) storage: Option<Storage>,
-    given: Given,
+    /// When it was first given rings in its role.
+    given_at: Option<Nanos>,
     /// Who else holds what it had open, once that was found out.
     pub(crate) holder: Option<String>,
     /// That was asked for.
@@ -41,15 +42,6 @@ pub(crate) struct Fence {
     gone_at: Option<Nanos>,
     pub(crate) check_at: Nanos,
     report_at: Nanos,
-}
-
-/// What is known of the time between the last look at a backend and its death.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Given {
-    /// When it was first given rings in its role.
-    pub(crate) at: Option<Nanos>,
-    /// Backends of this device were seen to open storage only after that.
-    pub(crate) late_opener: bool,
 }
 
 /// Where a fence stands after a look.
@@ -70,7 +62,7 @@ impl Fence {
         backend: BackendId,
         process: Process,
         storage: Option<Storage>,
-        given: Given,
+        given_at: Option<Nanos>,
         command: Option<String>,
         now: Nanos,
     ) -> Self {
@@ -79,7 +71,7 @@ impl Fence {
             backend,
             process,
             storage,
-            given,
+            given_at,
             holder: None,
             searched: false,
             command,
@@ -119,20 +111,13 @@ impl Fence {
         self.storage.as_ref()?.held()
     }
 
-    /// Whether it was looked at after it was given rings. In words, what is not known otherwise.
-    fn looked(&self, storage: &Storage) -> Result<&'static str, String> {
+    /// Whether it was looked at after it was given rings, in words. A backend that opens storage only then and dies before the look is
+    /// proved by what it had open before: to wait for a look that cannot come any more would leave the guest without its disk for ever.
+    fn looked(&self, storage: &Storage) -> &'static str {
         let looked = storage.last_look().map(|(began, _)| began);
-        match self.given.at {
-            Some(at) if looked.is_none_or(|looked| looked < at) => {
-                if self.given.late_opener {
-                    return Err(
-                        "it died before it was looked at with its rings, and this device's backends open storage only then"
-                            .to_owned(),
-                    );
-                }
-                Ok("; last looked at before it was given rings")
-            }
-            _ => Ok(""),
+        match self.given_at {
+            Some(at) if looked.is_none_or(|looked| looked < at) => "; last looked at before it was given rings",
+            _ => "",
         }
     }
 
@@ -148,7 +133,7 @@ impl Fence {
         let basis = storage.basis();
         let looked = match &basis {
             FenceBasis::Unprovable(_) => "",
-            _ => self.looked(storage)?,
+            _ => self.looked(storage),
         };
         match basis {
             FenceBasis::Exit if storage.marked() == 0 => {
