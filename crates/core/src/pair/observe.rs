@@ -14,6 +14,8 @@ use super::rings::{BURST_RATE, RingState};
 
 /// A peak of the rate is remembered for this long, in seconds, before it counts half.
 const RATE_MEMORY_S: f64 = 0.5;
+/// Least time over which a rate is reckoned.
+const RATE_WINDOW: Nanos = Nanos::from_micros(500);
 /// Part of the ring that may pass between two looks at the rate that is reckoned with.
 const RING_PART: f64 = 2.0;
 /// Shortest time between two looks while knowledge is on its way back.
@@ -23,9 +25,13 @@ const PUT_OFF: u64 = 8;
 
 impl Pair {
     pub(crate) fn observe_due(&mut self, step: &mut Step<'_>) {
+        let any_due = self.rings.iter().any(|ring| ring.observer.is_some() && ring.observe_at <= step.now);
         for index in 0..self.rings.len() {
             let ring = &self.rings[index];
-            if ring.observer.is_some() && ring.observe_at <= step.now {
+            // A wake-up costs more than a look: one that is due soon is made with the others.
+            let waited = step.now.since(ring.observed_at);
+            let soon = any_due && ring.observe_at.since(step.now) <= waited && !ring.watched;
+            if ring.observer.is_some() && (ring.observe_at <= step.now || soon) {
                 self.observe(u32::try_from(index).expect("bounded by RINGS_MAX"), step);
             }
         }
@@ -98,10 +104,17 @@ impl Pair {
         let event_idx = self.session.has_event_idx();
         let kick = self.session.ring(index).and_then(|ring| ring.kick);
         let ring = &mut self.rings[index as usize];
-        let elapsed = now.since(ring.observed_at).0.max(1) as f64 / 1e9;
         ring.observed_at = now;
-        let moved = f64::from(seen.submitted.max(seen.completed));
-        ring.rate = (moved / elapsed).max(ring.rate * (-elapsed / RATE_MEMORY_S).exp2());
+        let moved = seen.submitted.max(seen.completed);
+        ring.counted += u64::from(moved);
+        let elapsed = now.since(ring.counting_since);
+        if elapsed >= RATE_WINDOW {
+            // Over less time a single batch of completions would pass for a rate.
+            let elapsed = elapsed.0 as f64 / 1e9;
+            ring.rate = (ring.counted as f64 / elapsed).max(ring.rate * (-elapsed / RATE_MEMORY_S).exp2());
+            ring.counted = 0;
+            ring.counting_since = now;
+        }
         // Looking often takes time from the backend that is waited for, where the two share a processor. Only rest has to be looked for;
         // everything else a failover waits for makes itself heard.
         if let Some(drain) = ring.drain.filter(|drain| drain.state == DrainState::Settling) {
@@ -116,7 +129,7 @@ impl Pair {
             let mean = f64::from(seen.outstanding) / ring.rate.max(1.0);
             period = period.min(Nanos((mean / 4.0 * 1e9) as u64).max(RESYNC_MIN));
         }
-        let quiet = moved == 0.0 && seen.outstanding == 0;
+        let quiet = moved == 0 && seen.outstanding == 0;
         if !quiet {
             ring.idle_since = None;
             ring.observe_at = now + period;

@@ -37,6 +37,9 @@ pub(crate) struct RingState {
     pub(super) watched: bool,
     /// Entries per second, a decaying peak.
     pub(super) rate: f64,
+    /// Entries since then.
+    pub(super) counted: u64,
+    pub(super) counting_since: Nanos,
     pub(super) observed_at: Nanos,
 }
 
@@ -153,6 +156,7 @@ impl Pair {
             observer: Some(observer),
             observe_at: now,
             observed_at: now,
+            counting_since: now,
             progressed_at: now,
             // Until something is known of it, a ring is taken to be busy.
             rate: BURST_RATE,

@@ -44,11 +44,8 @@ fn the_read_is_repeated_while_the_shadow_stands_by() {
         &expect![[r#"
             > wait 2000ms
                 watch kick0
-                #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
-                signal #2.probe
                 #1 <- GET_FEATURES
-                #2 <- GET_VRING_BASE 0
-                #2 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
+                #2 <- GET_FEATURES
                 #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
                 signal #2.probe
                 #1 <- GET_FEATURES
@@ -66,7 +63,7 @@ fn a_failover_waits_for_a_read_under_way_and_no_ring_is_given_before() {
             ~wait 1ms
             ~canary 2 off
             ~submit 0 3
-            ~wait 1000ms
+            ~wait 2000ms
             exit 1
             fenced 1
             wait 1ms
@@ -105,7 +102,7 @@ fn a_shadow_that_does_not_bring_its_read_home_is_replaced_by_a_cold_start_when_i
             ~ready 1
             ~wait 1ms
             ~canary 2 off
-            ~wait 1000ms
+            ~wait 2000ms
             ~wait 600ms
             failover
             status
@@ -147,7 +144,7 @@ fn a_shadow_whose_read_fails_is_replaced_with_the_reason() {
             ~ready 1
             ~wait 1ms
             ~canary 2 off
-            ~wait 1000ms
+            ~wait 2000ms
             canary 2 1
             wait 1ms
             status
@@ -175,7 +172,7 @@ fn a_new_memory_table_keeps_the_memory_of_the_broker() {
             ~ready 1
             ~wait 1ms
             vmm SET_MEM_TABLE 0 1
-            wait 1000ms
+            wait 2000ms
             ",
         &expect![[r#"
             > vmm SET_MEM_TABLE 0 1
@@ -183,8 +180,10 @@ fn a_new_memory_table_keeps_the_memory_of_the_broker() {
                 #1 <- SET_MEM_TABLE! mem0 mem1, ADD_MEM_REG private-ring
                 #2 <- SET_MEM_TABLE! mem0 mem1, ADD_MEM_REG private-ring
                 vmm <- SET_MEM_TABLE ok
-            > wait 1000ms
+            > wait 2000ms
                 watch kick0
+                #1 <- GET_FEATURES
+                #2 <- GET_FEATURES
                 #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
                 signal #2.probe
                 #2 <- GET_VRING_BASE 0
@@ -201,7 +200,7 @@ fn a_new_memory_table_in_the_middle_of_a_read_costs_the_shadow() {
             ~ready 1
             ~wait 1ms
             ~canary 2 off
-            ~wait 1000ms
+            ~wait 2000ms
             vmm SET_MEM_TABLE 0 1
             ",
         &expect![[r#"
@@ -261,7 +260,7 @@ fn a_read_under_way_does_not_keep_a_vmm_from_leaving() {
             ~ready 1
             ~wait 1ms
             ~canary 2 off
-            ~wait 1000ms
+            ~wait 2000ms
             vmm gone
             ",
         &expect![[r#"
