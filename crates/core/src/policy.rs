@@ -95,7 +95,7 @@ impl Default for Limits {
             start_max: Nanos::from_millis(10_000),
             ping_every: Nanos::from_millis(1_000),
             observe_min: Nanos::from_micros(100),
-            observe_max: Nanos::from_micros(2_000),
+            observe_max: Nanos::from_micros(10_000),
             observe_idle: Nanos::from_millis(1_000),
             idle_after: Nanos::from_millis(20),
             poll: Nanos::from_micros(50),
