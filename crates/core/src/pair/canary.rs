@@ -131,6 +131,13 @@ impl Pair {
         let fd = |fd| VringFd { index: RING, fd: Some(fd) };
         let state = |value| VringState { index: RING, value };
         link.tell(&Request::SetVringEnable(state(0)), step.out);
+        let others = (0_u32..).zip(&self.session.rings).skip(1);
+        let sizes: Vec<Request> = others
+            .filter_map(|(index, ring)| Some(Request::SetVringNum(VringState { index, value: ring.size? })))
+            .collect();
+        let Some(link) = self.links.iter_mut().find(|link| link.id == backend) else { return };
+        // What the VMM said of other rings meanwhile.
+        sizes.iter().for_each(|request| link.tell(request, step.out));
         let restored = [
             ring.size.map(|size| Request::SetVringNum(state(size))),
             ring.call.map(|call| Request::SetVringCall(fd(call))),

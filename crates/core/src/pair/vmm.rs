@@ -253,7 +253,9 @@ impl Pair {
         self.tickets += 1;
         let number = self.tickets;
         let mut waiting = Vec::new();
-        for link in self.links.iter_mut().filter(|link| link.mirrors()) {
+        // The size of a ring that a canary has borrowed is told when the canary gives it back.
+        let borrowed = |link: &crate::link::Link| matches!(request, Request::SetVringNum(_)) && !link.is_free();
+        for link in self.links.iter_mut().filter(|link| link.mirrors() && !borrowed(link)) {
             let (adapted, then) = link.adapted(request);
             let request = adapted.as_ref().unwrap_or(request);
             if need_reply {

@@ -289,3 +289,34 @@ fn a_read_under_way_does_not_keep_a_vmm_from_leaving() {
         "#]],
     );
 }
+
+#[test]
+fn the_size_of_a_ring_is_not_changed_in_the_middle_of_a_read() {
+    check(
+        "
+            ~start
+            ~up 1
+            ~up 2 no-canary
+            ~vmm connect
+            ~vmm !SET_FEATURES
+            ~vmm !SET_MEM_TABLE 0
+            vmm SET_VRING_NUM 0 8
+            vmm SET_VRING_NUM 1 4
+            canary 2 0
+            wait 1ms
+            ",
+        &expect![[r#"
+            > vmm SET_VRING_NUM 0 8
+                #1 <- SET_VRING_NUM! 0=8
+                vmm <- SET_VRING_NUM ok
+            > vmm SET_VRING_NUM 1 4
+                #1 <- SET_VRING_NUM! 1=4
+                vmm <- SET_VRING_NUM ok
+            > canary 2 0
+            > wait 1ms
+                #2 <- GET_VRING_BASE 0
+                #2 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 1=4, SET_VRING_NUM 0=8
+                * ShadowReady backend=2
+        "#]],
+    );
+}
