@@ -15,7 +15,7 @@ use warmswap_wire::{RINGS_MAX, VringFd};
 use crate::event::{Action, Actions};
 
 /// Most writes to the configuration space that are kept; at each place only the last one counts.
-const CONFIG_WRITES_MAX: usize = 256;
+const CONFIG_WRITES_MAX: usize = codec::CONFIG_WRITES_MAX as usize;
 
 /// One ring as the VMM described it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -145,7 +145,7 @@ impl Session {
     #[must_use]
     pub fn has_room_for(&self, config: &ConfigSpace) -> bool {
         let same = |old: &ConfigSpace| old.offset == config.offset && old.bytes.len() == config.bytes.len();
-        self.config_writes.len() < codec::CONFIG_WRITES_MAX as usize || self.config_writes.iter().any(same)
+        self.config_writes.len() < CONFIG_WRITES_MAX || self.config_writes.iter().any(same)
     }
 
     /// Records a request that only changes the record. Descriptors that it replaces are closed.

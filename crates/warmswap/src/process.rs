@@ -13,7 +13,7 @@ use std::process::ExitStatus;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitIdOptions};
 
-pub(crate) use self::peer::{listener, refusal};
+pub(crate) use self::peer::{peer, refusal};
 use crate::cgroup::{Cgroup, Janitor};
 use crate::storage::Subject;
 

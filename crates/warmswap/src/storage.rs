@@ -44,8 +44,6 @@ pub(crate) struct Storage {
     others: Vec<Member>,
     /// When the last complete look began.
     began: Option<Nanos>,
-    /// The last look found storage that the looks before had not.
-    grew: bool,
 }
 
 /// A process that a backend has started.
@@ -70,15 +68,12 @@ impl Storage {
     /// Looks at a living backend and marks what it has opened since the last look. What was marked once is never forgotten: a
     /// process that is dying has no descriptors any more, its I/O may.
     pub(crate) fn inspect(&mut self, subject: &Subject, first: BorrowedFd<'_>, now: Nanos) {
-        let before = (self.marks.iter().map(Mark::number).max(), self.ring, self.foreign.is_some());
         let hidden = self.look(subject, first).err();
         // One that is dying shows nothing; what is known of it stays.
         if members::is_dying(subject.pid) || has_ended(first) {
             return;
         }
         self.hidden = hidden.map(|error| format!("it cannot be looked into: {error}"));
-        let after = (self.marks.iter().map(Mark::number).max(), self.ring, self.foreign.is_some());
-        self.grew = self.began.is_some() && before != after;
         self.began = Some(now);
     }
 
@@ -177,9 +172,9 @@ impl Storage {
         self.rival.as_deref()
     }
 
-    /// When the last complete look began, and whether it found storage that the looks before had not.
-    pub(crate) fn last_look(&self) -> Option<(Nanos, bool)> {
-        self.began.map(|began| (began, self.grew))
+    /// When the last complete look began.
+    pub(crate) fn last_look(&self) -> Option<Nanos> {
+        self.began
     }
 
     /// What its death would prove.
@@ -355,7 +350,7 @@ mod tests {
         storage.inspect(&subject, process.as_fd(), Nanos(2));
         // A program that is starting has other files open for a moment.
         let ours = storage.marks.iter().filter(|mark| mark.path == path.display().to_string()).count();
-        assert_eq!((ours, storage.last_look().map(|(began, _)| began)), (1, Some(Nanos(2))), "{storage:?}");
+        assert_eq!((ours, storage.last_look()), (1, Some(Nanos(2))), "{storage:?}");
         assert!(storage.is_closed().is_err() && storage.others.len() >= 2);
         shell.kill().expect("our own child");
         shell.wait().expect("our own child");
@@ -370,8 +365,7 @@ mod tests {
         }
         assert_eq!((storage.has_no_process(false), storage.is_closed()), (Ok(()), Ok(())));
         storage.inspect(&subject, process.as_fd(), Nanos(3));
-        let last = storage.last_look().map(|(began, _)| began);
-        assert_eq!(last, Some(Nanos(2)), "one that is gone cannot be looked at");
+        assert_eq!(storage.last_look(), Some(Nanos(2)), "one that is gone cannot be looked at");
         fs::remove_file(path).expect("the file is there");
     }
 }

@@ -68,7 +68,7 @@ impl Pair {
 
     /// Every ring of the primary is stopped and quiet.
     pub(crate) fn drained(&mut self, step: &mut Step<'_>) {
-        let level = self.required_fence();
+        let level = self.config.fence;
         let failover = self.failover.as_mut().expect("only a failover drains");
         failover.report.recovery = Recovery::Drained;
         failover.report.fence = FenceLevel::Stopped;

@@ -28,7 +28,7 @@ mod vmm;
 pub use status::{BackendStatus, Counters, PairState, RingStatus, Status};
 
 use crate::drain::DrainMethod;
-use crate::event::{Action, Actions, BackendId, CommandId, Event, FenceLevel, earliest};
+use crate::event::{Action, Actions, BackendId, CommandId, Event, earliest};
 use crate::failover::{Failover, Kind, Phase, Report};
 use crate::journal::Entry;
 use crate::link::{Link, LinkState, Offer};
@@ -367,9 +367,5 @@ impl Pair {
             crate::observer::Knowledge::Violated(violation) => Some(format!("ring {index}: {violation}")),
             _ => None,
         })
-    }
-
-    fn required_fence(&self) -> FenceLevel {
-        self.config.fence
     }
 }

@@ -64,9 +64,7 @@ impl Pair {
         };
         let queues = self.offer.as_ref().map_or(0, |offer| offer.queues);
         if u64::from(index) >= queues {
-            let mut fds = Vec::new();
-            request.encode(warmswap_wire::HeaderFlags::empty(), &mut Vec::new(), &mut fds);
-            fds.into_iter().for_each(|fd| step.out.push(Action::Close(fd)));
+            self.close_request_fds(request, step);
             let reason = format!(
                 "the VMM uses ring {index}, the backends serve {queues}: give the backend more queues (num-queues=) or the VMM fewer"
             );

@@ -400,7 +400,7 @@ impl Pair {
         }
     }
 
-    fn close_request_fds(&mut self, request: &Request, step: &mut Step<'_>) {
+    pub(crate) fn close_request_fds(&mut self, request: &Request, step: &mut Step<'_>) {
         let (mut bytes, mut fds) = (Vec::new(), Vec::new());
         request.encode(warmswap_wire::HeaderFlags::empty(), &mut bytes, &mut fds);
         fds.into_iter().for_each(|fd| step.out.push(Action::Close(fd)));

@@ -101,7 +101,7 @@ impl Backend {
     fn identify(&mut self, socket: &OwnedFd, others: &[u32]) -> Result<(), String> {
         if self.process.is_none() {
             let path = self.path.display();
-            let (pid, pidfd) = process::listener(socket.as_fd())
+            let (pid, pidfd) = process::peer(socket.as_fd())
                 .map_err(|error| format!("the process behind {path} is unknown: {error}"))?;
             if let Some(refusal) = process::refusal(pid) {
                 return Err(format!("{path}: {refusal}"));

@@ -22,11 +22,10 @@ use super::inspector::{Inspector, Look, Search};
 use super::maps::{self, Maps};
 use super::poller::{Interest, Poller, Source as PollSource, Token};
 use super::spawner::{Spawner, Start};
-use super::system;
 use crate::config::{DeviceConfig, Source};
 use crate::fds::FdTable;
 use crate::journal::JournalSender;
-use crate::process::{Process, RunDir, has_ended, open_pidfd};
+use crate::process::{self, Process, RunDir, has_ended, open_pidfd};
 use crate::shm::{MemoryAccess, SharedMemory};
 use crate::socket::{Connection, ConnectionError, Message};
 use crate::storage::{FenceBasis, Storage};
@@ -420,14 +419,15 @@ impl Device {
             self.entries.push(entry);
             return;
         }
-        let peer = system::peer_pid(&socket);
         let Ok(connection) = Connection::new(socket) else { return };
         if poller.add(connection.as_fd(), self.token(PollSource::Vmm), Interest::Edge).is_err() {
             return;
         }
-        self.vmm_process = peer_process(connection.as_fd());
+        // A VMM that is gone already, or lives in another process namespace, is served without knowing its process.
+        let peer = process::peer(connection.as_fd()).ok().filter(|(pid, _)| *pid != 0);
+        self.vmm_pid = peer.as_ref().map(|(pid, _)| *pid);
+        self.vmm_process = peer.and_then(|(pid, process)| process.or_else(|| open_pidfd(pid).ok()));
         self.vmm = Some(connection);
-        self.vmm_pid = peer;
         self.private_memory = None;
         self.vmm_readable = true;
         self.events.push_back(Event::VmmConnected);
@@ -1062,12 +1062,6 @@ impl Device {
             pair: status,
         }
     }
-}
-
-/// The process at the other end of a socket.
-fn peer_process(socket: BorrowedFd<'_>) -> Option<OwnedFd> {
-    let peer = rustix::net::sockopt::socket_peercred(socket).ok()?;
-    open_pidfd(u32::try_from(peer.pid.as_raw_nonzero().get()).ok()?).ok()
 }
 
 /// Has the event queue tell when a peer reads again, while there is something unsent and no longer.

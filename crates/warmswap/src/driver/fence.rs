@@ -114,7 +114,7 @@ impl Fence {
     /// Whether it was looked at after it was given rings, in words. A backend that opens storage only then and dies before the look is
     /// proved by what it had open before: to wait for a look that cannot come any more would leave the guest without its disk for ever.
     fn looked(&self, storage: &Storage) -> &'static str {
-        let looked = storage.last_look().map(|(began, _)| began);
+        let looked = storage.last_look();
         match self.given_at {
             Some(at) if looked.is_none_or(|looked| looked < at) => "; last looked at before it was given rings",
             _ => "",

@@ -214,7 +214,6 @@ impl Driver {
 
     /// Adds a device and starts its backends.
     pub(crate) fn add(&mut self, config: DeviceConfig, journal: JournalSender) -> std::io::Result<()> {
-        check_place(&config.socket)?;
         let number = u16::try_from(self.devices.len()).map_err(|_| std::io::ErrorKind::QuotaExceeded)?;
         // Before anything is started: what is left of a broker that was killed may still write.
         let leftovers = crate::cgroup::end_leftovers(&config.name)?;
@@ -465,23 +464,6 @@ fn admit(config: &DeviceConfig) -> std::io::Result<()> {
 fn identity(path: &Path) -> Option<(u64, u64)> {
     use std::os::unix::fs::MetadataExt;
     std::fs::symlink_metadata(path).ok().map(|it| (it.dev(), it.ino()))
-}
-
-/// Refuses a place where no socket can be made, before anything is started for it.
-fn check_place(path: &Path) -> std::io::Result<()> {
-    SocketAddrUnix::new(path)
-        .map_err(|error| std::io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
-    let is_socket = |it: std::fs::Metadata| std::os::unix::fs::FileTypeExt::is_socket(&it.file_type());
-    match std::fs::symlink_metadata(path).map(is_socket) {
-        Ok(false) => {
-            let text = format!(
-                "{}: this exists and is not a socket; give another path for the VMM to connect to",
-                path.display()
-            );
-            Err(std::io::Error::new(std::io::ErrorKind::AlreadyExists, text))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Listens at a path. A socket that nobody serves any more is replaced; one that is served is somebody else's.

@@ -1,7 +1,7 @@
 //! What the control thread asks of the system for itself: signals as a descriptor, promptness, orphans, who a peer is.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
 use rustix::process::{WaitId, WaitIdOptions};
 
@@ -58,19 +58,6 @@ pub(super) fn reap_orphans() -> bool {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
     let own = options | WaitIdOptions::from_bits_retain(libc::__WNOTHREAD as u32);
     (0..ORPHANS_PER_STEP).all(|_| matches!(rustix::process::waitid(WaitId::All, own), Ok(Some(_))))
-}
-
-/// The process that connected to a socket of ours; none if it lives where processes have numbers of their own.
-pub(super) fn peer_pid(socket: &OwnedFd) -> Option<u32> {
-    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
-    let mut len = libc::socklen_t::try_from(size_of::<libc::ucred>()).expect("twelve bytes");
-    // SAFETY: the kernel writes at most `len` bytes into `peer`, which is that long and of plain integers: unlike a process id in a
-    // type of its own it may be zero.
-    let result = unsafe {
-        let (level, option) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
-        libc::getsockopt(socket.as_raw_fd(), level, option, (&raw mut peer).cast(), &raw mut len)
-    };
-    u32::try_from(peer.pid).ok().filter(|pid| result == 0 && *pid != 0)
 }
 
 /// Asks to be woken on time: a control thread that waits behind the load it watches would lose sight of the rings. It runs for a

@@ -7,12 +7,23 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 /// `SO_PEERPIDFD` of `asm-generic/socket.h` (Linux 6.5): not in the libc crate.
 const SO_PEERPIDFD: libc::c_int = 77;
 
-/// Who listens at the other end: its process id, and a descriptor of it where the kernel gives one. Without the descriptor the id may
-/// have gone to somebody else in the meantime.
-pub(crate) fn listener(socket: BorrowedFd<'_>) -> io::Result<(u32, Option<OwnedFd>)> {
-    let peer = rustix::net::sockopt::socket_peercred(socket)?;
-    let pid = u32::try_from(peer.pid.as_raw_nonzero().get()).unwrap_or(0);
+/// Who made the other end of a socket, or listens there: its process id, and a descriptor of it where the kernel gives one. Without the
+/// descriptor the id may have gone to somebody else in the meantime. The id is 0 if it lies outside our process namespace.
+pub(crate) fn peer(socket: BorrowedFd<'_>) -> io::Result<(u32, Option<OwnedFd>)> {
+    let pid = credentials(socket)?;
     Ok((pid, pidfd(socket)?.filter(|pidfd| is_of(pidfd, pid))))
+}
+
+/// `SO_PEERCRED` without a type that a process id of 0 does not fit in, as rustix' has it.
+fn credentials(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut size = libc::socklen_t::try_from(size_of::<libc::ucred>()).expect("twelve bytes");
+    // SAFETY: the kernel writes at most `size` bytes into `peer`, which is that long and of plain integers.
+    let result = unsafe {
+        let (level, option) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
+        libc::getsockopt(socket.as_raw_fd(), level, option, (&raw mut peer).cast(), &raw mut size)
+    };
+    if result == 0 { Ok(u32::try_from(peer.pid).unwrap_or(0)) } else { Err(io::Error::last_os_error()) }
 }
 
 /// A kernel that does not know the question is no failure; a process that has ended is.
@@ -81,7 +92,7 @@ mod tests {
         let _stale = fs::remove_file(&path);
         let _listener = UnixListener::bind(&path).expect("a socket");
         let client = UnixStream::connect(&path).expect("it listens");
-        let (pid, pidfd) = listener(client.as_fd()).expect("asked");
+        let (pid, pidfd) = peer(client.as_fd()).expect("asked");
         assert_eq!(pid, std::process::id());
         assert!(pidfd.is_none_or(|pidfd| is_of(&pidfd, pid)));
         fs::remove_file(path).expect("it is there");

@@ -65,11 +65,6 @@ impl Mark {
         Ok(Mark { path: self.path.clone(), byte: self.byte, probe: self.probe.try_clone()? })
     }
 
-    /// Its number among the marks of this broker: later ones have higher ones.
-    pub(crate) fn number(&self) -> i64 {
-        self.byte
-    }
-
     /// Whether the marked description is still open somewhere.
     pub(crate) fn is_held(&self) -> io::Result<bool> {
         Ok(lock(self.probe.as_fd(), libc::F_OFD_GETLK, libc::F_WRLCK, self.byte)? != libc::F_UNLCK)
