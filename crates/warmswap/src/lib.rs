@@ -17,5 +17,4 @@ mod fds;
 mod journal;
 mod process;
 mod shm;
-mod socket;
 mod storage;

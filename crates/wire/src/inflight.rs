@@ -4,7 +4,11 @@
 //! entry of sixteen bytes per descriptor (inflight u8, five bytes of padding, next u16, counter u64).
 //!
 //! The region is private to one implementation: strides and repair differ between back-ends, so it is read as a witness and
-//! never handed to another implementation.
+//! never handed to another implementation. [`read_split`] is the witness, [`Tracker`] keeps a region of our own.
+
+mod track;
+
+pub use track::{RegionMemory, Start, Tracker};
 
 use crate::ring::SIZE_MAX;
 

@@ -7,7 +7,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use warmswap_core::{BackendId, Nanos};
 
 use crate::process::{self, Process};
-use crate::socket::Connection;
+use warmswap_socket::Connection;
 use crate::storage::Storage;
 
 /// Time between two attempts to connect to a backend that is starting.

@@ -27,7 +27,7 @@ use crate::fds::FdTable;
 use crate::journal::JournalSender;
 use crate::process::{self, Process, RunDir, has_ended, open_pidfd};
 use crate::shm::{MemoryAccess, SharedMemory};
-use crate::socket::{Connection, ConnectionError, Message};
+use warmswap_socket::{Connection, ConnectionError, Message};
 use crate::storage::{FenceBasis, Storage};
 
 /// Backends are looked at for what they have open this often; and this soon after one was given rings, ever more rarely then.

@@ -193,7 +193,7 @@ pub(crate) fn waker() -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::socket::Connection;
+    use warmswap_socket::Connection;
     use std::os::fd::AsFd;
 
     #[test]

@@ -1,4 +1,9 @@
 //! Stream sockets that carry vhost-user messages and descriptors, without blocking.
+//!
+//! A [`Connection`] assembles whole messages with their descriptors, and keeps what its peer has not read yet, up to a bound. It is
+//! the same for the broker, which waits for many, and for a backend, which waits for one.
+
+#![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
@@ -19,30 +24,38 @@ const UNSENT_FDS_MAX: usize = 2048;
 
 /// A message as it came: header, payload, descriptors.
 #[derive(Debug)]
-pub(crate) struct Message {
-    pub(crate) header: Header,
-    pub(crate) payload: Vec<u8>,
-    pub(crate) fds: Vec<OwnedFd>,
+pub struct Message {
+    /// Its header.
+    pub header: Header,
+    /// Its payload, of the length that the header says.
+    pub payload: Vec<u8>,
+    /// The descriptors that came with it.
+    pub fds: Vec<OwnedFd>,
 }
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ConnectionError {
+pub enum ConnectionError {
+    /// The peer has closed it.
     #[error("the connection was closed")]
     Closed,
+    /// What came has no header that can be followed.
     #[error("{0}")]
     Protocol(#[from] warmswap_wire::Error),
+    /// The system refused.
     #[error("the socket failed: {0}")]
     Socket(#[from] Errno),
+    /// More descriptors than any message has.
     #[error("more than {FDS_MAX} descriptors came with one message")]
     TooManyFds,
+    /// More waits for the peer than is kept.
     #[error("it does not read what it is sent")]
     Unread,
 }
 
 /// One connection: assembles incoming messages, keeps what the peer has not read yet.
 #[derive(Debug)]
-pub(crate) struct Connection {
+pub struct Connection {
     socket: OwnedFd,
     head: [u8; HEADER_SIZE],
     head_len: usize,
@@ -65,7 +78,7 @@ impl AsFd for Connection {
 
 impl Connection {
     /// Takes a connected stream socket.
-    pub(crate) fn new(socket: OwnedFd) -> Result<Self, ConnectionError> {
+    pub fn new(socket: OwnedFd) -> Result<Self, ConnectionError> {
         rustix::io::ioctl_fionbio(&socket, true)?;
         Ok(Connection {
             socket,
@@ -83,7 +96,7 @@ impl Connection {
     }
 
     /// The next whole message, or none if it has not arrived yet.
-    pub(crate) fn receive(&mut self) -> Result<Option<Message>, ConnectionError> {
+    pub fn receive(&mut self) -> Result<Option<Message>, ConnectionError> {
         if self.header.is_none() {
             while self.head_len < HEADER_SIZE {
                 let from = self.head_len;
@@ -139,7 +152,7 @@ impl Connection {
     }
 
     /// Sends one message, or keeps it until the peer reads.
-    pub(crate) fn send(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
+    pub fn send(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
         self.flush()?;
         if self.unsent.is_empty() {
             let sent = self.transmit(bytes, fds)?;
@@ -165,7 +178,7 @@ impl Connection {
     }
 
     /// Whether the peer has closed its end.
-    pub(crate) fn is_hung_up(&self) -> bool {
+    pub fn is_hung_up(&self) -> bool {
         let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
         let none = Timespec { tv_sec: 0, tv_nsec: 0 };
         matches!(rustix::event::poll(&mut fds, Some(&none)), Ok(count) if count > 0)
@@ -173,13 +186,13 @@ impl Connection {
 
     /// Whether the event queue must now begin (true) or cease (false) to tell when there is room to write; none if it does what it
     /// should. The caller sees to it.
-    pub(crate) fn room_wanted(&mut self) -> Option<bool> {
+    pub fn room_wanted(&mut self) -> Option<bool> {
         let wanted = !self.unsent.is_empty();
         (std::mem::replace(&mut self.room_watched, wanted) != wanted).then_some(wanted)
     }
 
     /// Sends what was kept.
-    pub(crate) fn flush(&mut self) -> Result<(), ConnectionError> {
+    pub fn flush(&mut self) -> Result<(), ConnectionError> {
         while let Some((bytes, fds)) = self.unsent.pop_front() {
             let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
             let sent = self.transmit(&bytes, &borrowed)?;
