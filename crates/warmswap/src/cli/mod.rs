@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 usage, 3 refused, 4 no warmswap answers, 5 not protected (`status --check`).
 
+mod blk;
 mod example;
 mod failover;
 mod guard;
@@ -29,6 +30,8 @@ struct Args {
 enum Verb {
     /// Guard one device: start primary and shadow, and listen for the VMM
     Guard(guard::Args),
+    /// Serve one raw image or block device as a vhost-user-blk back-end
+    Blk(blk::Args),
     /// Show devices, roles, rings and failovers
     #[command(after_help = show::LEGEND)]
     Status {
@@ -94,9 +97,20 @@ fn default_dir() -> PathBuf {
     runtime.map_or_else(|| PathBuf::from("/run/warmswap"), |dir| PathBuf::from(dir).join("warmswap"))
 }
 
+/// The name under which the program is `warmswap blk`: front-ends that start back-ends themselves can give a program and no verb.
+const BLK_NAME: &str = "warmswap-blk";
+
 /// Runs the program with these arguments (the first is its name).
 #[must_use]
 pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
+    let mut args: Vec<std::ffi::OsString> = args.into_iter().collect();
+    if args.first().is_some_and(|name| PathBuf::from(name).file_name().is_some_and(|name| name == BLK_NAME)) {
+        args.insert(1, "blk".into());
+    }
+    // It wins over everything else that is given, right or wrong.
+    if args.get(1).is_some_and(|verb| verb == "blk") && args.iter().any(|arg| arg == "--print-capabilities") {
+        return blk::print_capabilities();
+    }
     let args = match Args::try_parse_from(args) {
         Ok(args) => args,
         Err(error) => {
@@ -108,6 +122,7 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
     };
     let result = match args.verb {
         Verb::Guard(args) => guard::run(args),
+        Verb::Blk(args) => blk::run(args),
         Verb::Status { names, check, control, json } => show::status(&names, check, &control, json),
         Verb::Events { name, follow, control, json } => show::events(name, follow, &control, json),
         Verb::Failover(args) => failover::run(&args),

@@ -1,0 +1,305 @@
+//! The process: what it sets up, in which order, and the control thread's loop.
+//!
+//! ```text
+//! image opened, locked, the dead waited for ─▶ socket ─▶ telemetry page ─▶ restricted ─▶ workers ─▶ filtered ─▶ one front-end after
+//! another
+//! ```
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use warmswap_socket::Connection;
+use warmswap_telemetry::{Identity, Page};
+
+use crate::clock::now_ns;
+use crate::device::{self, Shape};
+use crate::image::{Image, ImageError};
+use crate::options::{Endpoint, Options};
+use crate::pool::Pool;
+use crate::queue::Served;
+use crate::request::Limits;
+use crate::sandbox::{self, Profile};
+use crate::session::{End, Session, Shared};
+
+/// The size of the image is looked at this often.
+const SIZE_EVERY: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// On SIGTERM requests in flight are waited for so long.
+const END_MAX_NS: u64 = 1_000_000_000;
+/// Virtio device id of a block device.
+const DEVICE_BLOCK: u32 = 2;
+
+/// Why a backend did not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The image cannot be used.
+    #[error("{0}")]
+    Image(#[from] ImageError),
+    /// The socket cannot be made or used.
+    #[error("{path}: {error}")]
+    Socket {
+        /// Which.
+        path: String,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The telemetry page cannot be made.
+    #[error("the telemetry page: {0}")]
+    Telemetry(String),
+    /// The process could not confine itself as it was told to.
+    #[error("{0}")]
+    Sandbox(#[from] sandbox::SandboxError),
+    /// A worker could not start, or ended by itself.
+    #[error("a worker ended: {0}; what it had taken and not completed is left to whoever serves the rings next")]
+    Worker(String),
+    /// The system refused something else.
+    #[error("{what}: {error}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// What it said.
+        error: io::Error,
+    },
+}
+
+/// Runs a backend until SIGTERM or SIGINT, or, on an inherited connection, until the front-end has gone.
+///
+/// # Errors
+/// See [`RunError`].
+pub fn run(options: Options) -> Result<(), RunError> {
+    let system = |what| move |error| RunError::System { what, error };
+    let end = take_signals().map_err(system("taking signals"))?;
+    let image = Image::open(&options.image, options.read_only, options.direct)?;
+    let tell = |pid| crate::tell(&format!("I/O of process {pid}, which is gone, is still in flight on the image: waiting for its end"));
+    image.wait_for_the_dead(tell).map_err(system("asking who has the image open"))?;
+    let shape = Shape {
+        sectors: image.sectors().map_err(system("asking for the image's size"))?,
+        block_size: image.block_size(),
+        queues: options.queues,
+        read_only: image.is_read_only(),
+    };
+    let source = Source::open(&options.endpoint)?;
+    let instance = image.instance().0.cast_unsigned();
+    let identity = Identity { instance, device_type: DEVICE_BLOCK, started_ns: now_ns() };
+    let (page, meters) =
+        Page::create(options.queues, identity).map_err(|error| RunError::Telemetry(error.to_string()))?;
+    let image = Arc::new(image);
+    let limits = Limits {
+        sectors: shape.sectors,
+        read_only: shape.read_only,
+        write_through: true,
+        block_sectors: u64::from(shape.block_size) / crate::image::SECTOR,
+    };
+    let served = Served { image: Arc::clone(&image), limits, id: device::id(&options.serial) };
+    let confined = Arc::new(sandbox::restrict_process(&options.sandbox)?);
+    #[cfg(feature = "lab")]
+    crate::faults::start();
+    let pool =
+        Pool::start(&options, &served, meters, &confined).map_err(|error| RunError::Worker(error.to_string()))?;
+    let how = if image.is_direct() { "past the page cache" } else { "through the page cache" };
+    let size = shape.sectors * crate::image::SECTOR;
+    crate::tell(&format!(
+        "{} ({size} bytes, {how}), {} queues, engine {}; {confined}",
+        options.image.display(),
+        options.queues,
+        pool.engine().name()
+    ));
+    sandbox::restrict_thread(Profile::Control, &confined)?;
+    let server = Server { options: &options, image, pool, end, source, _page: page };
+    server.run(shape)
+}
+
+/// Where front-ends come from.
+#[derive(Debug)]
+enum Source {
+    Listener(OwnedFd),
+    Connection(Option<OwnedFd>),
+}
+
+impl Source {
+    fn open(endpoint: &Endpoint) -> Result<Self, RunError> {
+        match endpoint {
+            Endpoint::Path(path) => {
+                let fail = |error| RunError::Socket { path: path.display().to_string(), error };
+                listen(path).map(Source::Listener).map_err(fail)
+            }
+            Endpoint::Inherited(fd) => {
+                let fail = |error| RunError::Socket { path: format!("descriptor {}", fd.as_raw_fd()), error };
+                let ours = fd.try_clone().map_err(fail)?;
+                let listens = rustix::net::sockopt::socket_acceptconn(&ours).map_err(|error| fail(error.into()))?;
+                Ok(if listens { Source::Listener(ours) } else { Source::Connection(Some(ours)) })
+            }
+        }
+    }
+}
+
+/// Listens at a path. What a dead backend left there is replaced; a socket that is served is somebody else's, and so is what is none.
+fn listen(path: &std::path::Path) -> io::Result<OwnedFd> {
+    use std::os::unix::fs::FileTypeExt;
+    if let Ok(found) = std::fs::symlink_metadata(path) {
+        if !found.file_type().is_socket() {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "this exists and is not a socket: it is left alone"));
+        }
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there"));
+        }
+        std::fs::remove_file(path)?;
+    }
+    let address = SocketAddrUnix::new(path)?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, 1)?;
+    Ok(socket)
+}
+
+/// SIGTERM and SIGINT as a descriptor, and nothing of a broken pipe. Before any thread is made.
+fn take_signals() -> io::Result<OwnedFd> {
+    // SAFETY: an empty set is made before it is used; the calls take pointers to it that live long enough.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGTERM);
+        libc::sigaddset(&raw mut set, libc::SIGINT);
+        if libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let fd = libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(fd)) }
+    }
+}
+
+struct Server<'a> {
+    options: &'a Options,
+    image: Arc<Image>,
+    pool: Pool,
+    end: OwnedFd,
+    source: Source,
+    /// Whoever looks for it finds it as long as the process has it open.
+    _page: Page,
+}
+
+/// What woke the control thread.
+#[derive(Default)]
+struct Woken {
+    end: bool,
+    front_end: bool,
+    channel: bool,
+}
+
+impl Server<'_> {
+    fn run(mut self, mut shape: Shape) -> Result<(), RunError> {
+        loop {
+            let Some(connection) = self.accept(&mut shape)? else { return Ok(()) };
+            let shared = Shared {
+                pool: &self.pool,
+                shape,
+                write_cache: self.options.write_cache,
+                end: self.end.as_fd(),
+            };
+            let session = Session::new(connection, &shared);
+            let (asked, size) = self.serve(session)?;
+            shape.sectors = size;
+            if asked || matches!(self.source, Source::Connection(_)) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The next front-end; none if the process is asked to end.
+    fn accept(&mut self, shape: &mut Shape) -> Result<Option<Connection>, RunError> {
+        let system = |error: rustix::io::Errno| RunError::System { what: "waiting for a front-end", error: error.into() };
+        let socket = match &mut self.source {
+            Source::Connection(socket) => socket.take(),
+            Source::Listener(listener) => loop {
+                let mut fds = [PollFd::new(&self.end, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
+                match rustix::event::poll(&mut fds, Some(&SIZE_EVERY)) {
+                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => return Err(system(error)),
+                }
+                if !fds[0].revents().is_empty() {
+                    return Ok(None);
+                }
+                if let Some(sectors) = grown(&self.image, shape.sectors) {
+                    shape.sectors = sectors;
+                }
+                if fds[1].revents().is_empty() {
+                    continue;
+                }
+                match rustix::net::accept_with(&*listener, SocketFlags::CLOEXEC) {
+                    Ok(socket) => break Some(socket),
+                    // It is gone already.
+                    Err(rustix::io::Errno::CONNABORTED | rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+                    Err(error) => return Err(system(error)),
+                }
+            },
+        };
+        let Some(socket) = socket else { return Ok(None) };
+        let fail = |error: warmswap_socket::ConnectionError| RunError::Socket {
+            path: "the front-end's connection".into(),
+            error: io::Error::other(error),
+        };
+        Connection::new(socket).map(Some).map_err(fail)
+    }
+
+    /// Serves a front-end until it is gone or the process is asked to end. Returns which, and the size of the image by then.
+    fn serve(&self, mut session: Session<'_>) -> Result<(bool, u64), RunError> {
+        let mut sectors = self.image.sectors().unwrap_or(0);
+        let end = loop {
+            let woken = self.wait(&session)?;
+            if woken.end {
+                break End::Asked;
+            }
+            if woken.channel {
+                session.serve_channel();
+            }
+            if woken.front_end
+                && let Err(end) = session.serve()
+            {
+                break end;
+            }
+            if let Some(why) = self.pool.ending() {
+                return Err(RunError::Worker(why));
+            }
+            if let Some(now) = grown(&self.image, sectors) {
+                crate::tell(&format!("the image has {} bytes now", now * crate::image::SECTOR));
+                sectors = now;
+                if let Err(error) = session.resize(now) {
+                    crate::tell(&error);
+                }
+            }
+        };
+        let asked = match end {
+            // Whoever serves the rings next finds less to do; nothing depends on it.
+            End::Asked => {
+                session.end_until(now_ns() + END_MAX_NS);
+                true
+            }
+            End::Lost(reason) => {
+                crate::tell(&format!("the front-end is gone ({reason}), {} rings were started", session.started()));
+                session.end()
+            }
+        };
+        Ok((asked, sectors))
+    }
+
+    fn wait(&self, session: &Session<'_>) -> Result<Woken, RunError> {
+        let mut fds = vec![
+            PollFd::new(&self.end, PollFlags::IN),
+            PollFd::from_borrowed_fd(session.fd(), PollFlags::IN),
+        ];
+        fds.extend(session.channel().map(|fd: BorrowedFd<'_>| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        match rustix::event::poll(&mut fds, Some(&SIZE_EVERY)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(RunError::System { what: "waiting for the front-end", error: error.into() }),
+        }
+        let is = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
+        Ok(Woken { end: is(0), front_end: is(1), channel: is(2) })
+    }
+}
+
+/// The size of the image, if it is another than it was.
+fn grown(image: &Image, sectors: u64) -> Option<u64> {
+    image.sectors().ok().filter(|now| *now != sectors && *now > 0)
+}
