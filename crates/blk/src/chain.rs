@@ -39,6 +39,8 @@ pub(crate) struct Chain {
     pub(crate) writable: Vec<Piece>,
     /// Guest addresses and lengths of the latter, where they are wanted for a dirty log.
     pub(crate) logged: Vec<(u64, u32)>,
+    /// A buffer that is no memory. The rest is followed all the same: a request whose status can be written has an answer.
+    pub(crate) missing: Option<Malformed>,
 }
 
 /// Where descriptors are read from.
@@ -83,7 +85,7 @@ fn read_guest(memory: &MemoryMap, addr: u64, into: &mut [u8; DESC_SIZE as usize]
 }
 
 impl Chain {
-    /// Follows the chain at `head`, whose number was checked. On an error, what was found so far is there: perhaps a place for a status.
+    /// Follows the chain at `head`, whose number was checked.
     #[inline]
     pub(crate) fn follow(
         &mut self,
@@ -97,6 +99,7 @@ impl Chain {
         self.readable.clear();
         self.writable.clear();
         self.logged.clear();
+        self.missing = None;
         let (mut table, mut count, mut at) = (Table::Ring(descriptors), u32::from(size), head);
         let mut inside = false;
         for _ in 0..PIECES_MAX {
@@ -136,7 +139,10 @@ impl Chain {
         }
         let pieces = if write { &mut self.writable } else { &mut self.readable };
         if !memory.pieces(descriptor.addr, descriptor.len, pieces) {
-            return Err(Malformed::Memory { addr: descriptor.addr, bytes: descriptor.len });
+            let missing = Malformed::Memory { addr: descriptor.addr, bytes: descriptor.len };
+            self.missing = Some(missing);
+            // It may be the place of the status.
+            return if descriptor.flags & DESC_F_NEXT == 0 { Err(missing) } else { Ok(()) };
         }
         if pieces.len() > PIECES_MAX {
             return Err(Malformed::Long(PIECES_MAX));

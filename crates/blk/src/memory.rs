@@ -132,7 +132,8 @@ pub(crate) struct Piece {
     pub(crate) len: usize,
 }
 
-const _: () = assert!(size_of::<Piece>() == size_of::<libc::iovec>() && align_of::<Piece>() == align_of::<libc::iovec>());
+const _: () =
+    assert!(size_of::<Piece>() == size_of::<libc::iovec>() && align_of::<Piece>() == align_of::<libc::iovec>());
 
 impl Piece {
     /// Its address in this process.
@@ -168,7 +169,8 @@ pub(crate) fn copy_out(pieces: &[Piece], into: &mut [u8]) -> usize {
         if (piece.addr | count).is_multiple_of(8) {
             for (at, word) in into.chunks_exact_mut(8).enumerate() {
                 // SAFETY: pieces come from the map alone, lie inside its mappings, and are used while it lives.
-                let value = unsafe { AtomicU64::from_ptr(piece.as_ptr().cast::<u64>().add(at)) }.load(Ordering::Relaxed);
+                let value =
+                    unsafe { AtomicU64::from_ptr(piece.as_ptr().cast::<u64>().add(at)) }.load(Ordering::Relaxed);
                 word.copy_from_slice(&value.to_ne_bytes());
             }
         } else {

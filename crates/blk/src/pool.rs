@@ -24,6 +24,7 @@ const LOOK_EVERY_NS: u64 = 100_000_000;
 pub(crate) struct Pool {
     ports: Vec<Arc<Port>>,
     replied: Arc<OwnedFd>,
+    behind: Arc<OwnedFd>,
     /// A worker that ends says why.
     ended: mpsc::Receiver<String>,
     engine: EngineKind,
@@ -60,16 +61,16 @@ impl Pool {
         confined: &Arc<sandbox::Report>,
     ) -> io::Result<Self> {
         let count = options.workers.clamp(1, options.queues);
-        let replied = Arc::new(eventfd()?);
+        let (replied, behind) = (Arc::new(eventfd()?), Arc::new(eventfd()?));
         let (ended, endings) = mpsc::channel();
         let mut shares: Vec<Vec<QueueWriter>> = std::iter::repeat_with(Vec::new).take(usize::from(count)).collect();
         for meter in meters {
             let worker = meter.queue() % count;
             shares[usize::from(worker)].push(meter);
         }
-        let mut pool = Pool { ports: Vec::new(), replied, ended: endings, engine: options.engine };
+        let mut pool = Pool { ports: Vec::new(), replied, behind, ended: endings, engine: options.engine };
         for (number, meters) in shares.into_iter().enumerate() {
-            let port = Arc::new(Port::new(Arc::clone(&pool.replied))?);
+            let port = Arc::new(Port::new(Arc::clone(&pool.replied), Arc::clone(&pool.behind))?);
             let setup = Setup {
                 port: Arc::clone(&port),
                 served: served.clone(),
@@ -93,6 +94,20 @@ impl Pool {
     /// The engine that is used.
     pub(crate) fn engine(&self) -> EngineKind {
         self.engine
+    }
+
+    /// Readable when a worker wants the front-end's messages to be worked off.
+    pub(crate) fn behind(&self) -> BorrowedFd<'_> {
+        self.behind.as_fd()
+    }
+
+    /// They are.
+    ///
+    /// # Errors
+    /// As [`Pool::ask`].
+    pub(crate) fn caught_up(&self) -> Result<(), String> {
+        let _taken = rustix::io::read(&*self.behind, &mut [0; 8]);
+        self.ask_all(|| Command::CaughtUp)
     }
 
     fn last_words(&self) -> String {

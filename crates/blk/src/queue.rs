@@ -5,6 +5,7 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,13 +13,13 @@ use std::sync::atomic::Ordering;
 use warmswap_telemetry::{Kind, QueueWriter};
 use warmswap_wire::inflight::{RegionMemory, Tracker};
 
-use crate::chain::{Chain, total};
+use crate::chain::{Chain, Malformed, total};
 use crate::clock::now_ns;
 use crate::engine::sync::perform;
 use crate::engine::{Engine, Io, Op, Tag};
+use crate::image::Image;
 #[cfg(feature = "lab")]
 use crate::image::SECTOR;
-use crate::image::Image;
 use crate::log::DirtyLog;
 use crate::memory::{MemoryMap, Piece, Window, copy_in};
 use crate::request::{self, ID_BYTES, Limits, Parsed, Status, Wish};
@@ -131,6 +132,8 @@ pub(crate) struct Queue {
     order: VecDeque<(u16, u64)>,
     /// Requests to be started before anything is taken: what the last back-end owed.
     resubmit: VecDeque<u16>,
+    /// Requests in memory that is not known yet.
+    parked: Vec<u16>,
     batch: Vec<Answered>,
     heads: Vec<u16>,
     batch_bytes: u64,
@@ -143,6 +146,8 @@ pub(crate) struct Queue {
     taken_kinds: Vec<Kind>,
     /// The next publication is of something that a look without a kick has found.
     found_by_poll: bool,
+    /// Requests that ended with an error.
+    errors: u64,
     /// Answers that a fault keeps back: until when, head, result.
     #[cfg(feature = "lab")]
     held_back: Vec<(u64, u16, i64)>,
@@ -184,6 +189,7 @@ impl Queue {
             in_flight: 0,
             order: VecDeque::with_capacity(usize::from(size)),
             resubmit: resubmit.into(),
+            parked: Vec::new(),
             batch: Vec::with_capacity(usize::from(size)),
             heads: Vec::with_capacity(usize::from(size)),
             batch_bytes: 0,
@@ -195,6 +201,7 @@ impl Queue {
             meter,
             taken_kinds: Vec::with_capacity(usize::from(TAKEN_PER_TURN)),
             found_by_poll: false,
+            errors: 0,
             #[cfg(feature = "lab")]
             held_back: Vec::new(),
         })
@@ -276,10 +283,21 @@ impl Queue {
         slot.epoch = self.epoch;
         self.in_flight += 1;
         self.order.push_back((head, now));
+        self.understand(head, engine, false)
+    }
+
+    /// Follows a request's chain and does what it asks for. One that lies in memory nobody knows waits for the front-end's messages to be
+    /// worked off, unless this is its `last` chance: a driver may use memory as soon as its front-end has sent word of it.
+    #[inline]
+    fn understand<E: Engine>(&mut self, head: u16, engine: &mut E, last: bool) -> Result<(), Broken> {
+        let slot = &mut self.slots[usize::from(head)];
         let size = self.ring.place.size();
         let log = self.log.is_some();
-        let followed =
-            slot.chain.follow(&self.ring.place.descriptors, size, &self.memory, head, self.indirect, log);
+        let followed = slot.chain.follow(&self.ring.place.descriptors, size, &self.memory, head, self.indirect, log);
+        if !last && (slot.chain.missing.is_some() || matches!(followed, Err(Malformed::Memory { .. }))) {
+            self.parked.push(head);
+            return Ok(());
+        }
         let parsed = followed.and_then(|()| request::parse(&mut slot.chain, &self.served.limits));
         let Parsed { kind, wish, status } = match parsed {
             Ok(parsed) => parsed,
@@ -313,10 +331,37 @@ impl Queue {
             }
             Wish::No(status) => {
                 slot.op = None;
+                let missing = slot.chain.missing;
+                self.tell_error(
+                    head,
+                    &match missing {
+                        Some(missing) => format!("{missing}"),
+                        None => format!(
+                            "it is answered with {status:?}: it asks for what the device does not do, or does not have"
+                        ),
+                    },
+                );
                 self.finish(head, status, 0);
             }
         }
         Ok(())
+    }
+
+    /// Whether requests wait for the front-end's messages to be worked off.
+    #[inline]
+    pub(crate) fn has_parked(&self) -> bool {
+        !self.parked.is_empty()
+    }
+
+    /// The front-end's messages are worked off: what waited for that is understood now or never.
+    pub(crate) fn retry<E: Engine>(&mut self, engine: &mut E) {
+        for head in std::mem::take(&mut self.parked) {
+            let slot = &mut self.slots[usize::from(head)];
+            slot.epoch = self.epoch;
+            if let Err(broken) = self.understand(head, engine, true) {
+                self.break_ring(broken);
+            }
+        }
     }
 
     /// The engine has done what a request asked for.
@@ -339,8 +384,26 @@ impl Queue {
         };
         let result = if result == whole { result } else { self.go_on(head, op, whole, result) };
         let status = if result == whole { Status::Ok } else { Status::IoError };
+        if status != Status::Ok {
+            let what = if result < 0 {
+                io::Error::from_raw_os_error(-result as i32).to_string()
+            } else {
+                format!("only {result} bytes")
+            };
+            let offset = self.slots[usize::from(head)].offset;
+            self.tell_error(head, &format!("{op:?} of {len} bytes at {offset}: {what}"));
+        }
         let written = if op == Op::Read && status == Status::Ok { len } else { 0 };
         self.finish(head, status, written);
+    }
+
+    /// Tells of a request that ends with an error: the first, the second, the fourth, and so on, for a guest can make as many as it likes.
+    #[cold]
+    fn tell_error(&mut self, head: u16, what: &str) {
+        self.errors += 1;
+        if self.errors.is_power_of_two() {
+            crate::tell(&format!("ring {}: error {}: the request at head {head}: {what}", self.index, self.errors));
+        }
     }
 
     /// Something did not go through as it was asked. What came back short is gone on with, what the file system does not know is done
@@ -525,7 +588,8 @@ impl Queue {
 
     pub(crate) fn set_call(&mut self, call: Option<OwnedFd>) {
         self.call = call;
-        if self.call_due && self.call.is_some() {
+        // The last call through the old one may have come when nobody listened there any more. One too many does no harm.
+        if self.call.is_some() {
             self.send_call();
         }
     }
@@ -588,15 +652,20 @@ impl Queue {
         ns > 0
     }
 
-    /// Answers what was kept back and is due. Returns when the next is.
+    /// When the next answer that is kept back is due.
     #[cfg(feature = "lab")]
-    pub(crate) fn release(&mut self) -> Option<u64> {
+    pub(crate) fn next_due(&self) -> Option<u64> {
+        self.held_back.iter().map(|(due, _, _)| *due).min()
+    }
+
+    /// Answers what was kept back and is due.
+    #[cfg(feature = "lab")]
+    pub(crate) fn release(&mut self) {
         let now = now_ns();
         while let Some(at) = self.held_back.iter().position(|(due, _, _)| *due <= now) {
             let (_, head, result) = self.held_back.remove(at);
             self.answer_now(head, result);
         }
-        self.held_back.iter().map(|(due, _, _)| *due).min()
     }
 }
 

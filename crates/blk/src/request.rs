@@ -70,8 +70,8 @@ pub(crate) struct Parsed {
 pub(crate) fn parse(chain: &mut Chain, limits: &Limits) -> Result<Parsed, Malformed> {
     let status = chain.take_status().ok_or(Malformed::NothingWritable)?;
     let (kind, wish) = match chain.take_header::<16>() {
-        Ok(header) => understand(chain, &header, limits),
-        Err(_) => (Kind::Other, Wish::No(Status::IoError)),
+        Ok(header) if chain.missing.is_none() => understand(chain, &header, limits),
+        _ => (Kind::Other, Wish::No(Status::IoError)),
     };
     Ok(Parsed { kind, wish, status })
 }

@@ -6,22 +6,23 @@
 //!  one free thread --- restrict_process --> a restricted process --- restrict_thread --> a filtered thread
 //! ```
 //!
-//! [`restrict_process`] is called once, by the main thread, before there is any other: privileges, Landlock and the limit on core
-//! files are inherited by the threads that are made afterwards. [`restrict_thread`] is called by each thread, the main one
-//! included, when its set-up is done. From then on it may use what its [`Profile`] names (see [`rules`]) and nothing else. Nothing
-//! of this can be undone.
+//! [`restrict_process`] is called once, by the main thread, before there is any other: privileges, Landlock and the
+//! limit on core files are inherited by the threads that are made afterwards. [`restrict_thread`] is called by each
+//! thread, the main one included, when its set-up is done. From then on it may use what its [`Profile`] names (see
+//! [`rules`]) and nothing else. Nothing of this can be undone.
 //!
-//! What is open stays open: no layer looks at what is read and written through a descriptor. What came with a message of the
-//! front-end is such a descriptor.
+//! What is open stays open: no layer looks at what is read and written through a descriptor. What came with a message
+//! of the front-end is such a descriptor.
 //!
-//! **What the filter does not see.** An io_uring is not asked for its requests: what a ring may do, its own restrictions must say.
-//! Path arguments cannot be read by a filter: a `statx` with `AT_EMPTY_PATH` and a path all the same is not told apart, and
-//! Landlock does not restrict looking at metadata. Landlock lets a process open again, by `/proc/self/fd`, what lies on no file
-//! system (its memfds and pipes); the filter does not.
+//! **What the filter does not see.** An io_uring is not asked for its requests: what a ring may do, its own
+//! restrictions must say. Path arguments cannot be read by a filter: a `statx` with `AT_EMPTY_PATH` and a path all the
+//! same is not told apart, and Landlock does not restrict looking at metadata. Landlock lets a process open again, by
+//! `/proc/self/fd`, what lies on no file system (its memfds and pipes); the filter does not.
 //!
-//! **What a filtered thread must not do:** start a thread or a process, remove its socket's path, look into `/proc`, print a backtrace,
-//! ask for the local time. Two of these would happen behind one's back, and [`restrict_process`] sees to it that they do not:
-//! backtraces are switched off, and glibc's allocator keeps to one arena, since one of several reads a file when it shrinks.
+//! **What a filtered thread must not do:** start a thread or a process, remove its socket's path, look into `/proc`,
+//! print a backtrace, ask for the local time. Two of these would happen behind one's back, and [`restrict_process`]
+//! sees to it that they do not: backtraces are switched off, and glibc's allocator keeps to one arena, since one of
+//! several reads a file when it shrinks.
 //!
 //! The process stays *dumpable*: the broker's fence must be able to look into it.
 
@@ -62,7 +63,8 @@ pub enum Seccomp {
 /// Which layers are wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
-    /// `no_new_privs`, and no capability in any set. If it is off, Landlock and the filters set `no_new_privs` all the same.
+    /// `no_new_privs`, and no capability in any set. If it is off, Landlock and the filters set `no_new_privs` all the
+    /// same.
     pub privileges: Switch,
     /// No core file: guest memory would be in it.
     pub core_files: Switch,
@@ -70,7 +72,8 @@ pub struct Policy {
     pub landlock: Switch,
     /// The threads' filters.
     pub seccomp: Seccomp,
-    /// A layer that is wanted and not available is an error. One that is partially in force is not: a later kernel always knows more.
+    /// A layer that is wanted and not available is an error. One that is partially in force is not: a later kernel
+    /// always knows more.
     pub require: bool,
 }
 
@@ -132,8 +135,8 @@ impl Display for Layer {
     }
 }
 
-/// What became of a [`Policy`]. It is shown as one line for the log. To have one means that the process is restricted, so
-/// [`restrict_thread`] asks for it.
+/// What became of a [`Policy`]. It is shown as one line for the log. To have one means that the process is restricted,
+/// so [`restrict_thread`] asks for it.
 #[derive(Clone, Debug)]
 pub struct Report {
     layers: [Layer; 4],
@@ -155,7 +158,8 @@ impl Display for Report {
     }
 }
 
-/// Why the process or a thread could not be restricted as it was wanted. It may be restricted in part and must not go on.
+/// Why the process or a thread could not be restricted as it was wanted. It may be restricted in part and must not go
+/// on.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
     /// There is more than one thread.
@@ -203,7 +207,8 @@ pub enum SandboxError {
     },
     /// A filter could not be built or installed.
     #[error(
-        "the system-call filter of a {profile} thread cannot be put in force: {source}; the backend must not serve without it"
+        "the system-call filter of a {profile} thread cannot be put in force: {source}; \
+         the backend must not serve without it"
     )]
     Filter {
         /// Whose.
@@ -213,10 +218,12 @@ pub enum SandboxError {
     },
 }
 
-/// Restricts the process. The main thread calls it once, when the image is open and locked and the socket is bound, and before
-/// it makes a thread or an io_uring (which has threads of its own).
+/// Restricts the process. The main thread calls it once, when the image is open and locked and the socket is bound, and
+/// before it makes a thread or an io_uring (which has threads of its own). A thread that has ended counts too: glibc
+/// settles its number of arenas when the first one allocates.
 ///
-/// Without capabilities `RLIMIT_MEMLOCK` counts: what is to be locked beyond it must be locked before.
+/// Without capabilities `RLIMIT_MEMLOCK` counts: what is to be locked or registered beyond it must be before, or the
+/// limit raised.
 pub fn restrict_process(policy: &Policy) -> Result<Report, SandboxError> {
     runtime::alone()?;
     if policy.seccomp != Seccomp::Off {
@@ -237,8 +244,8 @@ pub fn restrict_process(policy: &Policy) -> Result<Report, SandboxError> {
     Ok(Report { layers: [privileges, core_files, landlock, seccomp], violation })
 }
 
-/// Confines the calling thread to its profile. It is the last step of the thread's set-up. Without effect if the report says that
-/// the filters are off or not available.
+/// Confines the calling thread to its profile. It is the last step of the thread's set-up. Without effect if the report
+/// says that the filters are off or not available.
 pub fn restrict_thread(profile: Profile, report: &Report) -> Result<(), SandboxError> {
     let Some(violation) = &report.violation else { return Ok(()) };
     let install = || filter::install(filter::chains(profile)?, violation.clone());

@@ -72,7 +72,11 @@ pub fn run(options: Options) -> Result<(), RunError> {
     let system = |what| move |error| RunError::System { what, error };
     let end = take_signals().map_err(system("taking signals"))?;
     let image = Image::open(&options.image, options.read_only, options.direct)?;
-    let tell = |pid| crate::tell(&format!("I/O of process {pid}, which is gone, is still in flight on the image: waiting for its end"));
+    let tell = |pid| {
+        crate::tell(&format!(
+            "I/O of process {pid}, which is gone, is still in flight on the image: waiting for its end"
+        ))
+    };
     image.wait_for_the_dead(tell).map_err(system("asking who has the image open"))?;
     let shape = Shape {
         sectors: image.sectors().map_err(system("asking for the image's size"))?,
@@ -140,7 +144,10 @@ fn listen(path: &std::path::Path) -> io::Result<OwnedFd> {
     use std::os::unix::fs::FileTypeExt;
     if let Ok(found) = std::fs::symlink_metadata(path) {
         if !found.file_type().is_socket() {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "this exists and is not a socket: it is left alone"));
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "this exists and is not a socket: it is left alone",
+            ));
         }
         if std::os::unix::net::UnixStream::connect(path).is_ok() {
             return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there"));
@@ -185,6 +192,7 @@ struct Server<'a> {
 struct Woken {
     end: bool,
     front_end: bool,
+    behind: bool,
     channel: bool,
 }
 
@@ -192,12 +200,8 @@ impl Server<'_> {
     fn run(mut self, mut shape: Shape) -> Result<(), RunError> {
         loop {
             let Some(connection) = self.accept(&mut shape)? else { return Ok(()) };
-            let shared = Shared {
-                pool: &self.pool,
-                shape,
-                write_cache: self.options.write_cache,
-                end: self.end.as_fd(),
-            };
+            let shared =
+                Shared { pool: &self.pool, shape, write_cache: self.options.write_cache, end: self.end.as_fd() };
             let session = Session::new(connection, &shared);
             let (asked, size) = self.serve(session)?;
             shape.sectors = size;
@@ -209,7 +213,8 @@ impl Server<'_> {
 
     /// The next front-end; none if the process is asked to end.
     fn accept(&mut self, shape: &mut Shape) -> Result<Option<Connection>, RunError> {
-        let system = |error: rustix::io::Errno| RunError::System { what: "waiting for a front-end", error: error.into() };
+        let system =
+            |error: rustix::io::Errno| RunError::System { what: "waiting for a front-end", error: error.into() };
         let socket = match &mut self.source {
             Source::Connection(socket) => socket.take(),
             Source::Listener(listener) => loop {
@@ -254,10 +259,13 @@ impl Server<'_> {
             if woken.channel {
                 session.serve_channel();
             }
-            if woken.front_end
+            if (woken.front_end || woken.behind)
                 && let Err(end) = session.serve()
             {
                 break end;
+            }
+            if woken.behind {
+                self.pool.caught_up().map_err(RunError::Worker)?;
             }
             if let Some(why) = self.pool.ending() {
                 return Err(RunError::Worker(why));
@@ -288,6 +296,7 @@ impl Server<'_> {
         let mut fds = vec![
             PollFd::new(&self.end, PollFlags::IN),
             PollFd::from_borrowed_fd(session.fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.pool.behind(), PollFlags::IN),
         ];
         fds.extend(session.channel().map(|fd: BorrowedFd<'_>| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         match rustix::event::poll(&mut fds, Some(&SIZE_EVERY)) {
@@ -295,7 +304,7 @@ impl Server<'_> {
             Err(error) => return Err(RunError::System { what: "waiting for the front-end", error: error.into() }),
         }
         let is = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
-        Ok(Woken { end: is(0), front_end: is(1), channel: is(2) })
+        Ok(Woken { end: is(0), front_end: is(1), behind: is(2), channel: is(3) })
     }
 }
 

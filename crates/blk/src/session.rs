@@ -314,7 +314,8 @@ impl<'a> Session<'a> {
         let mut moves = Vec::new();
         for (index, ring) in self.rings.iter().enumerate().filter(|(_, ring)| ring.started) {
             let addr = ring.addr.as_ref().expect("a started ring has addresses");
-            let place = Place::find(&memory, ring.size, addr).map_err(|why| format!("ring {index} is running, and {why}"))?;
+            let place =
+                Place::find(&memory, ring.size, addr).map_err(|why| format!("ring {index} is running, and {why}"))?;
             moves.push((index as u16, place));
         }
         self.memory = Arc::clone(&memory);
@@ -413,7 +414,9 @@ impl<'a> Session<'a> {
         match asked {
             Ok(WorkerReply::Started(recovered)) => {
                 if recovered > 0 {
-                    crate::tell(&format!("ring {index}: {recovered} requests of the last back-end are submitted again"));
+                    crate::tell(&format!(
+                        "ring {index}: {recovered} requests of the last back-end are submitted again"
+                    ));
                 }
                 Ok(())
             }

@@ -46,6 +46,8 @@ pub(crate) enum Command {
     Move(Arc<MemoryMap>, Vec<(u16, Place)>),
     Log(Option<Arc<DirtyLog>>),
     Limits(Limits),
+    /// Every message of the front-end is worked off.
+    CaughtUp,
 }
 
 /// What a worker answers.
@@ -68,6 +70,8 @@ pub(crate) struct Port {
     replies: Mutex<VecDeque<Reply>>,
     /// Readable when there are replies; one for all workers.
     replied: Arc<OwnedFd>,
+    /// Readable when a worker wants the front-end's messages to be worked off; one for all.
+    behind: Arc<OwnedFd>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -80,13 +84,14 @@ pub(crate) fn eventfd() -> io::Result<OwnedFd> {
 }
 
 impl Port {
-    pub(crate) fn new(replied: Arc<OwnedFd>) -> io::Result<Self> {
+    pub(crate) fn new(replied: Arc<OwnedFd>, behind: Arc<OwnedFd>) -> io::Result<Self> {
         Ok(Port {
             commands: Mutex::default(),
             has_commands: AtomicBool::new(false),
             wake: eventfd()?,
             replies: Mutex::default(),
             replied,
+            behind,
         })
     }
 
@@ -119,6 +124,8 @@ pub(crate) struct Worker<E> {
     /// Meters of the queues that are not served now.
     meters: Vec<QueueWriter>,
     commands_watched: bool,
+    /// The control thread was asked to work off the front-end's messages.
+    behind: bool,
     /// How long it looks on before it sleeps, and at most.
     look_ns: u64,
     look_max_ns: u64,
@@ -139,6 +146,7 @@ impl<E: Engine> Worker<E> {
             queues: Vec::new(),
             meters,
             commands_watched: false,
+            behind: false,
             look_ns: 0,
             look_max_ns: u64::try_from(look_max.as_nanos()).unwrap_or(u64::MAX),
         }
@@ -174,13 +182,17 @@ impl<E: Engine> Worker<E> {
         for queue in &mut self.queues {
             worked |= queue.take(&mut self.engine) > 0;
         }
+        if !self.behind && self.queues.iter().any(Queue::has_parked) {
+            self.behind = true;
+            let _told = rustix::io::write(&*self.port.behind, &1_u64.to_ne_bytes());
+        }
         self.engine.submit()?;
         while let Some(answer) = self.engine.answer() {
             self.hear(answer);
             worked = true;
         }
         #[cfg(feature = "lab")]
-        self.queues.iter_mut().for_each(|queue| _ = queue.release());
+        self.queues.iter_mut().for_each(Queue::release);
         for queue in &mut self.queues {
             queue.publish();
         }
@@ -259,7 +271,7 @@ impl<E: Engine> Worker<E> {
             return Ok(());
         }
         #[cfg(feature = "lab")]
-        if let Some(due) = self.queues.iter_mut().filter_map(Queue::release).min() {
+        if let Some(due) = self.queues.iter().filter_map(Queue::next_due).min() {
             at_most = Some(Duration::from_nanos(due.saturating_sub(now_ns()).max(1000)));
         }
         let began = now_ns();
@@ -303,8 +315,11 @@ impl<E: Engine> Worker<E> {
         match command {
             Command::Start(start) => return Some(self.start(*start)),
             Command::Stop(index) => {
-                let Some(queue) = self.queue(index) else { return Some(Reply::Refused("it is not started".into())) };
+                let queue = self.queues.iter_mut().find(|queue| queue.index == index);
+                let Some(queue) = queue else { return Some(Reply::Refused("it is not started".into())) };
                 queue.stopping = true;
+                // What the front-end said before it asked for the stop is worked off.
+                queue.retry(&mut self.engine);
                 // Its reply comes when it is at rest.
                 return None;
             }
@@ -332,6 +347,10 @@ impl<E: Engine> Worker<E> {
                 }
             }
             Command::Log(log) => self.queues.iter_mut().for_each(|queue| queue.set_log(log.clone())),
+            Command::CaughtUp => {
+                self.behind = false;
+                self.queues.iter_mut().for_each(|queue| queue.retry(&mut self.engine));
+            }
             Command::Limits(limits) => {
                 self.served.limits = limits;
                 self.queues.iter_mut().for_each(|queue| queue.set_limits(limits));

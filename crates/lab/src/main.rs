@@ -37,6 +37,10 @@ fn main() -> std::process::ExitCode {
     if std::env::args_os().nth(1).is_some_and(|verb| verb == "warmswap") {
         return warmswap::cli::main(std::env::args_os().skip(1));
     }
+    // And so is the backend: `lab blk …` is `warmswap blk …`.
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == "blk") {
+        return warmswap::cli::main(std::env::args_os());
+    }
     let outcome = match Args::parse().instrument {
         Instrument::Vm(args) => vm::run(&args),
         Instrument::Rig(args) => rig::run(&args),

@@ -43,7 +43,8 @@ fn conditions(tests: &[Test]) -> Result<Vec<SeccompRule>, BackendError> {
     for test in tests {
         let mut longer = Vec::new();
         for (operator, value) in comparisons(test.must) {
-            // The kernel takes these arguments as 32 bits, or looks at bits of the lower half: the upper one says nothing.
+            // The kernel takes these arguments as 32 bits, or looks at bits of the lower half: the upper one says
+            // nothing.
             let condition = SeccompCondition::new(test.arg, SeccompCmpArgLen::Dword, operator, u64::from(value))?;
             for shorter in &alternatives {
                 let mut alternative: Vec<SeccompCondition> = shorter.clone();

@@ -63,15 +63,15 @@ pub(super) fn core_files(wanted: Switch) -> Result<Layer, SandboxError> {
     if wanted == Switch::Off {
         return Ok(Layer::new(NAME, State::Off));
     }
-    // Not 0: a limit of 0 holds for files only, and a core that is piped to a program (systemd-coredump, apport) is piped as a
-    // whole. A limit of one byte suppresses both: it is less than a core file needs, and for pipes it is the kernel's mark that
-    // there shall be none.
+    // Not 0: a limit of 0 holds for files only, and a core that is piped to a program (systemd-coredump, apport) is
+    // piped as a whole. A limit of one byte suppresses both: it is less than a core file needs, and for pipes it is the
+    // kernel's mark that there shall be none.
     let one_byte = Rlimit { current: Some(1), maximum: Some(1) };
     match rustix::process::setrlimit(Resource::Core, one_byte) {
         Ok(()) => {}
         // It was at 0 already, for good.
         Err(Errno::PERM) => {
-            let detail = "the limit was 0 before and cannot become 1: a core that the system pipes to a program is not suppressed";
+            let detail = "the limit was 0 before and cannot become 1: a core piped to a program is not suppressed";
             return Ok(Layer::new(NAME, State::Partial).because(detail));
         }
         Err(source) => return Err(refused("limit its core files")(source)),
@@ -115,8 +115,8 @@ fn version(abi: ABI) -> String {
     }
 }
 
-/// What a version of Landlock cannot deny that [`KNOWN`] can. That files can be moved between directories (2) is not among it: the
-/// first version denies that always.
+/// What a version of Landlock cannot deny that [`KNOWN`] can. That files can be moved between directories (2) is not
+/// among it: the first version denies that always.
 pub(super) fn uncovered(abi: ABI) -> Vec<&'static str> {
     let since = [
         (ABI::V3, "truncating files"),

@@ -13,10 +13,10 @@ pub(super) fn alone() -> Result<(), SandboxError> {
 
 /// Makes std and glibc leave the file system alone from now on. To be called while the calling thread is [`alone`].
 ///
-/// * A panic with `RUST_BACKTRACE` reads the program file for the names of functions. The message comes before, but the panic would
-///   end in SIGSYS.
-/// * glibc's allocator reads `/proc/sys/vm/overcommit_memory` when it first shrinks an arena that is not the first one. So there is
-///   one arena. Small blocks come from the threads' own caches as before.
+/// * A panic with `RUST_BACKTRACE` reads the program file for the names of functions. The message comes before, but the
+///   panic would end in SIGSYS.
+/// * glibc's allocator reads `/proc/sys/vm/overcommit_memory` when it first shrinks an arena that is not the first one.
+///   So there is one arena. Small blocks come from the threads' own caches as before.
 pub(super) fn keep_away_from_files() {
     for variable in ["RUST_BACKTRACE", "RUST_LIB_BACKTRACE"] {
         // SAFETY: no other thread can be reading the environment: there is none, as the caller guarantees.

@@ -1,8 +1,8 @@
 //! What a thread may ask of the kernel, and why: one table, which the filter is made from and the documents can be.
 //!
-//! Every call that is missing here has been thought about or was never met: no `socket`, `connect`, `bind`, `open…`, `unlink…`,
-//! `clone…`, `exec…`, `kill`, `ptrace`, `io_uring_setup`, `io_uring_register`, `seccomp`, `setsockopt`, `prlimit64`. `rseq` and
-//! `set_robust_list` are called once by each new thread before it runs anything of ours.
+//! Every call that is missing here has been thought about or was never met: no `socket`, `connect`, `bind`, `open…`,
+//! `unlink…`, `clone…`, `exec…`, `kill`, `ptrace`, `io_uring_setup`, `io_uring_register`, `seccomp`, `setsockopt`,
+//! `prlimit64`. `rseq` and `set_robust_list` are called once by each new thread before it runs anything of ours.
 
 use libc::{
     AT_EMPTY_PATH, F_ADD_SEALS, F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFD, F_GETFL, F_OFD_GETLK, F_OFD_SETLK, F_OFD_SETLKW,
@@ -182,8 +182,9 @@ const COMMON: &[Rule] = &[
             SYS_epoll_wait,
             SYS_epoll_pwait,
             SYS_epoll_pwait2,
+            SYS_epoll_ctl,
         ],
-        "waiting for descriptors",
+        "waiting for descriptors, which come and go with the rings",
     ),
     always(calls![SYS_close], "descriptors that came with a message or were made here"),
     only(
@@ -221,6 +222,7 @@ const WORKER: &[Rule] = &[
         calls![SYS_pread64, SYS_pwrite64, SYS_preadv, SYS_pwritev, SYS_preadv2, SYS_pwritev2],
         "requests to the image, without a ring",
     ),
+    always(calls![SYS_epoll_ctl], "kicks to wait for, without a ring"),
     always(calls![SYS_fsync, SYS_fdatasync], "flushes"),
     always(calls![SYS_fallocate], "discards and zeroes in a file"),
     only(calls![SYS_ioctl], &[one_of!(1: BLKDISCARD, BLKZEROOUT)], "discards and zeroes on a block device"),
@@ -238,7 +240,7 @@ const CONTROL: &[Rule] = &[
         &[one_of!(1: SOL_SOCKET), one_of!(2: SO_PEERCRED, SO_ERROR, SO_TYPE, SO_DOMAIN)],
         "who a peer is, and what came as a descriptor",
     ),
-    always(calls![SYS_epoll_create1, SYS_epoll_ctl], "what to wait for"),
+    always(calls![SYS_epoll_create1], "what to wait with"),
     always(calls![SYS_eventfd2, SYS_timerfd_settime], "waking a thread, and patience"),
     only(
         calls![SYS_fcntl],

@@ -19,7 +19,16 @@ use crate::time::Nanos;
 #[derive(Debug)]
 pub(crate) enum Ticket {
     /// A change that backends must acknowledge.
-    Mirror { number: u64, code: RequestCode, waiting: Vec<BackendId>, result: u64, deadline: Nanos, strict: bool },
+    Mirror {
+        number: u64,
+        code: RequestCode,
+        waiting: Vec<BackendId>,
+        result: u64,
+        deadline: Nanos,
+        strict: bool,
+        /// The VMM waits for an acknowledgement. If not, its next request waits: the answer to that says that this was done.
+        answered: bool,
+    },
     /// A ring that is being stopped.
     Stop { ring: u32, deadline: Nanos },
 }
@@ -252,13 +261,16 @@ impl Pair {
         let code = request.code();
         self.tickets += 1;
         let number = self.tickets;
+        // A VMM without acknowledgements takes the answer to its next question for one, and lets the guest use the memory.
+        let waits =
+            need_reply || matches!(code, RequestCode::SetMemTable | RequestCode::AddMemReg | RequestCode::RemMemReg);
         let mut waiting = Vec::new();
         // The size of a ring that a canary has borrowed is told when the canary gives it back.
         let borrowed = |link: &crate::link::Link| matches!(request, Request::SetVringNum(_)) && !link.is_free();
         for link in self.links.iter_mut().filter(|link| link.mirrors() && !borrowed(link)) {
             let (adapted, then) = link.adapted(request);
             let request = adapted.as_ref().unwrap_or(request);
-            if need_reply {
+            if waits {
                 link.ask(request, Purpose::Mirror(number), step.out);
                 waiting.push(link.id);
             } else {
@@ -266,15 +278,13 @@ impl Pair {
             }
             then.iter().for_each(|request| link.tell(request, step.out));
         }
-        if !need_reply {
-            return;
-        }
         let strict = self.must_be_applied(request);
-        if waiting.is_empty() {
-            self.answer_ack(code, 0, step);
-        } else {
+        if !waiting.is_empty() {
             let deadline = step.now + self.config.limits.answer_max;
-            self.ticket = Some(Ticket::Mirror { number, code, waiting, result: 0, deadline, strict });
+            let answered = need_reply;
+            self.ticket = Some(Ticket::Mirror { number, code, waiting, result: 0, deadline, strict, answered });
+        } else if need_reply {
+            self.answer_ack(code, 0, step);
         }
     }
 
@@ -330,12 +340,12 @@ impl Pair {
     }
 
     fn finish_mirror(&mut self, step: &mut Step<'_>) {
-        if let Some(Ticket::Mirror { code, waiting, result, .. }) = &self.ticket
+        if let Some(Ticket::Mirror { code, waiting, result, answered, .. }) = &self.ticket
             && waiting.is_empty()
         {
-            let (code, result) = (*code, *result);
+            let (code, result, answered) = (*code, *result, *answered);
             self.ticket = None;
-            self.answer_ack(code, result, step);
+            self.acknowledge(code, answered, result, step);
         }
     }
 
@@ -348,14 +358,14 @@ impl Pair {
             return;
         }
         match self.ticket.take() {
-            Some(Ticket::Mirror { code, waiting, .. }) => {
+            Some(Ticket::Mirror { code, waiting, answered, .. }) => {
                 self.counters.answered_from_record += 1;
                 step.out.journal(
                     Entry::warning("AnsweredFromRecord")
                         .with("request", code.name())
                         .with("silent", waiting.first().map_or(0, |id| id.0)),
                 );
-                self.answer_ack(code, 0, step);
+                self.acknowledge(code, answered, 0, step);
             }
             Some(Ticket::Stop { ring, deadline }) => {
                 self.ticket = Some(Ticket::Stop { ring, deadline });

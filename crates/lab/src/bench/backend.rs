@@ -1,12 +1,14 @@
 //! The backends measured: qemu-storage-daemon on a file of a tmpfs, or on nothing at all.
 
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 
 use crate::common::process::die_with_parent;
-use crate::common::qsd::{Aio, Qsd};
+use crate::common::qsd::{Aio, Qsd, listens};
 use crate::guest::BLOCK;
 
 /// Blocks of an image: 64 MiB.
@@ -50,10 +52,19 @@ pub(super) fn on_nothing(queues: u16, socket: &str) -> Vec<String> {
     ]
 }
 
+/// How long a backend may take until it listens.
+const START_MAX: Duration = Duration::from_secs(10);
+
 /// Starts a command line and returns at once. The child dies with us.
 pub(super) fn start(line: &[String]) -> anyhow::Result<Bare> {
+    start_telling(line, Stdio::inherit())
+}
+
+/// As [`start`]; what it says goes to `told`.
+pub(super) fn start_telling(line: &[String], told: Stdio) -> anyhow::Result<Bare> {
     let mut command = Command::new(&line[0]);
-    command.args(&line[1..]).stdin(Stdio::null()).stdout(Stdio::null());
+    // An interrupt from the terminal is for the bench.
+    command.args(&line[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(told).process_group(0);
     let child = die_with_parent(&mut command).spawn().with_context(|| format!("starting {}", line[0]))?;
     Ok(Bare(child))
 }
@@ -63,6 +74,22 @@ pub(super) fn start(line: &[String]) -> anyhow::Result<Bare> {
 pub(super) struct Bare(Child);
 
 impl Bare {
+    /// Its process.
+    pub(super) fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Waits until it listens on `socket`.
+    pub(super) fn wait_until_listening(&mut self, socket: &Path) -> anyhow::Result<()> {
+        let deadline = Instant::now() + START_MAX;
+        while !listens(socket) {
+            self.must_live()?;
+            ensure!(Instant::now() < deadline, "the backend does not listen on {}", socket.display());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
     /// Sends SIGKILL and returns at once.
     pub(super) fn kill(&mut self) -> anyhow::Result<()> {
         self.0.kill().context("killing a backend")

@@ -1,12 +1,12 @@
-//! The load: a driver that polls its rings and keeps each at its depth with random 4 KiB reads and writes.
+//! The load: a driver that polls its rings and keeps each at its depth.
 
 use std::path::PathBuf;
 
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 
-use super::backend::BLOCKS;
+use super::load::{Load, Stream};
 use crate::common::rng::Rng;
-use crate::guest::{Acks, BLOCK, Completion, Guest, Options, QueueShape, Request, Slot, Status, Window, now_ns};
+use crate::guest::{Acks, Completion, Guest, GuestMemory, Options, QueueShape, Slot, Status, Window, now_ns};
 
 /// Data buffers per guest. They lie all over its memory and every request takes another one, as a page cache does.
 const BUFFERS_MAX: u64 = 4096;
@@ -32,12 +32,15 @@ pub(super) struct Shape {
     pub(super) acks: Acks,
     /// Memory region by region, not as a table.
     pub(super) memory_slots: bool,
+    /// What it asks of its disk.
+    pub(super) load: Load,
 }
 
 impl Shape {
-    /// A guest with 256 MiB and one queue, sixteen requests deep, as QEMU makes it.
+    /// A guest with 256 MiB and one queue, sixteen requests deep, as QEMU makes it. Random 4 KiB reads and writes.
     pub(super) fn at(socket: PathBuf) -> Self {
-        Shape { socket, memory_mib: 256, queues: 1, depth: 16, ring: RING, acks: Acks::Qemu, memory_slots: true }
+        let (acks, load) = (Acks::Qemu, Load::MIXED);
+        Shape { socket, memory_mib: 256, queues: 1, depth: 16, ring: RING, acks, memory_slots: true, load }
     }
 }
 
@@ -52,7 +55,7 @@ pub(super) struct Driver {
     pub(super) duplicated: u64,
     /// Broken rings are counted, not fatal: there is no broker.
     tolerant: bool,
-    rng: Rng,
+    stream: Stream,
     buffers: Vec<Window>,
     idle: Vec<Vec<Slot>>,
 }
@@ -60,21 +63,32 @@ pub(super) struct Driver {
 impl Driver {
     /// Boots a guest: connects, starts the rings. No load yet.
     pub(super) fn boot(shape: &Shape, rng: Rng) -> anyhow::Result<Self> {
-        let queue = QueueShape { size: shape.ring, depth: shape.depth, blocks_max: 1, segments_max: 1, start: 0 };
-        let options = Options {
-            socket: shape.socket.clone(),
-            memory_bytes: shape.memory_mib << 20,
-            queues: shape.queues,
-            shape: queue,
-            acks: shape.acks,
-            memory_slots: shape.memory_slots,
-            ..Options::default()
-        };
-        let mut guest = Guest::new(options)?;
-        populate(&guest)?;
-        let buffers = scatter_buffers(&mut guest)?;
+        let mut guest = Guest::new(options(shape))?;
+        populate(guest.memory())?;
+        let buffers = scatter_buffers(guest.memory_mut(), shape.load.bytes())?;
+        Driver::on(guest, buffers, shape, rng)
+    }
+
+    /// As [`Driver::boot`], in memory that is there already, and with these data buffers.
+    pub(super) fn boot_in(
+        memory: GuestMemory,
+        mut buffers: Vec<Window>,
+        shape: &Shape,
+        rng: Rng,
+    ) -> anyhow::Result<Self> {
+        let mut guest = Guest::in_memory(options(shape), memory)?;
+        for queue in &mut guest.queues {
+            for slot in 0..shape.depth {
+                queue.replace_data(slot, buffers.pop().context("there are fewer buffers than requests in flight")?);
+            }
+        }
+        Driver::on(guest, buffers, shape, rng)
+    }
+
+    fn on(guest: Guest, buffers: Vec<Window>, shape: &Shape, rng: Rng) -> anyhow::Result<Self> {
+        let stream = Stream::new(shape.load, shape.queues, rng);
         let idle = vec![(0..shape.depth).collect(); shape.queues.into()];
-        let mut driver = Driver { guest, busy: false, duplicated: 0, tolerant: false, rng, buffers, idle };
+        let mut driver = Driver { guest, busy: false, duplicated: 0, tolerant: false, stream, buffers, idle };
         driver.guest.connect()?;
         driver.start()?;
         Ok(driver)
@@ -101,7 +115,7 @@ impl Driver {
         for index in 0..self.guest.queues.len() {
             taken += self.take(index, seen)?;
             if self.busy && !self.idle[index].is_empty() {
-                self.fill(index);
+                self.submit(index);
             }
         }
         Ok(taken)
@@ -131,15 +145,13 @@ impl Driver {
         }
     }
 
-    fn fill(&mut self, index: usize) {
+    fn submit(&mut self, index: usize) {
         let queue = &mut self.guest.queues[index];
         while let Some(slot) = self.idle[index].pop() {
-            let choice = self.rng.next();
-            let buffer = (choice >> 1) as usize % self.buffers.len();
+            let (request, choice) = self.stream.next(index);
+            let buffer = choice % self.buffers.len();
             let old = queue.replace_data(slot, self.buffers[buffer].clone());
             self.buffers[buffer] = old;
-            let block = (choice >> 32) % BLOCKS;
-            let request = if choice & 1 == 0 { Request::read(block, 1) } else { Request::write(block, 1) };
             // One descriptor per request: the ring is larger than the depth.
             assert!(queue.submit(slot, request), "the ring is full");
         }
@@ -182,27 +194,41 @@ impl Driver {
     }
 }
 
+/// The guest's options.
+fn options(shape: &Shape) -> Options {
+    let (size, blocks_max) = (shape.ring, shape.load.blocks);
+    Options {
+        socket: shape.socket.clone(),
+        memory_bytes: shape.memory_mib << 20,
+        queues: shape.queues,
+        shape: QueueShape { size, depth: shape.depth, blocks_max, segments_max: 1, start: 0 },
+        acks: shape.acks,
+        memory_slots: shape.memory_slots,
+        ..Options::default()
+    }
+}
+
 /// A turn without a completion. Others get the processor if they wait for it, as they would if this were a virtual one.
 pub(super) fn pause() {
     std::thread::yield_now();
 }
 
-/// Makes all of the guest's memory present: a guest that runs for a while has touched all of it.
-fn populate(guest: &Guest) -> anyhow::Result<()> {
-    for (region, fd) in guest.memory().table() {
+/// Makes all of a guest's memory present: a guest that runs for a while has touched all of it.
+pub(super) fn populate(memory: &GuestMemory) -> anyhow::Result<()> {
+    for (region, fd) in memory.table() {
         rustix::fs::fallocate(fd, rustix::fs::FallocateFlags::empty(), region.mmap_offset, region.size)?;
     }
     Ok(())
 }
 
-/// Data buffers at equal distances over all of the guest's memory, but for what rings need at the start of each region.
-fn scatter_buffers(guest: &mut Guest) -> anyhow::Result<Vec<Window>> {
-    let regions: Vec<u64> = guest.memory().table().map(|(region, _)| region.size).collect();
+/// Data buffers of `bytes` at equal distances over all of a guest's memory, but for what was taken of it already.
+pub(super) fn scatter_buffers(memory: &mut GuestMemory, bytes: usize) -> anyhow::Result<Vec<Window>> {
+    let regions: Vec<u64> = memory.table().map(|(region, _)| region.size).collect();
     let whole: u64 = regions.iter().sum();
-    let stride = (whole / BUFFERS_MAX).next_power_of_two().max(2 * BLOCK as u64);
+    let stride = (whole / BUFFERS_MAX).next_power_of_two().max(2 * bytes as u64);
     let mut buffers = Vec::new();
     for (index, size) in regions.into_iter().enumerate() {
-        while let Ok(window) = guest.memory_mut().allocate(index, BLOCK, stride.min(size)) {
+        while let Ok(window) = memory.allocate(index, bytes, stride.min(size)) {
             buffers.push(window);
         }
     }

@@ -4,16 +4,20 @@
 //! * `overhead`: requests per second and tail latency through a guarded device and a direct one.
 //! * `observer`: what the broker itself uses, and how fast it answers a VMM whose backend is stopped.
 //!
-//! All of them drive real qemu-storage-daemons on a tmpfs with the user-space driver of [`crate::guest`]; times are its own
+//! * `blk`: our own backend beside QSD in its best mode, and beside what the storage gives without any of them.
+//!
+//! The first three drive real qemu-storage-daemons on a tmpfs with the user-space driver of [`crate::guest`]; times are its own
 //! readings of CLOCK_MONOTONIC. A failure anywhere (a status, a broken ring, a failover that does not settle) ends the bench.
 
 mod answers;
 mod backend;
 mod blackout;
+mod blk;
 mod broker;
 mod cold;
 mod driver;
 mod guarded;
+mod load;
 mod observer;
 mod overhead;
 mod report;
@@ -40,6 +44,8 @@ enum Bench {
     Overhead(overhead::Args),
     /// What the broker uses, and how fast it answers while its backend is stopped.
     Observer(observer::Args),
+    /// Our own backend beside QSD: requests per second, per second of processor time, and tail latency.
+    Blk(blk::Args),
 }
 
 /// Options of every bench.
@@ -62,5 +68,6 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Bench::Blackout(args) => blackout::run(args),
         Bench::Overhead(args) => overhead::run(args),
         Bench::Observer(args) => observer::run(args),
+        Bench::Blk(args) => blk::run(args),
     }
 }

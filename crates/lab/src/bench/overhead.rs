@@ -245,7 +245,7 @@ mod tests {
 
     #[test]
     fn ratios_are_guarded_over_direct() {
-        let run = |iops, p999_us| Run { iops, p999_us };
+        let run = |iops, p999_us| Run { iops, p999_us, ..Run::default() };
         let mut pairs = Pairs::default();
         // In the order of `Turn`: direct, again, guarded.
         pairs.add(&[run(100.0, 10.0), run(100.0, 20.0), run(99.0, 30.0)]);

@@ -20,8 +20,14 @@ pub(super) enum Waiting {
 /// What came out.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Run {
+    /// Completions.
+    pub(super) completed: u64,
     /// Completions per second.
     pub(super) iops: f64,
+    /// Median of the latency.
+    pub(super) p50_us: f64,
+    /// 99th percentile of the latency.
+    pub(super) p99_us: f64,
     /// 99.9th percentile of the latency.
     pub(super) p999_us: f64,
 }
@@ -53,7 +59,14 @@ pub(super) fn measure(driver: &mut Driver, waiting: Waiting, seconds: f64) -> an
     let elapsed = (now_ns() - began) as f64 / 1e9;
     let histogram = latencies.histogram();
     ensure!(!histogram.is_empty(), "nothing completed in {seconds} s: {}", driver.describe());
-    Ok(Run { iops: histogram.len() as f64 / elapsed, p999_us: histogram.value_at_quantile(0.999) as f64 / 1e3 })
+    let quantile_us = |quantile| histogram.value_at_quantile(quantile) as f64 / 1e3;
+    Ok(Run {
+        completed: histogram.len(),
+        iops: histogram.len() as f64 / elapsed,
+        p50_us: quantile_us(0.5),
+        p99_us: quantile_us(0.99),
+        p999_us: quantile_us(0.999),
+    })
 }
 
 /// Sleeps until any queue calls, at most 10 ms.

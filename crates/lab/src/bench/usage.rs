@@ -1,6 +1,6 @@
 //! What a process uses, from outside.
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 
 /// Processor time of all its threads so far, in nanoseconds, as the scheduler accounts it. Threads that have ended are not
 /// in it; a broker at rest or under load starts and ends none.
@@ -13,6 +13,22 @@ pub(super) fn processor_ns(pid: u32) -> anyhow::Result<u64> {
         sum += first.parse::<u64>()?;
     }
     Ok(sum)
+}
+
+/// Processor time of the whole process so far, in nanoseconds, by its own clock: threads that have ended are in it, and so are
+/// the workers of its io_urings, which are threads of it. What the kernel does elsewhere for it (interrupts, its own threads)
+/// is not.
+pub(super) fn process_ns(pid: u32) -> anyhow::Result<u64> {
+    let mut clock: libc::clockid_t = 0;
+    // SAFETY: the pointer is to a variable of ours that outlives the call.
+    let error = unsafe { libc::clock_getcpuclockid(pid.cast_signed(), &raw mut clock) };
+    ensure!(error == 0, "the clock of process {pid}: {}", std::io::Error::from_raw_os_error(error));
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a variable of ours that outlives the call.
+    if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
+        return Err(std::io::Error::last_os_error()).with_context(|| format!("the clock of process {pid}"));
+    }
+    Ok(time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_nsec.unsigned_abs())
 }
 
 /// Resident memory in bytes: now, and at most so far.
@@ -39,6 +55,15 @@ mod tests {
         }
         std::thread::sleep(std::time::Duration::from_millis(10));
         assert!(processor_ns(pid).expect("proc") > before);
+        let whole = process_ns(pid).expect("clock");
+        std::thread::spawn(|| {
+            let until = std::time::Instant::now() + std::time::Duration::from_millis(60);
+            while std::time::Instant::now() < until {}
+        })
+        .join()
+        .expect("no panic");
+        // A busy machine may have given the thread little; that it has ended loses nothing of what it had.
+        assert!(process_ns(pid).expect("clock") > whole + 1_000_000);
         let (resident, peak) = resident_bytes(pid).expect("proc");
         assert!(resident > 0 && peak >= resident);
     }

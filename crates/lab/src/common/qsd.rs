@@ -17,6 +17,8 @@ pub(crate) enum Aio {
     Threads,
     /// io_uring.
     IoUring,
+    /// Linux' older asynchronous I/O, which QSD wants O_DIRECT for.
+    Native,
 }
 
 /// A QSD that exports one raw image as vhost-user-blk.
@@ -40,6 +42,7 @@ impl Qsd {
         let aio = match self.aio {
             Aio::Threads => "threads",
             Aio::IoUring => "io_uring",
+            Aio::Native => "native",
         };
         let direct = if self.direct { ",cache.direct=on" } else { "" };
         let image = self.image.display();
@@ -59,6 +62,14 @@ impl Qsd {
         line.push(format!(
             "type=vhost-user-blk,id=export,node-name={node},addr.type=unix,addr.path={socket},writable=on,num-queues={queues}"
         ));
+        line
+    }
+
+    /// The same with a thread of its own for the export. Without it the export runs in QSD's main thread.
+    pub(crate) fn command_line_with_iothread(&self, socket: &str) -> Vec<String> {
+        let mut line = self.command_line(socket);
+        line.last_mut().expect("the export is the last word").push_str(",iothread=export-thread");
+        line.splice(1..1, ["--object".to_owned(), "iothread,id=export-thread".to_owned()]);
         line
     }
 
@@ -113,7 +124,7 @@ impl Drop for Running {
 }
 
 /// Whether a socket at `path` is listening (flag `__SO_ACCEPTCON` in /proc/net/unix).
-fn listens(path: &Path) -> bool {
+pub(crate) fn listens(path: &Path) -> bool {
     let Ok(table) = std::fs::read_to_string("/proc/net/unix") else { return UnixStream::connect(path).is_ok() };
     let path = path.as_os_str().to_string_lossy();
     table.lines().any(|line| line.ends_with(&*path) && line.split_whitespace().nth(3) == Some("00010000"))

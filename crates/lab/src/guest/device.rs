@@ -71,7 +71,12 @@ pub(crate) struct Guest {
 impl Guest {
     /// Memory and queues; no connection yet.
     pub(crate) fn new(options: Options) -> anyhow::Result<Self> {
-        let mut memory = GuestMemory::new(options.memory_bytes)?;
+        let memory = GuestMemory::new(options.memory_bytes)?;
+        Guest::in_memory(options, memory)
+    }
+
+    /// As [`Guest::new`], in memory that is there already.
+    pub(crate) fn in_memory(options: Options, mut memory: GuestMemory) -> anyhow::Result<Self> {
         let queues = (0..options.queues)
             .map(|index| BlkQueue::new(&mut memory, index, options.shape))
             .collect::<anyhow::Result<Vec<_>>>()?;

@@ -56,6 +56,8 @@ struct Region {
     mapping: Arc<Mapping>,
     /// Bytes handed out so far.
     allocated: u64,
+    /// Up to where they are ours to hand out.
+    end: u64,
 }
 
 /// The guest's memory. Pages nobody touched take no space.
@@ -98,7 +100,7 @@ impl GuestMemory {
         let mapping = Arc::new(Mapping::new(fd, mmap_offset, length).context("mapping guest memory")?);
         let description = MemoryRegion { guest_addr, size, user_addr: mapping.address(), mmap_offset };
         let allocated = if guest_addr == 0 { RESERVED } else { 0 };
-        self.regions.push(Region { description, fd: Arc::clone(fd), mapping, allocated });
+        self.regions.push(Region { description, fd: Arc::clone(fd), mapping, allocated, end: size });
         Ok(())
     }
 
@@ -107,7 +109,7 @@ impl GuestMemory {
         let region = self.regions.get_mut(region).context("no such memory region")?;
         let start = region.allocated.next_multiple_of(align);
         let end = start + length as u64;
-        ensure!(end <= region.description.size, "guest memory is too small for {length} more bytes");
+        ensure!(end <= region.end, "guest memory is too small for {length} more bytes");
         region.allocated = end;
         Ok(Window {
             mapping: Arc::clone(&region.mapping),
@@ -115,6 +117,16 @@ impl GuestMemory {
             length,
             guest: region.description.guest_addr + start,
         })
+    }
+
+    /// The same memory for another guest, which may hand out the next `length` bytes of it. It must be one region.
+    pub(crate) fn share(&mut self, length: usize) -> anyhow::Result<GuestMemory> {
+        ensure!(self.regions.len() == 1, "only memory of one region is shared");
+        let start = self.allocate(0, length, 4096)?.start as u64;
+        let Region { description, fd, mapping, .. } = &self.regions[0];
+        let (fd, mapping) = (Arc::clone(fd), Arc::clone(mapping));
+        let end = start + length as u64;
+        Ok(GuestMemory { regions: vec![Region { description: *description, fd, mapping, allocated: start, end }] })
     }
 
     /// Number of regions.
@@ -181,6 +193,18 @@ mod tests {
         assert_eq!(memory.allocate(region, 1 << 20, 4096).expect("fits").guest, HOTPLUG);
         assert!(memory.unplug().is_some());
         assert!(memory.unplug().is_none());
+    }
+
+    #[test]
+    fn shared_memory_is_the_same_and_nothing_in_it_is_handed_out_twice() {
+        let mut memory = GuestMemory::new(1 << 20).expect("memory");
+        let mut shared = memory.share(8192).expect("fits");
+        let theirs = shared.allocate(0, 8192, 4096).expect("fits");
+        shared.allocate(0, 1, 1).expect_err("the rest is not its own");
+        let ours = memory.allocate(0, 4096, 4096).expect("fits");
+        assert_eq!(ours.guest, theirs.guest + 8192);
+        theirs.mapping.u64(theirs.start).store(7, Ordering::Relaxed);
+        assert_eq!(ours.mapping.u64(theirs.start).load(Ordering::Relaxed), 7);
     }
 
     #[test]

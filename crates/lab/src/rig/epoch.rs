@@ -75,8 +75,15 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally, progress: &mut Progress) -
     let setup = Setup {
         directory: plan.directory.to_owned(),
         hang_ms: choices.hang_ms,
-        backend: choices.qsd(plan.image()).command_line("{socket}"),
-        extra: plan.guard.to_vec(),
+        backend: choices.command_line(plan.fixed.backends, plan.image()),
+        extra: plan
+            .fixed
+            .backends
+            .guard()
+            .iter()
+            .map(|it| (*it).to_owned())
+            .chain(plan.guard.iter().cloned())
+            .collect(),
     };
     let broker = Broker::start(&setup)?;
     let device = 1 + plan.epoch as u32;

@@ -42,7 +42,7 @@ use serde_json::{Value, json};
 
 use self::epoch::Plan;
 use self::kind::Kind;
-use self::options::Fixed;
+use self::options::{Backends, Fixed};
 use self::progress::Progress;
 use self::tally::Tally;
 use self::unguarded::{Damage, Rule};
@@ -75,6 +75,9 @@ pub(crate) struct Args {
     /// Print the report as JSON.
     #[arg(long)]
     json: bool,
+    /// Backends of the pair.
+    #[arg(long, value_enum, default_value = "qsd")]
+    backend: Backends,
     /// Number of queues, for all guests.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=4))]
     queues: Option<u16>,
@@ -155,6 +158,9 @@ fn control(args: &Args, workspace: &Workspace) -> anyhow::Result<Value> {
 fn epochs(args: &Args, workspace: &Workspace, tally: &mut Tally) -> anyhow::Result<()> {
     process::adopt_orphans()?;
     let direct_possible = epoch::has_direct(workspace.path())?;
+    let possible = |kind: &Kind| *kind != Kind::Poison || args.backend.can_be_poisoned();
+    let kinds: Vec<Kind> = args.kinds.iter().copied().filter(possible).collect();
+    ensure!(!kinds.is_empty(), "no request poisons this backend: name other kinds");
     let mut progress = Progress::new(args.failovers);
     let mut epoch = args.first_epoch;
     while tally.failovers < args.failovers && !interrupt::is_asked() {
@@ -164,9 +170,9 @@ fn epochs(args: &Args, workspace: &Workspace, tally: &mut Tally) -> anyhow::Resu
             seed: args.seed,
             epoch,
             failovers: args.epoch_failovers.min(args.failovers - tally.failovers),
-            kinds: &args.kinds,
+            kinds: &kinds,
             behaviours: &args.vmm,
-            fixed: Fixed { queues: args.queues, size: args.size, depth: args.depth },
+            fixed: Fixed { queues: args.queues, size: args.size, depth: args.depth, backends: args.backend },
             directory: &directory,
             direct_possible,
             guard: &args.guard,
@@ -207,6 +213,7 @@ fn report(args: &Args, tally: &Tally, lost_by_rule: &Value, seconds: f64, ended:
     let mut report = tally.json();
     let fields = report.as_object_mut().expect("the tally is an object");
     fields.insert("lost_by_rule".into(), lost_by_rule.clone());
+    fields.insert("backend".into(), json!(args.backend.name()));
     fields.insert("seed".into(), json!(args.seed));
     fields.insert("commit".into(), json!(commit()));
     fields.insert("command".into(), json!(command(args)));
@@ -229,6 +236,9 @@ fn command(args: &Args) -> String {
         args.seed,
         kinds.join(",")
     );
+    if args.backend != Backends::Qsd {
+        command.push_str(&format!(" --backend {}", args.backend.name()));
+    }
     for (name, value) in [("queues", args.queues), ("size", args.size), ("depth", args.depth)] {
         if let Some(value) = value {
             command.push_str(&format!(" --{name} {value}"));

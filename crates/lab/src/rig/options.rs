@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::load::Mix;
+use crate::common::blk::{Blk, Engine};
 use crate::common::qsd::{Aio, Qsd};
 use crate::common::rng::Rng;
 use crate::guest::{Acks, BLOCK, Options, QueueShape};
@@ -13,6 +14,45 @@ use crate::guest::{Acks, BLOCK, Options, QueueShape};
 const SEGMENTS_MAX: u16 = 16;
 /// Queues every backend has.
 pub(crate) const BACKEND_QUEUES: u16 = 4;
+
+/// Which backends the pair is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Backends {
+    /// qemu-storage-daemons.
+    #[default]
+    Qsd,
+    /// Our own.
+    Blk,
+    /// One of each, by turns: every failover goes from one to the other.
+    Mixed,
+}
+
+impl Backends {
+    /// The name on the command line and in reports.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Backends::Qsd => "qsd",
+            Backends::Blk => "blk",
+            Backends::Mixed => "mixed",
+        }
+    }
+
+    /// Whether there is a request that it cannot survive.
+    pub(crate) fn can_be_poisoned(self) -> bool {
+        self == Backends::Qsd
+    }
+
+    /// Options that `guard` needs for them.
+    pub(crate) fn guard(self) -> &'static [&'static str] {
+        match self {
+            // By its name.
+            Backends::Qsd => &[],
+            Backends::Blk => &["--drain", "stop"],
+            // What suits the one that does not drain when it is asked to stop suits the other as well.
+            Backends::Mixed => &["--drain", "private-kick"],
+        }
+    }
+}
 
 /// Values the command line fixes for the whole run.
 #[derive(Clone, Copy, Debug, Default)]
@@ -23,6 +63,8 @@ pub(crate) struct Fixed {
     pub(crate) size: Option<u16>,
     /// Requests in flight per queue.
     pub(crate) depth: Option<u16>,
+    /// The backends.
+    pub(crate) backends: Backends,
 }
 
 /// Choices that hold for one broker.
@@ -52,11 +94,39 @@ impl EpochChoices {
         }
     }
 
-    /// The backend.
-    pub(crate) fn qsd(&self, image: std::path::PathBuf) -> Qsd {
+    /// The backends' command line, with `{socket}` in it.
+    pub(crate) fn command_line(&self, backends: Backends, image: std::path::PathBuf) -> Vec<String> {
         let aio = if self.aio == "io_uring" { Aio::IoUring } else { Aio::Threads };
-        Qsd { image, queues: BACKEND_QUEUES, aio, direct: self.direct, throttle: self.throttle }
+        let throttle = self.throttle.filter(|_| backends == Backends::Qsd);
+        let qsd = Qsd { image: image.clone(), queues: BACKEND_QUEUES, aio, direct: self.direct, throttle };
+        let engine = if self.aio == "io_uring" { Engine::Uring } else { Engine::Auto };
+        let blk = Blk { image, queues: BACKEND_QUEUES, engine, direct: self.direct };
+        match backends {
+            Backends::Qsd => qsd.command_line("{socket}"),
+            Backends::Blk => {
+                let mut line = blk.command_line("{socket}");
+                if let Some(rate) = self.throttle {
+                    // Many in flight at little cost: each takes as long as a disk that is asked for so many at once.
+                    line.extend(["--fault".into(), format!("latency:us={}", 16_000_000 / rate)]);
+                }
+                line
+            }
+            Backends::Mixed => {
+                let mut blk = blk.command_line("$0");
+                // As the other has it: the guest is told of one device.
+                blk.extend(["--write-cache".into(), "off".into()]);
+                let (even, odd) = (words(&qsd.command_line("$0")), words(&blk));
+                let script = format!("case $0 in *[02468].sock) exec {even};; *) exec {odd};; esac");
+                ["sh", "-c", &script, "{socket}"].map(str::to_owned).into()
+            }
+        }
     }
+}
+
+/// As a shell reads them; what begins with a dollar is for it to fill in.
+fn words(line: &[String]) -> String {
+    let quoted: Vec<String> = line.iter().map(|word| format!("\"{word}\"")).collect();
+    quoted.join(" ")
 }
 
 /// Choices that hold for one guest.

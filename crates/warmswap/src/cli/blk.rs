@@ -44,7 +44,7 @@ pub(super) struct Args {
     #[arg(long, default_value = "auto", value_parser = direct)]
     direct: Direct,
     /// Begin with a write cache, which the guest flushes and may switch off: on, or off (every write is durable when it is completed)
-    #[arg(long, value_name = "ON|OFF", default_value = "on", value_parser = on_off)]
+    #[arg(long, value_name = "ON|OFF", default_value = "on", value_parser = on_off, action = clap::ArgAction::Set)]
     write_cache: bool,
     /// Name of the device, as the guest sees it; 20 bytes at most
     #[arg(long, default_value = "", value_parser = serial)]

@@ -7,8 +7,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use warmswap_core::{BackendId, Nanos};
 
 use crate::process::{self, Process};
-use warmswap_socket::Connection;
 use crate::storage::Storage;
+use warmswap_socket::Connection;
 
 /// Time between two attempts to connect to a backend that is starting.
 pub(crate) const CONNECT_EVERY: Nanos = Nanos::from_micros(400);

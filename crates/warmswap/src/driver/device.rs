@@ -27,8 +27,8 @@ use crate::fds::FdTable;
 use crate::journal::JournalSender;
 use crate::process::{self, Process, RunDir, has_ended, open_pidfd};
 use crate::shm::{MemoryAccess, SharedMemory};
-use warmswap_socket::{Connection, ConnectionError, Message};
 use crate::storage::{FenceBasis, Storage};
+use warmswap_socket::{Connection, ConnectionError, Message};
 
 /// Backends are looked at for what they have open this often; and this soon after one was given rings, ever more rarely then.
 const INSPECT_EVERY: Nanos = Nanos::from_millis(5_000);

@@ -193,8 +193,8 @@ pub(crate) fn waker() -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use warmswap_socket::Connection;
     use std::os::fd::AsFd;
+    use warmswap_socket::Connection;
 
     #[test]
     fn what_a_slow_peer_could_not_be_sent_reaches_it_when_it_reads_again() {

@@ -1,5 +1,5 @@
-//! A process that restricts itself and then does something: this test binary, executed again, and forked once more, because what
-//! the test harness runs a test on is not the only thread of its process.
+//! A process that restricts itself and then does something: this test binary, executed again, and forked once more,
+//! because what the test harness runs a test on is not the only thread of its process.
 
 use super::super::table::Profile;
 use super::super::*;
@@ -18,8 +18,8 @@ pub(super) const TEST_FAILED: i32 = 81;
 /// So that a child that hangs does not hang the tests.
 const PATIENCE_S: u32 = 60;
 
-/// In a stage: the child is a process that has never had another thread, as the backend is when it restricts itself. std has not
-/// been started in it: a stack that overflows would not be noticed.
+/// In a stage: the child is a process that has never had another thread, as the backend is when it restricts itself.
+/// std has not been started in it: a stack that overflows would not be noticed.
 pub(super) const BEFORE_MAIN: &str = "before main";
 
 /// How a child ended.
@@ -53,7 +53,8 @@ pub(super) struct Started {
 pub(super) fn start(stage: &str, deed: &str) -> Started {
     let (_, module) = module_path!().split_once("::").unwrap();
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .args([&format!("{module}::the_child"), "--exact", "--nocapture"])
+        // With one thread the harness would begin a line before the child does.
+        .args([&format!("{module}::the_child"), "--exact", "--nocapture", "--test-threads=2"])
         .envs(match stage.contains(BEFORE_MAIN) {
             true => vec![(ORDER_BEFORE_MAIN, format!("{stage}/{deed}"))],
             // In a process that has had a thread it is too late for the number of arenas.
@@ -238,7 +239,7 @@ impl Stage {
         if self.says("without Landlock") {
             lose_landlock();
         }
-        let _beside = self.says("beside a thread").then(|| std::thread::spawn(|| std::thread::park()));
+        let _beside = self.says("beside a thread").then(|| std::thread::spawn(std::thread::park));
         if !self.words.starts_with("free") {
             let report = self.restrict_process()?;
             eprintln!("{report}");

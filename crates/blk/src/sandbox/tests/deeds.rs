@@ -16,7 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 /// What is open before the restrictions.
@@ -104,14 +104,14 @@ const DEEDS: &[(&str, Deed, bool)] = &[
 ];
 
 fn told<T>(result: Result<T, Errno>) {
-    match result {
-        Ok(_) => say("ok"),
-        Err(error) => say(format_args!("errno {}", error.raw_os_error())),
-    }
+    told_io(result.map_err(std::io::Error::from));
 }
 
 fn told_io<T>(result: std::io::Result<T>) {
-    told(result.map_err(|error| Errno::from_io_error(&error).unwrap()));
+    match result {
+        Ok(_) => say("ok"),
+        Err(error) => say(format_args!("errno {}", error.raw_os_error().unwrap())),
+    }
 }
 
 /// A system call as it is.
@@ -226,7 +226,8 @@ const OWN: usize = usize::MAX - 1;
 const NONE: usize = usize::MAX;
 const UPPER: usize = 1 << 32;
 
-/// Calls that the arguments decide about: whether a worker's and a control thread's pass. In a free process they change nothing.
+/// Calls that the arguments decide about: whether a worker's and a control thread's pass. In a free process they change
+/// nothing.
 pub(super) const ARGUMENTS: &[(&str, libc::c_long, [usize; 4], [bool; 2])] = &[
     ("mmap readable", libc::SYS_mmap, [0, 0, libc::PROT_READ as usize, 0], [true, true]),
     ("mmap executable", libc::SYS_mmap, [0, 0, (libc::PROT_READ | libc::PROT_EXEC) as usize, 0], [false, false]),
@@ -271,6 +272,8 @@ pub(super) const ARGUMENTS: &[(&str, libc::c_long, [usize; 4], [bool; 2])] = &[
     ("statx of a path", libc::SYS_statx, [NONE, 0, libc::AT_SYMLINK_NOFOLLOW as usize, 0], [false, false]),
     ("tgkill of its own process", libc::SYS_tgkill, [OWN, OWN, 0, 0], [true, true]),
     ("tgkill of another process", libc::SYS_tgkill, [1, 1, 0, 0], [false, false]),
+    ("io_uring_enter", libc::SYS_io_uring_enter, [NONE, 0, 0, 0], [true, false]),
+    ("epoll_ctl", libc::SYS_epoll_ctl, [NONE, 0, 0, 0], [true, true]),
     ("prctl PR_SET_NAME", libc::SYS_prctl, [libc::PR_SET_NAME as usize, 0, 0, 0], [true, true]),
     ("prctl PR_SET_DUMPABLE", libc::SYS_prctl, [libc::PR_SET_DUMPABLE as usize, 1, 0, 0], [false, false]),
 ];
@@ -342,7 +345,8 @@ fn allocate_in_a_thread(stage: &Stage) {
     });
 }
 
-/// A process as the backend is one: the main thread speaks, two workers execute, and all are filtered when they have started.
+/// A process as the backend is one: the main thread speaks, two workers execute, and all are filtered when they have
+/// started.
 fn serve(things: &Things, stage: &Stage) {
     panic_as_released();
     stage.begin();
