@@ -8,9 +8,9 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use warmswap_telemetry::QueueWriter;
 
 use crate::clock::now_ns;
+use crate::engine::Engine;
 use crate::engine::sync::Sync;
 use crate::engine::uring::Uring;
-use crate::image::Image;
 use crate::options::{EngineKind, Options};
 use crate::queue::Served;
 use crate::sandbox::{self, Profile};
@@ -207,31 +207,30 @@ struct Setup {
 
 /// The life of a worker's thread, and what ends it.
 fn work(setup: Setup, ready: &mpsc::Sender<EngineKind>) -> io::Result<io::Error> {
-    let Setup { port, served, meters, engine, look_max, confined } = setup;
-    let image: Arc<Image> = Arc::clone(&served.image);
-    let uring = match engine {
+    let (engine, image) = (setup.engine, Arc::clone(&setup.served.image));
+    let why_not = match engine {
         EngineKind::Sync => None,
         EngineKind::Auto if image.is_in_memory() => None,
-        EngineKind::Uring => Some(Uring::new(Arc::clone(&image))?),
-        EngineKind::Auto => match Uring::new(Arc::clone(&image)) {
-            Ok(uring) => Some(uring),
-            Err(error) => {
-                crate::tell(&format!("there is no io_uring ({error}): requests are served one after the other"));
-                None
-            }
+        EngineKind::Auto | EngineKind::Uring => match Uring::new(Arc::clone(&image)) {
+            Ok(ring) => return serve(ring, EngineKind::Uring, setup, ready),
+            Err(error) if engine == EngineKind::Uring => return Err(error),
+            Err(error) => Some(error),
         },
     };
-    match uring {
-        Some(uring) => {
-            sandbox::restrict_thread(Profile::Worker, &confined).map_err(io::Error::other)?;
-            let _gone = ready.send(EngineKind::Uring);
-            Ok(Worker::new(uring, port, served, meters, look_max).run())
-        }
-        None => {
-            let engine = Sync::new(image)?;
-            sandbox::restrict_thread(Profile::Worker, &confined).map_err(io::Error::other)?;
-            let _gone = ready.send(EngineKind::Sync);
-            Ok(Worker::new(engine, port, served, meters, look_max).run())
-        }
+    if let Some(error) = why_not {
+        crate::tell(&format!("there is no io_uring ({error}): requests are served one after the other"));
     }
+    serve(Sync::new(image)?, EngineKind::Sync, setup, ready)
+}
+
+/// The rest of that life. `ready` is told which engine it is.
+fn serve<E: Engine>(
+    engine: E,
+    kind: EngineKind,
+    setup: Setup,
+    ready: &mpsc::Sender<EngineKind>,
+) -> io::Result<io::Error> {
+    sandbox::restrict_thread(Profile::Worker, &setup.confined).map_err(io::Error::other)?;
+    let _gone = ready.send(kind);
+    Ok(Worker::new(engine, setup.port, setup.served, setup.meters, setup.look_max).run())
 }

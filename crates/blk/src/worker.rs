@@ -126,8 +126,9 @@ pub(crate) struct Worker<E> {
     commands_watched: bool,
     /// The control thread was asked to work off the front-end's messages.
     behind: bool,
-    /// How long it looks on before it sleeps, and at most.
-    look_ns: u64,
+    /// How long it looks on before it sleeps: with nothing in flight, and with something. A driver's answer to a completion is another
+    /// thing to wait for than a disk's to a request.
+    look_ns: [u64; 2],
     look_max_ns: u64,
 }
 
@@ -147,7 +148,7 @@ impl<E: Engine> Worker<E> {
             meters,
             commands_watched: false,
             behind: false,
-            look_ns: 0,
+            look_ns: [0; 2],
             look_max_ns: u64::try_from(look_max.as_nanos()).unwrap_or(u64::MAX),
         }
     }
@@ -223,7 +224,8 @@ impl<E: Engine> Worker<E> {
 
     /// Looks at rings and answers for a while, if that has been worth it. True if there is work.
     fn look_on(&mut self) -> io::Result<bool> {
-        if self.look_ns == 0 {
+        let look_ns = self.look_ns[self.state()];
+        if look_ns == 0 {
             return Ok(false);
         }
         let began = now_ns();
@@ -238,7 +240,7 @@ impl<E: Engine> Worker<E> {
             if found {
                 return Ok(true);
             }
-            if now_ns().saturating_sub(began) >= self.look_ns {
+            if now_ns().saturating_sub(began) >= look_ns {
                 return Ok(false);
             }
             for _ in 0..8 {
@@ -274,9 +276,9 @@ impl<E: Engine> Worker<E> {
         if let Some(due) = self.queues.iter().filter_map(Queue::next_due).min() {
             at_most = Some(Duration::from_nanos(due.saturating_sub(now_ns()).max(1000)));
         }
-        let began = now_ns();
+        let (state, began) = (self.state(), now_ns());
         self.engine.sleep(at_most)?;
-        self.adapt(now_ns().saturating_sub(began));
+        self.adapt(state, now_ns().saturating_sub(began));
         for queue in &mut self.queues {
             if queue.watched && queue.has_work() {
                 queue.woke();
@@ -286,12 +288,19 @@ impl<E: Engine> Worker<E> {
     }
 
     /// Looks on longer next time if this sleep was one that looking on would have spared, not at all if it was long.
-    fn adapt(&mut self, slept_ns: u64) {
+    fn adapt(&mut self, state: usize, slept_ns: u64) {
+        let look_ns = &mut self.look_ns[state];
         if slept_ns > self.look_max_ns {
-            self.look_ns = 0;
-        } else if slept_ns > self.look_ns {
-            self.look_ns = (self.look_ns * 2).max(LOOK_MIN_NS).min(self.look_max_ns);
+            *look_ns = 0;
+        } else if slept_ns > *look_ns {
+            *look_ns = (*look_ns * 2).max(LOOK_MIN_NS).min(self.look_max_ns);
         }
+    }
+
+    /// Which of the waits this is.
+    #[inline]
+    fn state(&self) -> usize {
+        usize::from(self.queues.iter().any(|queue| !queue.is_at_rest()))
     }
 
     fn obey(&mut self) {
