@@ -210,7 +210,7 @@ pub(crate) fn delay_ns(kind: Kind, sector: u64) -> u64 {
                     (u128::from(*ns) * u128::from(since.min(*over_ns)) / u128::from((*over_ns).max(1))) as u64
                 }
                 Shape::OnOff { period_ns } => {
-                    if since / (*period_ns).max(1) % 2 == 0 {
+                    if (since / (*period_ns).max(1)).is_multiple_of(2) {
                         *ns
                     } else {
                         0

@@ -167,10 +167,10 @@ pub(crate) fn copy_out(pieces: &[Piece], into: &mut [u8]) -> usize {
         let into = &mut into[done..done + count];
         // Headers and descriptors are a few aligned words, as a rule.
         if (piece.addr | count).is_multiple_of(8) {
+            let words: *mut u64 = std::ptr::with_exposed_provenance_mut(piece.addr);
             for (at, word) in into.chunks_exact_mut(8).enumerate() {
-                // SAFETY: pieces come from the map alone, lie inside its mappings, and are used while it lives.
-                let value =
-                    unsafe { AtomicU64::from_ptr(piece.as_ptr().cast::<u64>().add(at)) }.load(Ordering::Relaxed);
+                // SAFETY: pieces come from the map alone, lie inside its mappings, and are used while it lives; this one is aligned.
+                let value = unsafe { AtomicU64::from_ptr(words.add(at)) }.load(Ordering::Relaxed);
                 word.copy_from_slice(&value.to_ne_bytes());
             }
         } else {

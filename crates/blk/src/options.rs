@@ -1,6 +1,6 @@
 //! What a backend is told when it starts.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -36,8 +36,8 @@ impl EngineKind {
 pub enum Endpoint {
     /// It connects to a socket at this path, which is made.
     Path(PathBuf),
-    /// A socket that listens, or is connected already.
-    Inherited(OwnedFd),
+    /// A socket that whoever started the process has left open: one that listens, or is connected already.
+    Inherited(RawFd),
 }
 
 /// Everything a backend is told.

@@ -6,7 +6,7 @@
 //! ```
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -68,14 +68,13 @@ pub enum RunError {
 ///
 /// # Errors
 /// See [`RunError`].
-pub fn run(options: Options) -> Result<(), RunError> {
+pub fn run(options: &Options) -> Result<(), RunError> {
     let system = |what| move |error| RunError::System { what, error };
     let end = take_signals().map_err(system("taking signals"))?;
     let image = Image::open(&options.image, options.read_only, options.direct)?;
     let tell = |pid| {
-        crate::tell(&format!(
-            "I/O of process {pid}, which is gone, is still in flight on the image: waiting for its end"
-        ))
+        let what = "which is gone, is still in flight on the image: waiting for its end";
+        crate::tell(&format!("I/O of process {pid}, {what}"));
     };
     image.wait_for_the_dead(tell).map_err(system("asking who has the image open"))?;
     let shape = Shape {
@@ -100,8 +99,7 @@ pub fn run(options: Options) -> Result<(), RunError> {
     let confined = Arc::new(sandbox::restrict_process(&options.sandbox)?);
     #[cfg(feature = "lab")]
     crate::faults::start();
-    let pool =
-        Pool::start(&options, &served, meters, &confined).map_err(|error| RunError::Worker(error.to_string()))?;
+    let pool = Pool::start(options, &served, meters, &confined).map_err(|error| RunError::Worker(error.to_string()))?;
     let how = if image.is_direct() { "past the page cache" } else { "through the page cache" };
     let size = shape.sectors * crate::image::SECTOR;
     crate::tell(&format!(
@@ -111,7 +109,7 @@ pub fn run(options: Options) -> Result<(), RunError> {
         pool.engine().name()
     ));
     sandbox::restrict_thread(Profile::Control, &confined)?;
-    let server = Server { options: &options, image, pool, end, source, _page: page };
+    let server = Server { options, image, pool, end, source, _page: page };
     server.run(shape)
 }
 
@@ -130,13 +128,21 @@ impl Source {
                 listen(path).map(Source::Listener).map_err(fail)
             }
             Endpoint::Inherited(fd) => {
-                let fail = |error| RunError::Socket { path: format!("descriptor {}", fd.as_raw_fd()), error };
-                let ours = fd.try_clone().map_err(fail)?;
+                let fail = |error| RunError::Socket { path: format!("descriptor {fd}"), error };
+                let ours = copy_of(*fd).map_err(fail)?;
                 let listens = rustix::net::sockopt::socket_acceptconn(&ours).map_err(|error| fail(error.into()))?;
                 Ok(if listens { Source::Listener(ours) } else { Source::Connection(Some(ours)) })
             }
         }
     }
+}
+
+/// A copy of an inherited descriptor, which nobody inherits from us.
+fn copy_of(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the call looks at a number, and fails on one that is not open.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+    // SAFETY: just made, and ours alone.
+    if copy < 0 { Err(io::Error::last_os_error()) } else { Ok(unsafe { OwnedFd::from_raw_fd(copy) }) }
 }
 
 /// Listens at a path. What a dead backend left there is replaced; a socket that is served is somebody else's, and so is what is none.

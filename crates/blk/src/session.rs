@@ -145,30 +145,32 @@ impl<'a> Session<'a> {
             Ok(request) => request,
             Err(error) if wants_ack => {
                 crate::tell(&format!("a request was refused: {error}"));
-                return self.send(header.request, &Reply::U64(1), None);
+                return self.send(header.request, &Reply::U64(1), &[]);
             }
             Err(error) => return Err(End::Lost(error.to_string())),
         };
         let name = request.code().name();
         match self.carry_out(request, &mut fds) {
-            Ok(Outcome::Done) if wants_ack => self.send(header.request, &Reply::U64(0), None),
+            Ok(Outcome::Done) if wants_ack => self.send(header.request, &Reply::U64(0), &[]),
             Ok(Outcome::Done) => Ok(()),
-            Ok(Outcome::Reply(reply, fd)) => self.send(header.request, &reply, fd),
+            Ok(Outcome::Reply(reply, fd)) => {
+                let fds: Vec<BorrowedFd<'_>> = fd.iter().map(AsFd::as_fd).collect();
+                self.send(header.request, &reply, &fds)
+            }
             Err(Refused::Asked) => Err(End::Asked),
             Err(Refused::Because(reason)) if wants_ack => {
                 crate::tell(&format!("{name} was refused: {reason}"));
-                self.send(header.request, &Reply::U64(1), None)
+                self.send(header.request, &Reply::U64(1), &[])
             }
             // There is no other way to say that it was not done.
             Err(Refused::Because(reason)) => Err(End::Lost(format!("{name}: {reason}"))),
         }
     }
 
-    fn send(&mut self, request: u32, reply: &Reply, fd: Option<OwnedFd>) -> Result<(), End> {
+    fn send(&mut self, request: u32, reply: &Reply, fds: &[BorrowedFd<'_>]) -> Result<(), End> {
         let (mut bytes, mut slots) = (Vec::with_capacity(64), Vec::new());
         reply.encode(request, &mut bytes, &mut slots);
-        let fds: Vec<BorrowedFd<'_>> = fd.iter().map(AsFd::as_fd).collect();
-        self.connection.send(&bytes, &fds).map_err(|error| End::Lost(error.to_string()))
+        self.connection.send(&bytes, fds).map_err(|error| End::Lost(error.to_string()))
     }
 
     fn carry_out(&mut self, request: Request, fds: &mut [Option<OwnedFd>]) -> Result<Outcome, Refused> {

@@ -2,7 +2,7 @@
 //! programs").
 
 use std::io::Write;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -12,6 +12,9 @@ use warmswap_blk::sandbox::{Policy, Seccomp, Switch};
 use warmswap_blk::{Endpoint, EngineKind, LOOK_MAX, Options, QUEUES_MAX};
 
 use super::Failure;
+
+/// Queues if nothing else is said: more than most guests use, and one that is not used costs a few kilobytes.
+const QUEUES: u16 = 16;
 
 /// Options of `warmswap blk`.
 #[derive(Debug, clap::Args)]
@@ -31,8 +34,8 @@ pub(super) struct Args {
     /// Nothing is written to the image
     #[arg(long)]
     read_only: bool,
-    /// Queues of the device
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
+    /// Queues of the device: at least as many as the VMM uses, which is one for each virtual processor with QEMU
+    #[arg(long, value_name = "NUMBER", default_value_t = QUEUES, value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
     num_queues: u16,
     /// Threads that serve the queues: queue q belongs to thread q modulo their number
     #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
@@ -107,14 +110,14 @@ pub(super) fn run(args: Args) -> Result<u8, Failure> {
     if let Some(fault) = &args.fault {
         warmswap_blk::faults::plan(fault).map_err(|error| Failure::new(2, error))?;
     }
-    warmswap_blk::run(options(args)?).map_err(|error| Failure::new(1, error.to_string()))?;
+    warmswap_blk::run(&options(args)?).map_err(|error| Failure::new(1, error.to_string()))?;
     Ok(0)
 }
 
 fn options(args: Args) -> Result<Options, Failure> {
     let endpoint = match (args.socket_path, args.fd) {
         (Some(path), _) => Endpoint::Path(path),
-        (None, Some(fd)) => Endpoint::Inherited(inherited(fd)?),
+        (None, Some(fd)) => Endpoint::Inherited(fd),
         (None, None) => return Err(Failure::new(2, "give --socket-path or --fd")),
     };
     let layers = if args.sandbox == "off" { Switch::Off } else { Switch::On };
@@ -143,16 +146,4 @@ fn options(args: Args) -> Result<Options, Failure> {
             require: args.sandbox == "require",
         },
     })
-}
-
-/// Takes a descriptor that whoever started us has left open.
-fn inherited(fd: RawFd) -> Result<OwnedFd, Failure> {
-    // It must be open, and close on exec from now on.
-    // SAFETY: the call looks at a number and fails on one that is not open.
-    let flags = unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
-    if flags < 0 {
-        return Err(Failure::new(2, format!("--fd {fd}: {}", std::io::Error::last_os_error())));
-    }
-    // SAFETY: it is open, and nothing else in this process has it: it came with the process, and only once on the command line.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

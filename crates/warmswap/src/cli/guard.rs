@@ -32,6 +32,10 @@ pub(super) struct Args {
     /// Type of the device: blk, scsi, net, fs, rng, console, input
     #[arg(long = "type", default_value = "blk", value_parser = device_type)]
     device: DeviceType,
+    /// Serve this raw image or block device with the built-in back-end, as primary and as shadow; what follows -- are further options
+    /// of `warmswap blk`
+    #[arg(long, value_name = "FILE", conflicts_with = "primary_socket")]
+    disk: Option<PathBuf>,
     /// Socket of a primary that somebody else started
     #[arg(long, conflicts_with = "command")]
     primary_socket: Option<PathBuf>,
@@ -234,8 +238,11 @@ fn source(args: &Args) -> Result<Source, Failure> {
         }
         return Ok(Source::External { primary: primary.clone(), shadow: args.shadow_socket.clone() });
     }
+    if let Some(disk) = &args.disk {
+        return built_in(args, disk).map(Source::Command);
+    }
     if args.command.is_empty() {
-        let text = "give the backend's command line after --, or --primary-socket and --shadow-socket";
+        let text = "give --disk, or the backend's command line after --, or --primary-socket and --shadow-socket";
         return Err(Failure::new(2, text));
     }
     let holders = args.command.iter().filter(|arg| arg.contains("{socket}") || arg.contains("{fd}")).count();
@@ -245,6 +252,26 @@ fn source(args: &Args) -> Result<Source, Failure> {
         return Err(Failure::new(2, text));
     }
     Ok(Source::Command(args.command.clone()))
+}
+
+/// The command line of the built-in back-end: this very program, as it is installed when a backend is started.
+fn built_in(args: &Args, disk: &Path) -> Result<Vec<String>, Failure> {
+    if args.device != DeviceType::Blk {
+        return Err(Failure::new(2, format!("--disk is a device of type blk, not {}", args.device.name())));
+    }
+    let fail = |error| Failure::new(1, format!("--disk {}: {error}", disk.display()));
+    // A backend may be started when the working directory is another, and a link leads elsewhere.
+    let disk = disk.canonicalize().map_err(fail)?;
+    let program = std::env::current_exe().map_err(|error| Failure::new(1, format!("this program's path: {error}")))?;
+    let word = |path: &Path| {
+        let word = path.to_str().filter(|it| !it.contains("{socket}") && !it.contains("{fd}"));
+        word.map(str::to_owned)
+            .ok_or_else(|| Failure::new(2, format!("{}: no such path can be given on", path.display())))
+    };
+    let mut line = vec![word(&program)?, "blk".into(), "--socket-path".into(), "{socket}".into()];
+    line.extend(["--blk-file".into(), word(&disk)?]);
+    line.extend(args.command.iter().cloned());
+    Ok(line)
 }
 
 /// How well-known backends are drained. An unknown one is asked to stop; if its claim does not hold it is fenced.
