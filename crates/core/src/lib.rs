@@ -31,6 +31,6 @@ pub use link::{LinkState, Offer};
 pub use memory::{GuestMemory, MemoryError, PRIVATE_ADDR, PRIVATE_SIZE, RingPlace};
 pub use observer::{Gap, Knowledge, Observation, Observer, SILENCE_MAX, Violation};
 pub use pair::{BackendStatus, Counters, Pair, PairState, RingStatus, Status};
-pub use policy::{Limits, PairConfig, Survivors};
+pub use policy::{Limits, PairConfig, RegionUse, Survivors};
 pub use session::{NamedFd, Ring, Session, SessionError};
 pub use time::Nanos;

@@ -96,6 +96,8 @@ pub(crate) enum Purpose {
     Canary,
     Ping,
     Inflight,
+    /// As `Inflight`, for the canary.
+    CanaryRegion,
     /// An answer nobody waits for.
     Nobody,
 }
@@ -124,6 +126,8 @@ pub(crate) struct Link {
     pub(crate) touched: bool,
     /// The in-flight region it keeps, where it keeps one.
     pub(crate) region: Region,
+    /// One of its own for the canary, where the backend needs one.
+    pub(crate) canary_region: Region,
     /// Memory of the broker's own that the backend has, or is about to have, as one more region.
     pub(crate) private_memory: Option<FdSlot>,
     /// It has been told of a session.
@@ -170,6 +174,7 @@ impl Link {
             pinged_at: None,
             touched: false,
             region: Region::None,
+            canary_region: Region::None,
             private_memory: None,
             warmed: false,
             canary: Canary::new(now),
@@ -218,8 +223,10 @@ impl Link {
     /// Closes what was kept of it beyond its end: regions are read after the death of the backend.
     pub(crate) fn forget(&mut self, out: &mut Actions) {
         self.end(out);
-        if let Region::Set { fd, .. } = std::mem::replace(&mut self.region, Region::None) {
-            out.push(Action::Close(fd));
+        for region in [&mut self.region, &mut self.canary_region] {
+            if let Region::Set { fd, .. } = std::mem::replace(region, Region::None) {
+                out.push(Action::Close(fd));
+            }
         }
         if let Some(fd) = self.private_memory.take() {
             out.push(Action::Close(fd));

@@ -15,6 +15,15 @@ pub enum Survivors {
     Refuse,
 }
 
+/// What is made of the in-flight region that a backend keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RegionUse {
+    /// It is a second witness: it must not contradict the ring, and proves nothing by itself.
+    Witness,
+    /// Where the ring could not be followed it is believed: its keeper is known to do it right.
+    Trust,
+}
+
 /// The configuration of a pair.
 #[derive(Clone, Debug)]
 pub struct PairConfig {
@@ -24,6 +33,8 @@ pub struct PairConfig {
     pub drain: DrainMethod,
     /// What may be done with survivors.
     pub survivors: Survivors,
+    /// What is made of a backend's in-flight region.
+    pub region: RegionUse,
     /// Least proof before another backend may write.
     pub fence: FenceLevel,
     /// A shadow is kept.

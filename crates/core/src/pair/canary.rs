@@ -10,7 +10,7 @@ use crate::canary::{self, Canary, CanaryState};
 use crate::event::{Action, BackendId, earliest};
 use crate::failover::Phase;
 use crate::journal::Entry;
-use crate::link::{Link, LinkState, Purpose};
+use crate::link::{Link, LinkState, Purpose, Region};
 use crate::memory::private_region;
 use crate::time::Nanos;
 
@@ -25,14 +25,19 @@ impl Pair {
             return;
         }
         let Some(link) = self.link_mut(backend) else { return };
-        // A backend that tracks what is in flight would find the canary's traces beside the guest's requests.
-        if link.private_memory.is_none() && link.has_room_for_private(guest) && !link.tracks_in_flight() {
+        if link.private_memory.is_none() && link.has_room_for_private(guest) {
             link.private_memory = step.memory.make_private().ok();
         }
     }
 
-    /// Begins a canary, if this backend can be asked for one.
+    /// Begins a canary, if this backend can be asked for one, or as soon as it has what it needs for one.
     pub(crate) fn begin_canary(&mut self, backend: BackendId, step: &mut Step<'_>) -> bool {
+        if self.link(backend).is_none_or(|link| link.private_memory.is_none() || !link.canary.possible) {
+            return false;
+        }
+        if !self.canary_has_region(backend, step) {
+            return self.link(backend).is_some_and(|link| link.canary_region == Region::Asked);
+        }
         let config = self.offer.as_ref().map_or(&[][..], |offer| &offer.config);
         let Some(link) = self.links.iter_mut().find(|link| link.id == backend) else { return false };
         let (Some(private), Some(events), true) = (link.private_memory, link.private, link.canary.possible) else {
@@ -77,7 +82,7 @@ impl Pair {
     /// When the next canary of a link is due, if one is.
     fn canary_due(&self, link: &Link) -> Option<Nanos> {
         let free = self.shadow == Some(link.id) && self.failover.is_none() && link.private_memory.is_some();
-        let free = free && link.canary.possible && !self.closing;
+        let free = free && link.canary.possible && !self.closing && link.canary_region != Region::Asked;
         (free && link.state == LinkState::Ready).then(|| link.canary.began + self.config.limits.canary_every)
     }
 
@@ -136,6 +141,7 @@ impl Pair {
             .filter_map(|(index, ring)| Some(Request::SetVringNum(VringState { index, value: ring.size? })))
             .collect();
         let Some(link) = self.links.iter_mut().find(|link| link.id == backend) else { return };
+        link.restore_region(step.out);
         // What the VMM said of other rings meanwhile.
         sizes.iter().for_each(|request| link.tell(request, step.out));
         let restored = [

@@ -1,6 +1,5 @@
 //! The phases of a failover.
 
-use warmswap_wire::inflight;
 use warmswap_wire::ring::Layout;
 
 use super::vmm::Ticket;
@@ -8,9 +7,9 @@ use super::{Pair, Step};
 use crate::event::{Action, BackendId, CommandId, FenceLevel};
 use crate::failover::{Failover, Kind, Outcome, Phase, Recovery, Report};
 use crate::journal::{Entry, Value};
-use crate::link::{LinkState, Purpose, Region};
+use crate::link::{LinkState, Purpose};
 use crate::observer::{Knowledge, Observer};
-use crate::policy::Survivors;
+use crate::policy::{RegionUse, Survivors};
 use crate::time::Nanos;
 
 impl Pair {
@@ -168,6 +167,11 @@ impl Pair {
             *observer = Observer::new(observer.layout(), step.memory.used_idx(index), step.now);
             observer.observe(step.now, index, step.memory);
         }
+        if let (Knowledge::Inexact(gap), RegionUse::Trust) = (observer.knowledge(), self.config.region) {
+            self.learn_from_region(index, step)
+                .map_err(|why| format!("what is in flight is not known exactly: {gap}; {why}"))?;
+        }
+        let observer = self.rings[index as usize].observer.as_mut().expect("waiting rings are observed");
         let heads = observer.survivors().map_err(|knowledge| match knowledge {
             Knowledge::Inexact(gap) => format!("what is in flight is not known exactly: {gap}"),
             Knowledge::Violated(violation) => violation.to_string(),
@@ -198,35 +202,6 @@ impl Pair {
             place(index, layout, used, &heads, step);
         }
         Ok(owed)
-    }
-
-    /// Asks the second witness, where the victim kept an in-flight region: it marks what had been taken from the ring, so it may know
-    /// less than the ring, but nothing else.
-    fn ask_region(&self, index: u32, used: u16, heads: &[u16], step: &mut Step<'_>) -> Result<(), String> {
-        let victim = self.failover.as_ref().and_then(|failover| self.link(failover.victim));
-        let Some(Region::Set { description, fd }) = victim.map(|link| link.region) else { return Ok(()) };
-        let layout = self.rings[index as usize].observer.as_ref().map(|observer| observer.layout());
-        let size = layout.map_or(0, Layout::size);
-        let stride = description.mmap_size / u64::from(description.num_queues.max(1));
-        let length = inflight::HEADER_BYTES + inflight::ENTRY_BYTES * u64::from(size);
-        if length > stride || u64::from(index) >= u64::from(description.num_queues) {
-            return Err("the in-flight region has no room for this ring".to_owned());
-        }
-        let at = description.mmap_offset.saturating_add(stride.saturating_mul(u64::from(index)));
-        let bytes = step.memory.read_region(fd, at, length).ok_or("the in-flight region cannot be read")?;
-        let region = match inflight::read_split(&bytes, size, used) {
-            Ok(region) => region,
-            Err(error) => {
-                // One that was never used, or not since the ring was handed over, has nothing to say; the ring is exact by itself.
-                let entry = Entry::warning("WitnessSilent").with("ring", index).with("reason", error.to_string());
-                step.out.journal(entry.with("next", "the ring alone is believed"));
-                return Ok(());
-            }
-        };
-        match region.heads.iter().find(|head| !heads.contains(head)) {
-            Some(head) => Err(format!("the in-flight region marks head {head}, which the rings show as completed")),
-            None => Ok(()),
-        }
     }
 
     /// Everything owed is known and lies in the rings.
@@ -521,7 +496,7 @@ pub(super) fn slots_hold(index: u32, layout: Layout, used: u16, heads: &[u16], s
 
 /// Writes the heads, in the order of their submission, over the consumed slots. The driver never reads them back and writes only
 /// from `avail.idx` on.
-fn place(index: u32, layout: Layout, used: u16, heads: &[u16], step: &mut Step<'_>) {
+pub(super) fn place(index: u32, layout: Layout, used: u16, heads: &[u16], step: &mut Step<'_>) {
     let mut at = used;
     for head in heads {
         step.memory.set_avail_slot(index, layout.slot(at), *head);

@@ -74,6 +74,7 @@ impl Pair {
             Purpose::Canary => self.canary_stopped(backend, step),
             Purpose::Isolated => self.isolation_acknowledged(backend, step),
             Purpose::Inflight => self.region_made(backend, reply, step),
+            Purpose::CanaryRegion => self.canary_region_made(backend, reply, step),
             Purpose::ConfigAgain => {
                 if let Reply::Config(Some(config)) = reply {
                     self.config_read(backend, config.bytes.clone(), step);
@@ -221,7 +222,7 @@ impl Pair {
         waiting.into_iter().for_each(|id| self.warm(id, step));
     }
 
-    fn warmed(&mut self, backend: BackendId, step: &mut Step<'_>) {
+    pub(super) fn warmed(&mut self, backend: BackendId, step: &mut Step<'_>) {
         if self.link(backend).is_none_or(|link| link.state != LinkState::Warming) {
             return;
         }
@@ -241,6 +242,10 @@ impl Pair {
             self.shadow_note = "ready".to_owned();
             let entry = Entry::info("ShadowReady").with("backend", backend.0);
             step.out.journal(entry.with("took_us", crate::journal::Value::Micros(took.as_micros())));
+            if self.session.started().next().is_some() {
+                // Made now, not when every microsecond counts.
+                self.has_region(backend, step);
+            }
             self.shadow_became_ready(backend, step);
             self.promote_instead_of_waiting(step);
         }

@@ -47,7 +47,7 @@ impl Backends {
         match self {
             // By its name.
             Backends::Qsd => &[],
-            Backends::Blk => &["--drain", "stop"],
+            Backends::Blk => &["--drain", "stop", "--region", "trust"],
             // What suits the one that does not drain when it is asked to stop suits the other as well.
             Backends::Mixed => &["--drain", "private-kick"],
         }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use warmswap_core::{DrainMethod, Entry, FenceLevel, Limits, Nanos, PairConfig, Survivors};
+use warmswap_core::{DrainMethod, Entry, FenceLevel, Limits, Nanos, PairConfig, RegionUse, Survivors};
 use warmswap_wire::DeviceType;
 
 use super::{Control, Failure};
@@ -61,6 +61,10 @@ pub(super) struct Args {
     /// What may be done with requests a dead backend still owed: place (write them into the ring again) or refuse
     #[arg(long, default_value = "place", value_parser = survivors)]
     survivors: Survivors,
+    /// What is made of the in-flight region that a backend keeps: witness (it must not contradict the ring) or trust (it is believed where
+    /// the ring could not be followed) (default: trust with --disk, else witness)
+    #[arg(long, value_name = "USE", value_parser = region)]
+    region: Option<RegionUse>,
     /// A primary that is silent this long, in milliseconds, is taken for hung
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u64).range(10..=600_000))]
     hang_ms: u64,
@@ -123,6 +127,14 @@ fn survivors(name: &str) -> Result<Survivors, String> {
         "place" => Ok(Survivors::Place),
         "refuse" => Ok(Survivors::Refuse),
         _ => Err("expected place or refuse".to_owned()),
+    }
+}
+
+fn region(name: &str) -> Result<RegionUse, String> {
+    match name {
+        "witness" => Ok(RegionUse::Witness),
+        "trust" => Ok(RegionUse::Trust),
+        _ => Err("expected witness or trust".to_owned()),
     }
 }
 
@@ -209,6 +221,7 @@ fn configure(args: Args) -> Result<DeviceConfig, Failure> {
             device: args.device,
             drain,
             survivors: args.survivors,
+            region: args.region.unwrap_or(if args.disk.is_some() { RegionUse::Trust } else { RegionUse::Witness }),
             fence: args.fence,
             shadow,
             canary: !args.no_canary,

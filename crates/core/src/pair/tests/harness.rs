@@ -59,6 +59,7 @@ pub(super) fn config() -> PairConfig {
         device: DeviceType::Blk,
         drain: DrainMethod::PrivateKick,
         survivors: Survivors::Place,
+        region: crate::policy::RegionUse::Witness,
         fence: FenceLevel::Stopped,
         shadow: true,
         canary: false,
