@@ -139,8 +139,8 @@ impl<'a> Session<'a> {
         let Message { header, payload, fds } = message;
         let slots: Vec<FdSlot> = (0..fds.len() as u32).map(FdSlot).collect();
         let mut fds: Vec<Option<OwnedFd>> = fds.into_iter().map(Some).collect();
-        let wants_ack =
-            header.flags.contains(HeaderFlags::NEED_REPLY) && self.protocol.contains(ProtocolFeatures::REPLY_ACK);
+        // Who asks for an acknowledgement has negotiated it, perhaps with this very message.
+        let wants_ack = header.flags.contains(HeaderFlags::NEED_REPLY);
         let request = match Request::decode(&header, &payload, &slots) {
             Ok(request) => request,
             Err(error) if wants_ack => {
