@@ -27,8 +27,8 @@ const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
-/// Length of the configuration space: up to the fields of write zeroes, with their padding.
-pub(crate) const CONFIG_BYTES: usize = 60;
+/// Length of the configuration space: the whole structure, with zeroes where it belongs to features that are not offered.
+pub(crate) const CONFIG_BYTES: usize = 96;
 /// Where `writeback` lies in it: the one field that a driver may write.
 pub(crate) const WRITEBACK_AT: usize = 32;
 

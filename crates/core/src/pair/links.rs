@@ -126,7 +126,7 @@ impl Pair {
         }
         let device = self.config.device;
         // One that presents another device is refused below; it must not shrink what is offered.
-        for (_, other) in offers[1..].iter().filter(|(_, other)| other.config == offers[0].1.config) {
+        for (_, other) in offers[1..].iter().filter(|(_, other)| is_same_config(&other.config, &offers[0].1.config)) {
             offer.features &= other.features;
             offer.protocol &= other.protocol;
             offer.queues = offer.queues.min(other.queues);
@@ -536,7 +536,7 @@ impl Pair {
     /// Whether the shadow still presents the very device the guest knows.
     pub(crate) fn shadow_differs(&self) -> Option<String> {
         let (offer, shadow) = (self.offer.as_ref()?, self.shadow.and_then(|id| self.link(id))?);
-        (offer.config != shadow.offer.config)
+        (!is_same_config(&offer.config, &shadow.offer.config))
             .then(|| difference_of_config(&offer.config, &shadow.offer.config))
             .filter(|_| shadow.is_alive())
     }
@@ -550,7 +550,7 @@ fn notify_config_change(channel: FdSlot, out: &mut Actions) {
 
 /// What `other` lacks of what is `wanted`, as a sentence.
 fn difference(wanted: &Offer, other: &Offer) -> Option<String> {
-    if wanted.config != other.config {
+    if !is_same_config(&wanted.config, &other.config) {
         return Some(difference_of_config(&wanted.config, &other.config));
     }
     if other.queues < wanted.queues {
@@ -570,11 +570,18 @@ fn difference(wanted: &Offer, other: &Offer) -> Option<String> {
     })
 }
 
+/// Whether two configuration spaces say the same. One may end where the other goes on with zeroes: what lies there belongs to features
+/// that its backend does not know, and so does not offer.
+fn is_same_config(one: &[u8], other: &[u8]) -> bool {
+    let common = one.len().min(other.len());
+    let (same, rest) = (one[..common] == other[..common], one[common..].iter().chain(&other[common..]));
+    same && rest.copied().all(|byte| byte == 0)
+}
+
 fn difference_of_config(wanted: &[u8], other: &[u8]) -> String {
-    if wanted.len() != other.len() {
+    let Some(at) = wanted.iter().zip(other).position(|(left, right)| left != right) else {
         return format!("its configuration space has {} bytes, the device's {}", other.len(), wanted.len());
-    }
-    let at = wanted.iter().zip(other).position(|(left, right)| left != right).unwrap_or(0);
+    };
     let field = if at < 8 { " (capacity)" } else { "" };
     format!("its configuration space differs from the device's at byte {at}{field}")
 }
