@@ -81,6 +81,14 @@ fn process_of(backend: Option<&BackendStatus>) -> anyhow::Result<u32> {
     backend.and_then(|backend| backend.pid).context("a protected device without a process")
 }
 
+/// The program of a process, as it was executed.
+fn program_of(pid: u32) -> String {
+    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let mut words = words.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+    let program = words.next().unwrap_or_default();
+    if words.next().as_deref() == Some("blk") { "blk".into() } else { program.rsplit('/').next().unwrap_or("").into() }
+}
+
 /// Injects one failure of `kind` and waits for all that must follow.
 pub(crate) fn inject(world: &mut World, kind: Kind, tally: &mut Tally) -> anyhow::Result<()> {
     world.pace = Pace::Trickle;
@@ -122,6 +130,7 @@ fn strike(
     world.load.start_gap(start);
     let inflight = world.held_by_device();
     world.say(format_args!("{kind}: {inflight} in flight, primary {}", before.primary.pid()));
+    tally.primary(&program_of(before.primary.pid()));
     let crash_too = detail.is_multiple_of(2);
     match kind {
         Kind::Planned | Kind::Now => world.broker.ask_failover(kind == Kind::Now)?,

@@ -127,6 +127,8 @@ pub(crate) struct Tally {
     pub(crate) other_kind: BTreeMap<String, u64>,
     kinds: BTreeMap<Kind, OfKind>,
     survivors: BTreeMap<u64, u64>,
+    /// Failures by the program of the primary they hit.
+    primaries: BTreeMap<String, u64>,
     recovery: BTreeMap<String, u64>,
     fence: BTreeMap<String, u64>,
     behaviours: BTreeMap<&'static str, u64>,
@@ -171,6 +173,11 @@ impl Tally {
     }
 
     /// Counts a refusal.
+    /// A failure is about to hit a primary of this program.
+    pub(crate) fn primary(&mut self, program: &str) {
+        *self.primaries.entry(program.to_owned()).or_default() += 1;
+    }
+
     pub(crate) fn refusal(&mut self, reason: &str) {
         self.refused += 1;
         self.refused_in_a_row += 1;
@@ -229,6 +236,7 @@ impl Tally {
             "missed_calls": self.verdict.missed_calls,
             "requests": self.requests,
             "kinds": kinds,
+            "primaries": self.primaries,
             "survivors": self.survivors,
             "recovery": self.recovery,
             "fence": self.fence,
