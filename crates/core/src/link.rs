@@ -126,6 +126,10 @@ pub(crate) struct Link {
     pub(crate) touched: bool,
     /// The in-flight region it keeps, where it keeps one.
     pub(crate) region: Region,
+    /// Rings have been given to it with that region.
+    pub(crate) region_used: bool,
+    /// Entries of a ring it was asked to have room for.
+    region_size: u16,
     /// One of its own for the canary, where the backend needs one.
     pub(crate) canary_region: Region,
     /// Memory of the broker's own that the backend has, or is about to have, as one more region.
@@ -174,6 +178,8 @@ impl Link {
             pinged_at: None,
             touched: false,
             region: Region::None,
+            region_used: false,
+            region_size: 0,
             canary_region: Region::None,
             private_memory: None,
             warmed: false,
@@ -244,16 +250,31 @@ impl Link {
         }
         if self.region == Region::None {
             self.region = Region::Asked;
+            self.region_size = queue_size;
             let wanted = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: queues, queue_size };
             self.ask(&Request::GetInflightFd(wanted), Purpose::Inflight, out);
         }
         matches!(self.region, Region::Set { .. })
     }
 
-    /// The backend has made a region: it gets it back, fresh.
+    /// Gives up a region that does not fit rings which are about to be given to a backend that serves none: the driver has set them up
+    /// anew, with indices of which the region knows nothing, or of another size.
+    pub(crate) fn renew_region(&mut self, queue_size: u16, out: &mut Actions) {
+        let Region::Set { fd, .. } = self.region else { return };
+        // What was asked for counts, not what the backend calls it: nobody is asked for the same twice.
+        if self.region_used || self.region_size < queue_size {
+            self.region = Region::None;
+            self.region_used = false;
+            out.push(Action::Close(fd));
+        }
+    }
+
+    /// The backend has made a region: it gets it back, fresh, unless a canary reads with its own. Then it gets it behind that.
     pub(crate) fn region_made(&mut self, description: InflightDescription, fd: FdSlot, out: &mut Actions) {
         self.region = Region::Set { description, fd };
-        self.tell(&Request::SetInflightFd { region: description, fd }, out);
+        if self.is_free() {
+            self.tell(&Request::SetInflightFd { region: description, fd }, out);
+        }
     }
 
     /// Sends a message that nobody waits for.

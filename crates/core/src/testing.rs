@@ -1,6 +1,8 @@
 //! Guest memory made of plain bytes, for tests of this crate.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
 
 use warmswap_wire::ring::{Descriptor, Layout, UsedElem};
 use warmswap_wire::{FdSlot, LogRegion, MemoryRegion};
@@ -9,6 +11,9 @@ use crate::memory::{GuestMemory, MemoryError, PRIVATE_SIZE, RingPlace};
 
 /// Slots of memory of the broker's own lie above this number.
 pub(crate) const PRIVATE_SLOTS: u32 = 100_000;
+
+/// An in-flight region: its keeper goes on writing to it.
+pub(crate) type RegionBytes = Rc<RefCell<Vec<u8>>>;
 
 /// One ring's three parts.
 #[derive(Clone, Debug)]
@@ -62,12 +67,12 @@ pub(crate) struct PlainMemory {
     pub(crate) privates: u32,
     pub(crate) faulted: bool,
     /// In-flight regions by descriptor.
-    pub(crate) in_flight: HashMap<FdSlot, Vec<u8>>,
+    pub(crate) in_flight: HashMap<FdSlot, RegionBytes>,
     pub(crate) written: Vec<u64>,
     /// Called before each read.
-    pub(crate) on_read: Option<std::cell::RefCell<Hook>>,
+    pub(crate) on_read: Option<RefCell<Hook>>,
     /// Rings as changed by the hook.
-    pub(crate) live: std::cell::RefCell<HashMap<u32, PlainRing>>,
+    pub(crate) live: RefCell<HashMap<u32, PlainRing>>,
 }
 
 /// Moves a ring on.
@@ -175,8 +180,11 @@ impl GuestMemory for PlainMemory {
         });
     }
     fn read_region(&self, fd: FdSlot, offset: u64, length: u64) -> Option<Vec<u8>> {
-        let bytes = self.in_flight.get(&fd).or_else(|| self.private.get(&fd))?;
-        bytes.get(usize::try_from(offset).ok()?..usize::try_from(offset + length).ok()?).map(<[u8]>::to_vec)
+        let range = usize::try_from(offset).ok()?..usize::try_from(offset.checked_add(length)?).ok()?;
+        match self.in_flight.get(&fd) {
+            Some(region) => region.borrow().get(range).map(<[u8]>::to_vec),
+            None => self.private.get(&fd)?.get(range).map(<[u8]>::to_vec),
+        }
     }
     fn make_private(&mut self) -> Result<FdSlot, MemoryError> {
         self.privates += 1;
@@ -185,9 +193,14 @@ impl GuestMemory for PlainMemory {
         Ok(slot)
     }
     fn write_private(&mut self, memory: FdSlot, offset: u64, bytes: &[u8]) -> bool {
-        let Some(private) = self.private.get_mut(&memory) else { return false };
-        private[offset as usize..][..bytes.len()].copy_from_slice(bytes);
-        true
+        let write = |memory: &mut Vec<u8>| {
+            let place = memory.get_mut(offset as usize..).and_then(|it| it.get_mut(..bytes.len()));
+            place.map(|place| place.copy_from_slice(bytes)).is_some()
+        };
+        match self.in_flight.get(&memory) {
+            Some(region) => write(&mut region.borrow_mut()),
+            None => self.private.get_mut(&memory).is_some_and(write),
+        }
     }
     fn write_guest(&mut self, guest_addr: u64, _bytes: &[u8]) -> bool {
         self.written.push(guest_addr);

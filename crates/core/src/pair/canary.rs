@@ -50,6 +50,7 @@ impl Pair {
         link.canary = Canary { state: CanaryState::Reading, began: step.now, waited: Nanos(0), poll_at, ..link.canary };
         let state = |value| VringState { index: RING, value };
         let fd = |fd| VringFd { index: RING, fd: Some(fd) };
+        link.lend_region(step.out);
         link.tell(&Request::SetVringNum(state(u32::from(canary::RING_SIZE))), step.out);
         link.tell(&Request::SetVringBase(state(0)), step.out);
         link.tell(&Request::SetVringAddr(canary::ring_addr(RING)), step.out);

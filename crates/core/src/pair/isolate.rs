@@ -185,7 +185,8 @@ impl Pair {
             return if self.closing { self.hand_over(step) } else { self.ensure_trial_backend(step) };
         };
         if trial.over {
-            return;
+            // The one that was started meanwhile may have died as well.
+            return self.ensure_target(step);
         }
         let waited = step.now.since(trial.began);
         if self.trial_result(trial.backend, step.memory).is_some() || waited >= limits.stall {

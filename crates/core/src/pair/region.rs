@@ -100,7 +100,10 @@ impl Pair {
     /// Whether a canary can begin as far as regions are concerned: one that tracks what is in flight needs a region for it, which is asked
     /// for if need be, and is made fresh.
     pub(super) fn canary_has_region(&mut self, backend: BackendId, step: &mut Step<'_>) -> bool {
-        let Some(link) = self.link_mut(backend).filter(|link| link.tracks_in_flight()) else { return true };
+        let Some(link) = self.links.iter_mut().find(|link| link.id == backend) else { return true };
+        if !link.tracks_in_flight() {
+            return true;
+        }
         let Region::Set { description, fd } = link.canary_region else {
             if link.canary_region == Region::None {
                 link.canary_region = Region::Asked;
@@ -113,10 +116,7 @@ impl Pair {
         let length = usize::try_from(description.mmap_size).unwrap_or(0).min(REGION_MAX);
         // What the last one left says nothing of this one.
         let fresh = step.memory.write_private(fd, description.mmap_offset, &vec![0; length]);
-        if let Some(link) = self.link_mut(backend) {
-            link.canary.possible &= fresh;
-            link.tell(&Request::SetInflightFd { region: description, fd }, step.out);
-        }
+        link.canary.possible &= fresh;
         fresh
     }
 
@@ -137,6 +137,13 @@ impl Pair {
 const REGION_MAX: usize = 1 << 16;
 
 impl Link {
+    /// A canary begins: its region is in force.
+    pub(super) fn lend_region(&mut self, out: &mut crate::event::Actions) {
+        if let Region::Set { description, fd } = self.canary_region {
+            self.tell(&Request::SetInflightFd { region: description, fd }, out);
+        }
+    }
+
     /// The canary is over: the guest's own region is in force again.
     pub(super) fn restore_region(&mut self, out: &mut crate::event::Actions) {
         if let Region::Set { description, fd } = self.region {

@@ -102,8 +102,12 @@ impl Pair {
         }
     }
 
+    /// What the VMM says of a ring that is served reaches the backend that serves it. One that is being stopped must not be started
+    /// again by that: a kick, or that the ring is enabled, is told to whoever gets the ring next.
     fn forward_ring_request(&mut self, index: u32, request: &Request, step: &mut Step<'_>) {
-        if self.rings.get(index as usize).is_some_and(|ring| ring.served) {
+        let starts = matches!(request, Request::SetVringKick(_) | Request::SetVringEnable(_));
+        let takes = |ring: &RingState| ring.served && !(starts && ring.drain.is_some());
+        if self.rings.get(index as usize).is_some_and(takes) {
             self.tell_serving(request, step);
         }
     }
@@ -215,7 +219,12 @@ impl Pair {
         let sizes = self.session.rings.iter().filter_map(|ring| ring.size);
         let size = u16::try_from(sizes.max().unwrap_or(0)).unwrap_or(0);
         let queues = u16::try_from(queues).unwrap_or(u16::MAX);
-        self.link_mut(backend).is_none_or(|link| link.region_is_set(queues, size, step.out))
+        let serves = self.serving() == Some(backend) && !self.served_rings().is_empty();
+        let Some(link) = self.link_mut(backend) else { return true };
+        if !serves {
+            link.renew_region(size, step.out);
+        }
+        link.region_is_set(queues, size, step.out)
     }
 
     /// A region that rings waited for is there.
@@ -261,6 +270,7 @@ impl Pair {
         if let Some(link) = self.link_mut(target) {
             link.state = LinkState::Active;
             link.touched = true;
+            link.region_used = true;
         }
         signals.into_iter().for_each(|fd| step.out.push(Action::Signal(fd)));
     }

@@ -1129,3 +1129,83 @@ fn buffers_that_wait_to_be_filled_are_no_requests_that_wait() {
         "#]],
     );
 }
+
+#[test]
+fn a_kick_that_the_vmm_changes_during_a_drain_does_not_start_the_ring_again() {
+    for drain in [DrainMethod::PrivateKick, DrainMethod::Disable] {
+        let script = "
+            ~ready 2
+            ~submit 0 1
+            ~wait 1ms
+            failover
+            vmm SET_VRING_KICK 0
+            vmm SET_VRING_KICK 1
+            vmm SET_VRING_ENABLE 1 1
+            ~complete 0 1
+            wait 1ms
+            ";
+        let expected = match drain {
+            DrainMethod::PrivateKick => expect![[r#"
+                > failover
+                    * FailoverStarted kind="planned" cause="operator: test" backend=1
+                    #1 <- SET_VRING_KICK #1.kick, SET_VRING_KICK! #1.kick
+                    #1 <- GET_VRING_BASE 1
+                > vmm SET_VRING_KICK 0
+                    close kick0
+                    vmm <- SET_VRING_KICK ok
+                > vmm SET_VRING_KICK 1
+                    close kick1
+                    vmm <- SET_VRING_KICK ok
+                > vmm SET_VRING_ENABLE 1 1
+                    vmm <- SET_VRING_ENABLE ok
+                > wait 1ms
+                    #1 <- GET_VRING_BASE 0
+                    #2 is primary
+                    #2 <- SET_VRING_BASE 0=1, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1, SET_VRING_BASE 1=0, SET_VRING_ADDR 1, SET_VRING_KICK kick1, SET_VRING_ENABLE! 1=1
+                    signal kick0
+                    signal call0
+                    signal kick1
+                    signal call1
+                    retire #1
+                    close #1.kick
+                    close #1.call
+                    close #1.probe
+                    * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="stopped"
+                    answer: settled drained
+                    start #3
+                    #3 is shadow
+            "#]],
+            _ => expect![[r#"
+                > failover
+                    * FailoverStarted kind="planned" cause="operator: test" backend=1
+                    #1 <- SET_VRING_ENABLE 0=0, SET_VRING_ENABLE! 1=0
+                    #1 <- GET_VRING_BASE 1
+                > vmm SET_VRING_KICK 0
+                    close kick0
+                    vmm <- SET_VRING_KICK ok
+                > vmm SET_VRING_KICK 1
+                    close kick1
+                    vmm <- SET_VRING_KICK ok
+                > vmm SET_VRING_ENABLE 1 1
+                    vmm <- SET_VRING_ENABLE ok
+                > wait 1ms
+                    #1 <- GET_VRING_BASE 0
+                    #2 is primary
+                    #2 <- SET_VRING_BASE 0=1, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1, SET_VRING_BASE 1=0, SET_VRING_ADDR 1, SET_VRING_KICK kick1, SET_VRING_ENABLE! 1=1
+                    signal kick0
+                    signal call0
+                    signal kick1
+                    signal call1
+                    retire #1
+                    close #1.kick
+                    close #1.call
+                    close #1.probe
+                    * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="stopped"
+                    answer: settled drained
+                    start #3
+                    #3 is shadow
+            "#]],
+        };
+        check_with(PairConfig { drain, ..config() }, script, &expected);
+    }
+}

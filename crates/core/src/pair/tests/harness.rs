@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! start                           the pair starts
-//! up 1 queues=1 config=9          backend 1 connects (also features=, slots=, no-ack, no-slots, no-config)
+//! up 1 queues=1 config=9          backend 1 connects (also features=, slots=, no-ack, no-slots, no-config, inflight, no-region,
+//!                                 odd-region, empty)
 //! down 1 · exit 1 · fenced 1      its link ends · its process ends · it is proved harmless (fenced 1 stopped: at that level)
 //! mute 1 · unmute 1               it reads but does not answer · it answers all it owes
 //! claims 1 7                      it answers the next stop with this base instead of used.idx
@@ -16,6 +17,9 @@
 //! break 0 900                     the driver stores that into avail.idx
 //! trial                           the request that is being tried alone is completed
 //! submit 0 3 4 · complete 0 4     the driver submits, the device completes these heads (and has read the ring up to them)
+//! take 0 3                        the backend takes the ring's requests up to this head
+//! publish 0 3 4                   as `complete`, and its backend gets no further than that: it does not clear the marks in its region
+//! spoil 1 0 version 7             what its region says of ring 0 is damaged (also size, used, marks HEAD COUNTER, gone)
 //! failover · failover now         the operator asks for one
 //! wait 25ms                       time passes, ticks come when they are due
 //! jump 90ms                       time passes unnoticed: the control thread was not given the processor
@@ -25,12 +29,14 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write;
 
+use warmswap_wire::inflight::ring_bytes;
 use warmswap_wire::{
     BackendRequest, ConfigSpace, DeviceType, FdSlot, HEADER_SIZE, Header, HeaderFlags, InflightDescription, LogRegion,
     MemoryRegion, ProtocolFeatures, Reply, ReplyKind, Request, RequestCode, VirtioFeatures, VringAddr, VringFd,
     VringState,
 };
 
+use super::keeper::Keepers;
 use crate::canary;
 use crate::drain::DrainMethod;
 use crate::event::{Action, Actions, BackendId, CommandId, Event, FenceLevel, PrivateEvents};
@@ -77,7 +83,7 @@ pub(super) struct Backend {
     pub(super) muted: bool,
     pub(super) refuses: bool,
     pub(super) claims: Option<u32>,
-    acked: u64,
+    pub(super) acked: u64,
     owes: VecDeque<(Header, Vec<u8>)>,
     private_kick: FdSlot,
     probe_kick: FdSlot,
@@ -86,7 +92,11 @@ pub(super) struct Backend {
     /// It completes canary reads.
     pub(super) canary: bool,
     /// A canary read is under way.
-    reading: bool,
+    pub(super) reading: bool,
+    /// It offers in-flight tracking and cannot make a region.
+    no_region: bool,
+    /// It says that its region is for rings of no entries.
+    odd_region: bool,
 }
 
 /// A driver's view of one ring: what it has submitted and not seen completed, in order.
@@ -96,9 +106,9 @@ pub(super) struct Driver {
     /// The ring was made to break the rules; nothing can be said about what is owed.
     pub(super) broken: bool,
     /// Where in the available ring each of them stands for the backend that holds it.
-    positions: BTreeMap<u16, u16>,
+    pub(super) positions: BTreeMap<u16, u16>,
     /// How far that backend must have read, for it has completed what stood before.
-    popped: u16,
+    pub(super) popped: u16,
 }
 
 pub(super) struct Harness {
@@ -118,8 +128,11 @@ pub(super) struct Harness {
     pub(super) replies: usize,
     /// Backends that were given one request alone, on a ring of the broker's.
     trials: BTreeSet<u64>,
+    pub(super) kept: Keepers,
     /// Rings each backend was given and has not been proved to have let go.
     holds: BTreeMap<u64, BTreeSet<u32>>,
+    /// Rings each backend was asked to stop: it takes nothing more of them.
+    stopping: BTreeSet<(u64, u32)>,
     open: BTreeMap<u32, String>,
     slots: u32,
     /// Messages of backends under way.
@@ -147,7 +160,9 @@ impl Harness {
             answered: 0,
             replies: 0,
             trials: BTreeSet::new(),
+            kept: Keepers::default(),
             holds: BTreeMap::new(),
+            stopping: BTreeSet::new(),
             open: BTreeMap::new(),
             slots: 0,
             inbox: VecDeque::new(),
@@ -245,6 +260,16 @@ impl Harness {
             "submit" => self.submit(number(args[0]), &args[1..].iter().map(|it| number(it) as u16).collect::<Vec<_>>()),
             "complete" => {
                 self.complete(number(args[0]), &args[1..].iter().map(|it| number(it) as u16).collect::<Vec<_>>());
+            }
+            "take" => self.take(number(args[0]), &args[1..].iter().map(|it| number(it) as u16).collect::<Vec<_>>()),
+            "publish" => {
+                let heads: Vec<u16> = args[1..].iter().map(|it| number(it) as u16).collect();
+                self.complete_batch(number(args[0]), &heads, true);
+                self.forget_completed(number(args[0]), &heads);
+            }
+            "spoil" => {
+                let values: Vec<u32> = args[3..].iter().map(|it| number(it)).collect();
+                self.spoil(id(), number(args[1]), args[2], &values);
             }
             "break" => {
                 let ring = number(args[0]);
@@ -412,8 +437,13 @@ impl Harness {
     }
 
     pub(super) fn complete(&mut self, ring: u32, heads: &[u16]) {
+        self.complete_batch(ring, heads, false);
+        self.forget_completed(ring, heads);
+    }
+
+    /// The driver has seen these completed.
+    fn forget_completed(&mut self, ring: u32, heads: &[u16]) {
         for head in heads {
-            self.memory.ring(ring).complete(*head);
             let driver = self.drivers.entry(ring).or_default();
             driver.inflight.retain(|known| known != head);
             if let Some(at) = driver.positions.remove(head) {
@@ -429,6 +459,16 @@ impl Harness {
             private.is_some_and(|fd| self.memory.read_region(fd, TRIAL_USED, 4).is_some_and(|used| used[2] == 0))
         };
         self.trials.iter().any(running)
+    }
+
+    /// Whether the holder of a ring may complete this head: once it has answered the stop of the ring, it takes nothing more.
+    pub(super) fn may_complete(&self, ring: u32, head: u16) -> bool {
+        let Some(holder) = self.holder(ring) else { return false };
+        let taken = |driver: &Driver| {
+            let at = driver.positions.get(&head).copied();
+            at.is_some_and(|at| later(at.wrapping_add(1), driver.popped) == driver.popped)
+        };
+        !self.stopping.contains(&(holder, ring)) || self.drivers.get(&ring).is_some_and(taken)
     }
 
     /// The backend that holds a ring of the guest's, if any does.
@@ -462,6 +502,8 @@ impl Harness {
             private: None,
             canary: true,
             reading: false,
+            no_region: false,
+            odd_region: false,
         };
         for option in options {
             match option.split_once('=') {
@@ -473,6 +515,10 @@ impl Harness {
                 _ if *option == "no-ack" => backend.protocol.remove(ProtocolFeatures::REPLY_ACK),
                 _ if *option == "no-slots" => backend.protocol.remove(ProtocolFeatures::CONFIGURE_MEM_SLOTS),
                 _ if *option == "no-config" => backend.protocol.remove(ProtocolFeatures::CONFIG),
+                _ if *option == "inflight" => backend.protocol.insert(ProtocolFeatures::INFLIGHT_SHMFD),
+                _ if *option == "empty" => backend.config = vec![0; 256],
+                _ if *option == "odd-region" => backend.odd_region = true,
+                _ if *option == "no-region" => backend.no_region = true,
                 _ if *option == "log" => backend.protocol.insert(ProtocolFeatures::LOG_SHMFD),
                 _ if *option == "everything" => backend.protocol = ProtocolFeatures::all(),
                 _ => panic!("unknown option {option}"),
@@ -501,6 +547,7 @@ impl Harness {
         self.backends.remove(&id);
         self.inbox.retain(|(from, _, _)| *from != id);
         self.holds.remove(&id);
+        self.keeper_ended(id);
         self.event(Event::Fenced { backend: BackendId(id), level, evidence: "reaped".to_owned() });
     }
 
@@ -527,7 +574,13 @@ impl Harness {
         let request = Request::decode(&header, payload, fds).expect("ours");
         self.note_rings(id, &request);
         self.note_private(id, &request);
-        let base = if let Request::GetVringBase(state) = request { self.truthful_base(state.index) } else { 0 };
+        self.note_regions(id, &request);
+        let base = if let Request::GetVringBase(state) = request {
+            self.stopping.insert((id, state.index));
+            self.truthful_base(state.index)
+        } else {
+            0
+        };
         let Some(backend) = self.backends.get_mut(&id) else { return };
         let ack = u64::from(backend.refuses);
         let reply = match &request {
@@ -547,6 +600,16 @@ impl Harness {
             Request::GetVringBase(state) => {
                 let value = backend.claims.take().unwrap_or(base);
                 Some(Reply::VringState(VringState { index: state.index, value }))
+            }
+            Request::GetInflightFd(_) if backend.no_region => {
+                let region = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: 0, queue_size: 0 };
+                Some(Reply::Inflight { region, fd: None })
+            }
+            Request::GetInflightFd(wanted) => {
+                let mmap_size = ring_bytes(wanted.queue_size) * u64::from(wanted.num_queues);
+                let queue_size = if backend.odd_region { 0 } else { wanted.queue_size };
+                let region = InflightDescription { mmap_size, queue_size, ..*wanted };
+                Some(Reply::Inflight { region, fd: None })
             }
             Request::SetLogBase { region, .. } if backend.acked & ProtocolFeatures::LOG_SHMFD.bits() != 0 => {
                 Some(Reply::Log(*region))
@@ -581,6 +644,7 @@ impl Harness {
             return;
         }
         let fresh = holds.insert(*index);
+        self.stopping.remove(&(id, *index));
         if trial {
             self.trials.insert(id);
         }
@@ -665,6 +729,7 @@ impl Harness {
     }
 
     fn close(&mut self, fd: FdSlot) {
+        self.memory.in_flight.remove(&fd);
         let open = self.open.remove(&fd.0).is_some() || self.memory.private.remove(&fd).is_some();
         assert!(open, "slot {} is closed twice\n{}", fd.0, self.out);
     }
@@ -722,8 +787,17 @@ impl Harness {
             answers += 1;
             assert!(answers < 1_000, "messages go to and fro without end\n{}", self.out);
             self.note_stop(id, &header, &payload);
-            let event = Event::LinkMessage { backend: BackendId(id), header, payload, fds: Vec::new() };
-            self.event_once(event);
+            let fds = self.carried(id, &header, &payload);
+            self.event_once(Event::LinkMessage { backend: BackendId(id), header, payload, fds });
+        }
+    }
+
+    /// Descriptors that come with a message: they come into being when it is read.
+    fn carried(&mut self, id: u64, header: &Header, payload: &[u8]) -> Vec<FdSlot> {
+        let kind = ReplyKind::Inflight;
+        match Reply::decode(RequestCode::GetInflightFd as u32, "", kind, header, payload, &[]) {
+            Ok(Reply::Inflight { region, .. }) if region.num_queues > 0 => vec![self.make_region(id, &region)],
+            _ => Vec::new(),
         }
     }
 
@@ -736,6 +810,7 @@ impl Harness {
             && let Some(rings) = self.holds.get_mut(&id)
         {
             rings.remove(&index);
+            self.keeper_stopped(id, index);
         }
     }
 
@@ -835,6 +910,7 @@ impl Harness {
                 self.backends.remove(&backend.0);
                 self.starting.remove(&backend.0);
                 self.inbox.retain(|(id, _, _)| *id != backend.0);
+                self.keeper_ended(backend.0);
                 format!("retire {backend}")
             }
             Action::WatchKick { ring, kick } => {
@@ -884,6 +960,7 @@ impl Harness {
             Request::GetVringBase(it) => _ = write!(text, " {}", it.index),
             Request::SetVringAddr(it) => _ = write!(text, " {}", it.index),
             Request::GetConfig(it) => _ = write!(text, " {}", it.bytes.len()),
+            Request::GetInflightFd(it) => _ = write!(text, " {}x{}", it.num_queues, it.queue_size),
             Request::SetConfig(it) => _ = write!(text, " {}={:?}", it.offset, it.bytes),
             Request::SetFeatures(bits) | Request::SetProtocolFeatures(bits) => _ = write!(text, " {bits:#x}"),
             _ => {}
@@ -934,7 +1011,7 @@ impl Harness {
 }
 
 /// The index that is further on, where both are less than half a turn apart.
-fn later(left: u16, right: u16) -> u16 {
+pub(super) fn later(left: u16, right: u16) -> u16 {
     if right.wrapping_sub(left) < 1 << 15 { right } else { left }
 }
 

@@ -2,7 +2,10 @@
 
 use expect_test::expect;
 
-use super::check;
+use super::harness::config;
+use super::{check, check_with};
+use crate::drain::DrainMethod;
+use crate::policy::PairConfig;
 
 /// Two requests are in flight while three backends die in a row.
 const THREE_DEATHS: &str = "
@@ -297,5 +300,66 @@ fn deaths_without_anything_in_flight_accuse_nobody() {
         > status
             unprotected Idle; primary #4 active, shadow #5 starting; recovery exact; ring 0 served exact inflight 0
     "#]],
+    );
+}
+
+#[test]
+fn a_backend_that_dies_while_a_trial_ends_is_started_again() {
+    check(
+        &format!("{THREE_DEATHS}\n~fenced 3\n~up 4\n~exit 4\nup 5\nexit 5\nwait 1ms\nstatus"),
+        &expect![[r#"
+        > up 5
+            #5 <- GET_FEATURES
+            #5 <- GET_PROTOCOL_FEATURES
+            #5 <- SET_PROTOCOL_FEATURES 0x8229, SET_OWNER, SET_BACKEND_REQ_FD #5.channel
+            close #5.channel
+            #5 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+            #5 <- GET_FEATURES
+            #5 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
+            * ShadowReady backend=5
+        > exit 5
+            close #5.kick
+            close #5.call
+            close #5.probe
+            retire #5
+            * ShadowLost backend=5 reason="killed by signal 9" next="another one is started in 0ns"
+            start #6
+            #6 is shadow
+        > wait 1ms
+        > status
+            failing-over Isolating; primary #3 ended, shadow #6 starting; recovery exact; ring 0 waiting exact inflight 2
+    "#]],
+    );
+}
+
+#[test]
+fn a_backend_that_tracks_what_is_in_flight_is_given_no_trial() {
+    check_with(
+        PairConfig { drain: DrainMethod::Stop, ..config() },
+        &format!(
+            "{}\n~fenced 3\nup 4 inflight\nstatus",
+            THREE_DEATHS.replace("up 3", "up 3 inflight").replace("ready 1", "ready 1 inflight")
+        ),
+        &expect![[r#"
+            > up 4 inflight
+                #4 <- GET_FEATURES
+                #4 <- GET_PROTOCOL_FEATURES
+                #4 <- SET_PROTOCOL_FEATURES 0x9229, SET_OWNER, SET_BACKEND_REQ_FD #4.channel
+                close #4.channel
+                #4 <- GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, GET_CONFIG 256
+                #4 <- GET_FEATURES
+                #4 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, SET_VRING_NUM 0=8, SET_VRING_CALL call0, GET_FEATURES
+                * ShadowReady backend=4
+                #4 <- GET_INFLIGHT_FD 2x8
+                retire #3
+                close #3.region
+                * FailoverHalted kind="crash" cause="killed by signal 9" recovery="refused" fence="reaped" survivors=6 attempts=2 message="a request kills every backend and cannot be isolated: the backend tracks what is in flight, and would find the trial among it"
+                #4 is primary
+                start #5
+                #5 is shadow
+                #4 <- SET_INFLIGHT_FD #4.region
+            > status
+                halted Halted; primary #4 ready, shadow #5 starting; recovery exact; ring 0 waiting exact inflight 2; halted: a request kills every backend and cannot be isolated: the backend tracks what is in flight, and would find the trial among it
+        "#]],
     );
 }

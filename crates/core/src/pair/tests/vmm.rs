@@ -514,3 +514,163 @@ fn a_question_that_cannot_be_read_and_must_be_answered_ends_the_connection() {
     "#]],
     );
 }
+
+#[test]
+fn a_change_of_memory_without_acknowledgement_holds_back_the_next_request_until_both_have_it() {
+    check(
+        "
+        ~ready 1
+        ~mute 1
+        ~mute 2
+        vmm !SET_MEM_TABLE 0 1
+        vmm GET_FEATURES
+        unmute 2
+        unmute 1
+        vmm GET_FEATURES
+        ",
+        &expect![[r#"
+            > vmm !SET_MEM_TABLE 0 1
+                close mem0
+                #1 <- SET_MEM_TABLE! mem0 mem1
+                #2 <- SET_MEM_TABLE! mem0 mem1
+            > vmm GET_FEATURES
+                (the VMM waits)
+            > unmute 2
+            > unmute 1
+                vmm <- GET_FEATURES 0x140002200
+            > vmm GET_FEATURES
+                vmm <- GET_FEATURES 0x140002200
+        "#]],
+    );
+}
+
+#[test]
+fn a_silent_backend_holds_back_the_next_request_no_longer_than_the_bound() {
+    check(
+        "~ready 1\n~mute 1\nvmm !ADD_MEM_REG 1\nvmm !REM_MEM_REG 1\nvmm GET_FEATURES\nwait 4ms\nwait 4ms\nunmute 1",
+        &expect![[r#"
+            > vmm !ADD_MEM_REG 1
+                #1 <- ADD_MEM_REG! mem1
+                #2 <- ADD_MEM_REG! mem1
+            > vmm !REM_MEM_REG 1
+                (the VMM waits)
+            > vmm GET_FEATURES
+                (the VMM waits)
+            > wait 4ms
+                * AnsweredFromRecord request="ADD_MEM_REG" silent=1
+                close mem1
+                #1 <- REM_MEM_REG!
+                #2 <- REM_MEM_REG!
+            > wait 4ms
+                * AnsweredFromRecord request="REM_MEM_REG" silent=1
+                vmm <- GET_FEATURES 0x140002200
+            > unmute 1
+        "#]],
+    );
+}
+
+#[test]
+fn a_backend_that_dies_holds_back_nothing() {
+    check(
+        "~ready 1\n~mute 2\nvmm !ADD_MEM_REG 1\nvmm GET_FEATURES\nexit 2",
+        &expect![[r#"
+        > vmm !ADD_MEM_REG 1
+            #1 <- ADD_MEM_REG! mem1
+            #2 <- ADD_MEM_REG! mem1
+        > vmm GET_FEATURES
+            (the VMM waits)
+        > exit 2
+            close #2.kick
+            close #2.call
+            close #2.probe
+            retire #2
+            * ShadowLost backend=2 reason="killed by signal 9" next="another one is started in 0ns"
+            start #3
+            #3 is shadow
+            vmm <- GET_FEATURES 0x140002200
+    "#]],
+    );
+}
+
+#[test]
+fn a_refusal_of_a_change_without_acknowledgement_is_not_told() {
+    check(
+        "~ready 1\n~refuses 1\nvmm !ADD_MEM_REG 1\nvmm GET_FEATURES",
+        &expect![[r#"
+        > vmm !ADD_MEM_REG 1
+            #1 <- ADD_MEM_REG! mem1
+            #2 <- ADD_MEM_REG! mem1
+        > vmm GET_FEATURES
+            vmm <- GET_FEATURES 0x140002200
+    "#]],
+    );
+}
+
+#[test]
+fn a_backend_without_acknowledgements_is_waited_for_as_well() {
+    check(
+        "~ready 1 no-ack\n~mute 1\nvmm !SET_MEM_TABLE 0 1\nvmm GET_FEATURES\nunmute 1",
+        &expect![[r#"
+        > vmm !SET_MEM_TABLE 0 1
+            close mem0
+            #1 <- SET_MEM_TABLE mem0 mem1, GET_FEATURES
+            #2 <- SET_MEM_TABLE mem0 mem1, GET_FEATURES
+        > vmm GET_FEATURES
+            (the VMM waits)
+        > unmute 1
+            vmm <- GET_FEATURES 0x140002200
+    "#]],
+    );
+}
+
+#[test]
+fn other_changes_without_acknowledgement_hold_back_nothing() {
+    check(
+        "~ready 1\n~mute 1\nvmm !SET_VRING_NUM 1 4\nvmm !SET_CONFIG 32 1\nvmm GET_FEATURES",
+        &expect![[r#"
+        > vmm !SET_VRING_NUM 1 4
+            #1 <- SET_VRING_NUM 1=4
+            #2 <- SET_VRING_NUM 1=4
+        > vmm !SET_CONFIG 32 1
+            #1 <- SET_CONFIG 32=[1]
+            #2 <- SET_CONFIG 32=[1]
+        > vmm GET_FEATURES
+            vmm <- GET_FEATURES 0x140002200
+    "#]],
+    );
+}
+
+#[test]
+fn a_vmm_that_leaves_during_a_change_without_acknowledgement_is_not_waited_for() {
+    check(
+        "~ready 1\n~mute 2\nvmm !ADD_MEM_REG 1\nvmm gone\nvmm connect\nwait 4ms",
+        &expect![[r#"
+        > vmm !ADD_MEM_REG 1
+            #1 <- ADD_MEM_REG! mem1
+            #2 <- ADD_MEM_REG! mem1
+        > vmm gone
+            * VmmGone reason="the connection was closed"
+            #1 <- SET_VRING_KICK! #1.kick
+            #1 <- GET_VRING_BASE 0
+            close mem0
+            close mem1
+            close kick0
+            close call0
+            retire #1
+            close #1.kick
+            close #1.call
+            close #1.probe
+            retire #2
+            close #2.kick
+            close #2.call
+            close #2.probe
+            start #3
+            #3 is primary
+            start #4
+            #4 is shadow
+        > vmm connect
+            * VmmConnected
+        > wait 4ms
+    "#]],
+    );
+}
