@@ -203,3 +203,189 @@ pub(crate) fn copy_from<const N: usize>(pieces: &[Piece]) -> Option<[u8; N]> {
     let mut bytes = [0; N];
     (total(pieces) == N as u64 && copy_out(pieces, &mut bytes) == N).then_some(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::{END, FREE, Guest, REGION, TABLE, indirect, readable, writable};
+
+    const SIZE: u16 = 8;
+
+    /// Follows what the ring's table says from its first descriptor on.
+    fn follow(guest: &Guest, size: u16, with_indirect: bool) -> Result<Chain, Malformed> {
+        let mut chain = Chain::default();
+        let place = guest.place(size);
+        chain.follow(&place.descriptors, size, &guest.memory, 0, with_indirect, true).map(|()| chain)
+    }
+
+    fn malformed(descriptors: &[Descriptor]) -> Malformed {
+        let guest = Guest::new();
+        guest.table(TABLE, descriptors);
+        follow(&guest, SIZE, true).expect_err("it is malformed")
+    }
+
+    fn linked(descriptor: Descriptor, next: u16) -> Descriptor {
+        Descriptor { flags: descriptor.flags | DESC_F_NEXT, next, ..descriptor }
+    }
+
+    fn lengths(pieces: &[Piece]) -> Vec<usize> {
+        pieces.iter().map(|it| it.len).collect()
+    }
+
+    #[test]
+    fn buffers_come_in_their_order_and_are_cut_where_regions_meet() {
+        let guest = Guest::new();
+        let across = writable(REGION - 8, 24);
+        guest.chain(TABLE, &[readable(FREE, 16), readable(FREE, 0), readable(FREE + 64, 3), across, writable(FREE, 1)]);
+        let chain = follow(&guest, SIZE, false).expect("it is in order");
+        assert_eq!((lengths(&chain.readable), lengths(&chain.writable)), (vec![16, 3], vec![8, 16, 1]));
+        assert_eq!((total(&chain.readable), total(&chain.writable)), (19, 25));
+        assert_eq!(chain.logged, [(REGION - 8, 24), (FREE, 1)]);
+        assert_eq!(chain.missing, None);
+    }
+
+    #[test]
+    fn a_chain_is_followed_by_its_links_and_not_by_their_numbers() {
+        let guest = Guest::new();
+        let nowhere = readable(END, 1);
+        guest.table(TABLE, &[linked(readable(FREE, 1), 7), nowhere, writable(FREE, 4)]);
+        guest.table(TABLE + 16 * 7, &[linked(readable(FREE, 2), 2)]);
+        let chain = follow(&guest, SIZE, false).expect("it is in order");
+        assert_eq!((lengths(&chain.readable), lengths(&chain.writable)), (vec![1, 2], vec![4]));
+    }
+
+    #[test]
+    fn a_chain_that_runs_in_a_circle_or_out_of_its_table_is_malformed() {
+        let long = Malformed::Long(PIECES_MAX);
+        assert_eq!(malformed(&[linked(readable(FREE, 1), 0)]), long);
+        assert_eq!(malformed(&[linked(readable(FREE, 0), 1), linked(readable(FREE, 0), 0)]), long, "without a byte");
+        assert_eq!(malformed(&[linked(readable(FREE, 1), 8)]), Malformed::Next { next: 8, count: 8 });
+        assert_eq!(malformed(&[linked(readable(FREE, 1), 65_535)]), Malformed::Next { next: 65_535, count: 8 });
+        let order = [linked(readable(FREE, 1), 1), linked(writable(FREE, 1), 2), readable(FREE, 1)];
+        assert_eq!(malformed(&order), Malformed::Order);
+    }
+
+    #[test]
+    fn a_chain_has_as_many_buffers_as_the_kernel_takes_and_no_more() {
+        let guest = Guest::new();
+        guest.chain(TABLE, &vec![readable(FREE, 2); PIECES_MAX]);
+        let chain = follow(&guest, 1024, false).expect("it is as long as it may be");
+        assert_eq!(chain.readable.len(), PIECES_MAX);
+        // One buffer fewer, and one that lies in two regions.
+        let mut descriptors = vec![readable(FREE, 2); PIECES_MAX];
+        descriptors[7] = readable(REGION - 1, 2);
+        guest.chain(TABLE, &descriptors);
+        assert_eq!(follow(&guest, 1024, false).expect_err("one piece too many"), Malformed::Long(PIECES_MAX));
+        let outside = FREE;
+        guest.chain(outside, &vec![readable(0, 1); PIECES_MAX + 1]);
+        guest.chain(TABLE, &[indirect(outside, 16 * (PIECES_MAX as u32 + 1))]);
+        assert_eq!(follow(&guest, SIZE, true).expect_err("one too many"), Malformed::Long(PIECES_MAX));
+    }
+
+    #[test]
+    fn an_indirect_table_may_lie_anywhere_in_memory_and_across_regions() {
+        for table in [FREE, FREE + 1, FREE + 8, REGION - 16, REGION - 17, REGION - 24, END - 48] {
+            let guest = Guest::new();
+            guest.chain(table, &[readable(0, 16), writable(FREE, 512), writable(FREE, 1)]);
+            guest.chain(TABLE, &[readable(0, 5), indirect(table, 48)]);
+            let chain = follow(&guest, SIZE, true).expect("it is in order");
+            let found = (lengths(&chain.readable), lengths(&chain.writable));
+            assert_eq!(found, (vec![5, 16], vec![512, 1]), "a table at {table:#x}");
+        }
+    }
+
+    #[test]
+    fn an_indirect_table_of_a_wrong_kind_is_malformed() {
+        let guest = Guest::new();
+        guest.chain(FREE, &[readable(0, 16), writable(FREE, 1)]);
+        guest.chain(TABLE, &[indirect(FREE, 32)]);
+        assert_eq!(follow(&guest, SIZE, false).expect_err("not negotiated"), Malformed::Indirect);
+        for bytes in [0, 1, 15, 17, u32::MAX] {
+            assert_eq!(malformed(&[indirect(FREE, bytes)]), Malformed::TableSize { bytes });
+        }
+        assert_eq!(malformed(&[linked(indirect(FREE, 32), 1)]), Malformed::Nested, "with something behind it");
+        guest.chain(FREE, &[readable(0, 16), indirect(FREE, 32)]);
+        assert_eq!(follow(&guest, SIZE, true).expect_err("in itself"), Malformed::Nested);
+        guest.table(FREE, &[linked(readable(0, 16), 2)]);
+        assert_eq!(follow(&guest, SIZE, true).expect_err("beyond"), Malformed::Next { next: 2, count: 2 });
+        for (addr, first) in [(END, END), (END - 8, END - 8), (u64::MAX - 7, u64::MAX - 7)] {
+            assert_eq!(malformed(&[indirect(addr, 32)]), Malformed::Memory { addr: first, bytes: 16 });
+        }
+        // It begins in memory and goes on where there is none.
+        guest.table(END - 16, &[linked(readable(0, 16), 1)]);
+        guest.chain(TABLE, &[indirect(END - 16, 32)]);
+        assert_eq!(follow(&guest, SIZE, true).expect_err("no memory"), Malformed::Memory { addr: END, bytes: 16 });
+    }
+
+    #[test]
+    fn a_buffer_that_is_no_memory_is_noted_unless_it_is_the_last() {
+        let missing = Malformed::Memory { addr: END - 1, bytes: 2 };
+        let guest = Guest::new();
+        guest.chain(TABLE, &[readable(FREE, 16), writable(END - 1, 2), writable(FREE, 1)]);
+        let chain = follow(&guest, SIZE, false).expect("it can be answered");
+        assert_eq!((chain.missing, lengths(&chain.writable)), (Some(missing), vec![1]));
+        assert_eq!(malformed(&[linked(readable(FREE, 16), 1), writable(END - 1, 2)]), missing);
+        assert_eq!(malformed(&[readable(u64::MAX, 2)]), Malformed::Memory { addr: u64::MAX, bytes: 2 });
+    }
+
+    #[test]
+    fn a_chain_that_is_used_again_has_nothing_of_the_last() {
+        let guest = Guest::new();
+        let (mut chain, place) = (Chain::default(), guest.place(SIZE));
+        let follow = |chain: &mut Chain| {
+            chain.follow(&place.descriptors, SIZE, &guest.memory, 0, false, false).expect("it can be answered");
+        };
+        guest.chain(TABLE, &[readable(FREE, 16), writable(END, 2), writable(FREE, 1)]);
+        follow(&mut chain);
+        guest.chain(TABLE, &[writable(FREE, 3)]);
+        follow(&mut chain);
+        assert_eq!((lengths(&chain.readable), lengths(&chain.writable)), (vec![], vec![3]));
+        assert_eq!((chain.missing, chain.logged.len()), (None, 0));
+    }
+
+    #[test]
+    fn the_header_is_taken_off_however_it_is_cut() {
+        let guest = Guest::new();
+        let header: Vec<u8> = (1..=20).collect();
+        guest.put(FREE, &header);
+        for cuts in [vec![16], vec![20], vec![1, 15], vec![4, 4, 4, 4], vec![5, 7, 8], vec![0, 16, 0], vec![15, 5]] {
+            let mut at = FREE;
+            let mut descriptors = Vec::new();
+            for bytes in &cuts {
+                descriptors.push(readable(at, *bytes));
+                at += u64::from(*bytes);
+            }
+            guest.chain(TABLE, &descriptors);
+            let mut chain = follow(&guest, SIZE, false).expect("it is in order");
+            assert_eq!(chain.take_header::<16>().expect("it is there")[..], header[..16], "{cuts:?}");
+            assert_eq!(total(&chain.readable), u64::from(cuts.iter().sum::<u32>()) - 16, "{cuts:?}");
+            let left = chain.readable.clone();
+            let mut bytes = vec![0; total(&left) as usize];
+            copy_out(&left, &mut bytes);
+            assert_eq!(bytes, header[16..16 + bytes.len()], "{cuts:?}");
+        }
+        guest.chain(TABLE, &[readable(FREE, 15)]);
+        let mut chain = follow(&guest, SIZE, false).expect("it is in order");
+        assert_eq!(chain.take_header::<16>(), Err(Malformed::Header(15)));
+        assert_eq!(total(&chain.readable), 15, "nothing was taken");
+    }
+
+    #[test]
+    fn the_status_is_the_last_byte_that_can_be_written() {
+        let guest = Guest::new();
+        for (descriptors, left) in [
+            (vec![writable(FREE + 9, 1)], vec![]),
+            (vec![writable(FREE, 10)], vec![9]),
+            (vec![writable(FREE, 512), writable(FREE + 9, 1)], vec![512]),
+            (vec![writable(FREE, 512), writable(FREE + 9, 1), writable(FREE, 0)], vec![512]),
+        ] {
+            guest.chain(TABLE, &descriptors);
+            let mut chain = follow(&guest, SIZE, false).expect("it is in order");
+            let status = chain.take_status().expect("there is one");
+            let (expected, _) = guest.memory.piece(FREE + 9, 1).expect("it is memory");
+            assert_eq!((status, lengths(&chain.writable)), (expected, left));
+        }
+        guest.chain(TABLE, &[readable(FREE, 16), writable(FREE, 0)]);
+        assert_eq!(follow(&guest, SIZE, false).expect("it is in order").take_status(), None);
+    }
+}

@@ -47,8 +47,15 @@ pub enum ImageError {
     /// It is neither a file nor a block device.
     #[error("{0}: neither a regular file nor a block device")]
     Kind(PathBuf),
+    /// Another file lies at its path than the one that is meant.
+    #[error(
+        "{0}: this is another file than the one that was guarded: it was replaced; put that back, or start the guard again"
+    )]
+    Replaced(PathBuf),
     /// It is shorter than a block.
-    #[error("{path}: {bytes} bytes are no whole block of {block}")]
+    #[error(
+        "{path}: {bytes} bytes are no whole block of {block}: make it as large as the disk shall be (truncate --size 10G)"
+    )]
     Small {
         /// The image.
         path: PathBuf,
@@ -80,6 +87,29 @@ pub enum Direct {
     On,
     /// Through the page cache.
     Off,
+}
+
+/// Which file or device an image is, whatever its path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Of a file the device it lies on, of a block device its own number.
+    pub device: u64,
+    /// Of a file its inode, of a block device zero.
+    pub inode: u64,
+}
+
+impl Identity {
+    /// That of an open file.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn of(file: &File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        Ok(match metadata.file_type().is_block_device() {
+            true => Identity { device: metadata.rdev(), inode: 0 },
+            false => Identity { device: metadata.dev(), inode: metadata.ino() },
+        })
+    }
 }
 
 /// One backend process, as its locks tell it: the lower 22 bits are its process id, the 28 above them when it was started, in ticks of
@@ -192,6 +222,40 @@ impl Image {
         }
         image.lock()?;
         Ok(image)
+    }
+
+    /// Makes sure that it is the file that is meant, whatever lies at its path by now.
+    ///
+    /// # Errors
+    /// [`ImageError::Replaced`].
+    pub(crate) fn must_be(&self, identity: Option<Identity>) -> Result<(), ImageError> {
+        let ours = Identity::of(&self.cached);
+        match identity {
+            Some(wanted) if ours.is_ok_and(|ours| ours != wanted) => Err(ImageError::Replaced(self.path.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    /// Says what an operator may not have meant: an image of another format, a tail that no block holds. A guest can write such a beginning
+    /// itself, so it is no reason to serve nothing.
+    pub(crate) fn warn(&self) {
+        let mut magic = [0; 8];
+        let known = match std::os::unix::fs::FileExt::read_at(&self.cached, &mut magic, 0) {
+            Ok(_) if magic.starts_with(b"QFI\xfb") => Some("qcow2"),
+            Ok(_) if magic.starts_with(b"KDMV") => Some("VMDK"),
+            Ok(_) if magic == *b"vhdxfile" => Some("VHDX"),
+            _ => None,
+        };
+        let path = self.path.display();
+        if let Some(format) = known {
+            crate::tell(&format!(
+                "{path} looks like {format}: it is served as raw, byte for byte; to convert it: qemu-img convert -O raw"
+            ));
+        }
+        let rest = self.bytes().unwrap_or(0) % u64::from(self.block_size);
+        if rest > 0 {
+            crate::tell(&format!("{path}: its last {rest} bytes are no whole block, the guest does not see them"));
+        }
     }
 
     /// Whether nothing may be written to it.
@@ -328,7 +392,11 @@ impl Image {
             if from >= to {
                 continue;
             }
-            let Some(at) = any_lock(self.cached.as_fd(), INSTANCE_LOCKS + from, to - from)? else { continue };
+            let Some((at, bytes)) = any_lock(self.cached.as_fd(), INSTANCE_LOCKS + from, to - from)? else { continue };
+            if bytes != 1 || at < INSTANCE_LOCKS + from {
+                // It hides what lies beneath it.
+                return Err(io::Error::other("another program has locked the image as a whole: end that one first"));
+            }
             let instance = Instance(at - INSTANCE_LOCKS);
             // Our own lock on the other description is in the way of a question through this one.
             if instance != self.instance && !instance.is_alive() {
@@ -358,7 +426,8 @@ fn alignment(file: &File, device: bool) -> io::Result<(usize, u64)> {
     if memory.is_power_of_two() && offset.is_power_of_two() {
         return Ok((memory, offset));
     }
-    let offset = if device { u64::from(logical_block_size(file)?) } else { file.metadata()?.blksize().max(512) };
+    let offset =
+        if device { u64::from(logical_block_size(file)?) } else { file.metadata()?.blksize().clamp(512, 4096) };
     Ok((offset as usize, offset.next_power_of_two()))
 }
 
@@ -387,15 +456,15 @@ fn set_lock(file: BorrowedFd<'_>, kind: libc::c_int, byte: i64) -> io::Result<()
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// A byte of a range that another description has locked.
-fn any_lock(file: BorrowedFd<'_>, start: i64, len: i64) -> io::Result<Option<i64>> {
+/// A lock of another description's that meets a range: where it begins, and its length.
+fn any_lock(file: BorrowedFd<'_>, start: i64, len: i64) -> io::Result<Option<(i64, i64)>> {
     let mut range = flock(libc::F_WRLCK, start, len);
     // SAFETY: as above.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut range) };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok((libc::c_int::from(range.l_type) != libc::F_UNLCK).then_some(range.l_start))
+    Ok((libc::c_int::from(range.l_type) != libc::F_UNLCK).then_some((range.l_start, range.l_len)))
 }
 
 #[cfg(test)]

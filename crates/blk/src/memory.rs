@@ -272,11 +272,6 @@ impl MemoryMap {
         true
     }
 
-    /// Every region's guest address and length.
-    pub(crate) fn everything(&self, mut each: impl FnMut(u64, u64)) {
-        self.regions.iter().for_each(|(region, _)| each(region.guest_addr, region.size));
-    }
-
     /// As much of a range as lies in one region.
     #[inline]
     pub(crate) fn piece(&self, guest_addr: u64, bytes: u64) -> Option<(Piece, u64)> {

@@ -4,7 +4,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::image::Direct;
+use crate::image::{Direct, Identity};
 use crate::sandbox;
 
 /// How I/O is done.
@@ -47,6 +47,8 @@ pub struct Options {
     pub endpoint: Endpoint,
     /// The image.
     pub image: PathBuf,
+    /// Which file that must be, if it matters: its path may lead to another one by now.
+    pub identity: Option<Identity>,
     /// Nothing is written to it.
     pub read_only: bool,
     /// Page cache or not.

@@ -27,6 +27,8 @@ pub(crate) struct Pool {
     behind: Arc<OwnedFd>,
     /// A worker that ends says why.
     ended: mpsc::Receiver<String>,
+    /// It is told once, and asked for more than once.
+    why: std::cell::RefCell<Option<String>>,
     engine: EngineKind,
 }
 
@@ -68,7 +70,14 @@ impl Pool {
             let worker = meter.queue() % count;
             shares[usize::from(worker)].push(meter);
         }
-        let mut pool = Pool { ports: Vec::new(), replied, behind, ended: endings, engine: options.engine };
+        let mut pool = Pool {
+            ports: Vec::new(),
+            replied,
+            behind,
+            ended: endings,
+            why: std::cell::RefCell::default(),
+            engine: options.engine,
+        };
         for (number, meters) in shares.into_iter().enumerate() {
             let port = Arc::new(Port::new(Arc::clone(&pool.replied), Arc::clone(&pool.behind))?);
             let setup = Setup {
@@ -101,12 +110,20 @@ impl Pool {
         self.behind.as_fd()
     }
 
+    /// They are about to be: what waits for them now is not what begins to wait meanwhile.
+    ///
+    /// # Errors
+    /// As [`Pool::ask`].
+    pub(crate) fn begin_round(&self) -> Result<(), String> {
+        let _taken = rustix::io::read(&*self.behind, &mut [0; 8]);
+        self.ask_all(|| Command::BeginRound)
+    }
+
     /// They are.
     ///
     /// # Errors
     /// As [`Pool::ask`].
     pub(crate) fn caught_up(&self) -> Result<(), String> {
-        let _taken = rustix::io::read(&*self.behind, &mut [0; 8]);
         self.ask_all(|| Command::CaughtUp)
     }
 
@@ -192,7 +209,15 @@ impl Pool {
 
     /// Why a worker has ended, if one has.
     pub(crate) fn ending(&self) -> Option<String> {
-        self.ended.try_recv().ok()
+        let mut why = self.why.borrow_mut();
+        if why.is_none() {
+            *why = match self.ended.try_recv() {
+                Ok(why) => Some(why),
+                Err(mpsc::TryRecvError::Disconnected) => Some("nobody knows why".to_owned()),
+                Err(mpsc::TryRecvError::Empty) => None,
+            };
+        }
+        why.clone()
     }
 }
 

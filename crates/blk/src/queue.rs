@@ -4,6 +4,9 @@
 //! available ring ─take─▶ in-flight region marks it ─▶ engine ─▶ answered ─▶ batch ─publish─▶ used ring, region cleared, call
 //! ```
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -132,8 +135,9 @@ pub(crate) struct Queue {
     order: VecDeque<(u16, u64)>,
     /// Requests to be started before anything is taken: what the last back-end owed.
     resubmit: VecDeque<u16>,
-    /// Requests in memory that is not known yet.
+    /// Requests in memory that is not known yet, and those of them that were there before the front-end's messages were last read.
     parked: Vec<u16>,
+    waiting: Vec<u16>,
     batch: Vec<Answered>,
     heads: Vec<u16>,
     batch_bytes: u64,
@@ -171,7 +175,7 @@ impl Queue {
         #[cfg(feature = "lab")]
         crate::faults::begun();
         meter.update(now_ns()).broken(false);
-        Ok(Queue {
+        let mut queue = Queue {
             index: start.index,
             kick: start.kick,
             enabled: start.enabled,
@@ -190,6 +194,7 @@ impl Queue {
             order: VecDeque::with_capacity(usize::from(size)),
             resubmit: resubmit.into(),
             parked: Vec::new(),
+            waiting: Vec::new(),
             batch: Vec::with_capacity(usize::from(size)),
             heads: Vec::with_capacity(usize::from(size)),
             batch_bytes: 0,
@@ -204,7 +209,13 @@ impl Queue {
             errors: 0,
             #[cfg(feature = "lab")]
             held_back: Vec::new(),
-        })
+        };
+        // The last back-end may have published and died before it called. It may also be the only thing the driver
+        // waits for.
+        if queue.call.is_some() {
+            queue.send_call();
+        }
+        Ok(queue)
     }
 
     /// Requests that the last back-end owed and that are started again.
@@ -236,17 +247,26 @@ impl Queue {
             return 0;
         }
         let now = now_ns();
-        let mut count = 0;
-        while let Some(head) = self.resubmit.pop_front() {
-            count += 1;
-            if let Err(broken) = self.begin(head, now, engine) {
-                self.break_ring(broken);
-                return count;
-            }
+        let mut count = self.begin_owed(engine);
+        if self.broken.is_some() {
+            return count;
         }
         match self.take_new(now, engine) {
             Ok(taken) => count += taken,
             Err(broken) => self.break_ring(broken),
+        }
+        count
+    }
+
+    /// Starts what the last back-end owed. Returns how many.
+    pub(crate) fn begin_owed<E: Engine>(&mut self, engine: &mut E) -> usize {
+        let mut count = 0;
+        while let (None, Some(head)) = (&self.broken, self.resubmit.front().copied()) {
+            self.resubmit.pop_front();
+            count += 1;
+            if let Err(broken) = self.begin(head, now_ns(), engine) {
+                self.break_ring(broken);
+            }
         }
         count
     }
@@ -282,6 +302,14 @@ impl Queue {
         slot.since_ns = now;
         slot.epoch = self.epoch;
         self.in_flight += 1;
+        if self.order.len() >= 2 * self.slots.len() {
+            // What is answered is taken off the front as a rule, but not from behind one that takes long.
+            let slots = &self.slots;
+            self.order.retain(|(head, since_ns)| {
+                let slot = &slots[usize::from(*head)];
+                slot.token.is_some() && slot.since_ns == *since_ns
+            });
+        }
         self.order.push_back((head, now));
         self.understand(head, engine, false)
     }
@@ -292,8 +320,7 @@ impl Queue {
     fn understand<E: Engine>(&mut self, head: u16, engine: &mut E, last: bool) -> Result<(), Broken> {
         let slot = &mut self.slots[usize::from(head)];
         let size = self.ring.place.size();
-        let log = self.log.is_some();
-        let followed = slot.chain.follow(&self.ring.place.descriptors, size, &self.memory, head, self.indirect, log);
+        let followed = slot.chain.follow(&self.ring.place.descriptors, size, &self.memory, head, self.indirect, true);
         if !last && (slot.chain.missing.is_some() || matches!(followed, Err(Malformed::Memory { .. }))) {
             self.parked.push(head);
             return Ok(());
@@ -353,9 +380,14 @@ impl Queue {
         !self.parked.is_empty()
     }
 
+    /// The front-end's messages are about to be read: what waits now is decided when they are worked off, what comes meanwhile is not.
+    pub(crate) fn begin_round(&mut self) {
+        self.waiting.append(&mut self.parked);
+    }
+
     /// The front-end's messages are worked off: what waited for that is understood now or never.
     pub(crate) fn retry<E: Engine>(&mut self, engine: &mut E) {
-        for head in std::mem::take(&mut self.parked) {
+        for head in std::mem::take(&mut self.waiting) {
             let slot = &mut self.slots[usize::from(head)];
             slot.epoch = self.epoch;
             if let Err(broken) = self.understand(head, engine, true) {
@@ -383,6 +415,14 @@ impl Queue {
             Op::Flush | Op::Discard | Op::Zeroes { .. } => 0,
         };
         let result = if result == whole { result } else { self.go_on(head, op, whole, result) };
+        let result = match op {
+            // A driver that does not flush has been promised that what is completed is durable. Rare enough to be done on the spot.
+            Op::Zeroes { .. } if result == whole && self.served.limits.write_through => {
+                let tag = Tag { queue: self.index, head };
+                perform(&self.served.image, &Io { tag, op: Op::Flush, offset: 0, len: 0, pieces: &[] })
+            }
+            _ => result,
+        };
         let status = if result == whole { Status::Ok } else { Status::IoError };
         if status != Status::Ok {
             let what = if result < 0 {
@@ -479,9 +519,7 @@ impl Queue {
             Some(tracker) => tracker.complete(&self.heads, used_idx, |used_idx| self.ring.publish(used_idx)),
             None => self.ring.publish(used_idx),
         }
-        if let (Some(log), Some((at, bytes))) = (&self.log, self.ring.place.logged()) {
-            log.mark(at, bytes);
-        }
+        self.log_ring();
         for head in &self.heads {
             let slot = &mut self.slots[usize::from(*head)];
             slot.token.take().expect("in flight until it is published").completed();
@@ -564,7 +602,19 @@ impl Queue {
     /// Asks the driver for kicks. True if something has come meanwhile.
     #[inline]
     pub(crate) fn arm(&mut self) -> bool {
-        self.takes() && self.ring.arm()
+        if !self.takes() {
+            return false;
+        }
+        let found = self.ring.arm();
+        self.log_ring();
+        found
+    }
+
+    /// Marks the used ring as written, where that is logged.
+    fn log_ring(&self) {
+        if let (Some(log), Some((at, bytes))) = (&self.log, self.ring.place.logged()) {
+            log.mark(at, bytes);
+        }
     }
 
     /// The kick descriptor was readable.
@@ -599,11 +649,7 @@ impl Queue {
     }
 
     pub(crate) fn set_log(&mut self, log: Option<Arc<DirtyLog>>) {
-        let before = std::mem::replace(&mut self.log, log);
-        // What is in flight was taken without a note of where it writes.
-        if let (None, Some(log), true) = (before, &self.log, self.in_flight > 0) {
-            self.memory.everything(|at, bytes| log.mark(at, bytes));
-        }
+        self.log = log;
     }
 
     pub(crate) fn set_limits(&mut self, limits: Limits) {
@@ -629,6 +675,7 @@ impl Queue {
     /// Ends: what was not taken stays in the ring. Returns where the next one goes on, and the meter.
     pub(crate) fn end(mut self) -> (u16, QueueWriter) {
         self.ring.leave();
+        self.log_ring();
         for slot in &mut self.slots {
             if let Some(token) = slot.token.take() {
                 // Broken rings alone: at rest nothing is in flight.

@@ -21,11 +21,11 @@ use crate::options::{Endpoint, Options};
 use crate::pool::Pool;
 use crate::queue::Served;
 use crate::request::Limits;
-use crate::sandbox::{self, Profile};
+use crate::sandbox::{self, Profile, State};
 use crate::session::{End, Session, Shared};
 
 /// The size of the image is looked at this often.
-const SIZE_EVERY: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+const SIZE_EVERY: Timespec = Timespec { tv_sec: 0, tv_nsec: 250_000_000 };
 /// On SIGTERM requests in flight are waited for so long.
 const END_MAX_NS: u64 = 1_000_000_000;
 /// Virtio device id of a block device.
@@ -72,6 +72,8 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     let system = |what| move |error| RunError::System { what, error };
     let end = take_signals().map_err(system("taking signals"))?;
     let image = Image::open(&options.image, options.read_only, options.direct)?;
+    image.must_be(options.identity)?;
+    image.warn();
     let tell = |pid| {
         let what = "which is gone, is still in flight on the image: waiting for its end";
         crate::tell(&format!("I/O of process {pid}, {what}"));
@@ -103,11 +105,14 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     let how = if image.is_direct() { "past the page cache" } else { "through the page cache" };
     let size = shape.sectors * crate::image::SECTOR;
     crate::tell(&format!(
-        "{} ({size} bytes, {how}), {} queues, engine {}; {confined}",
+        "{} ({size} bytes, {how}), {} queues, engine {}",
         options.image.display(),
         options.queues,
         pool.engine().name()
     ));
+    if confined.layers().iter().any(|layer| matches!(layer.state, State::Off | State::NotAvailable)) {
+        crate::tell(&format!("not wholly confined: {confined}"));
+    }
     sandbox::restrict_thread(Profile::Control, &confined)?;
     let server = Server { options, image, pool, end, source, _page: page };
     server.run(shape)
@@ -256,7 +261,7 @@ impl Server<'_> {
 
     /// Serves a front-end until it is gone or the process is asked to end. Returns which, and the size of the image by then.
     fn serve(&self, mut session: Session<'_>) -> Result<(bool, u64), RunError> {
-        let mut sectors = self.image.sectors().unwrap_or(0);
+        let mut sectors = session.sectors();
         let end = loop {
             let woken = self.wait(&session)?;
             if woken.end {
@@ -264,6 +269,9 @@ impl Server<'_> {
             }
             if woken.channel {
                 session.serve_channel();
+            }
+            if woken.behind {
+                self.pool.begin_round().map_err(RunError::Worker)?;
             }
             if (woken.front_end || woken.behind)
                 && let Err(end) = session.serve()
@@ -277,7 +285,14 @@ impl Server<'_> {
                 return Err(RunError::Worker(why));
             }
             if let Some(now) = grown(&self.image, sectors) {
-                crate::tell(&format!("the image has {} bytes now", now * crate::image::SECTOR));
+                let (before, bytes) = (sectors * crate::image::SECTOR, now * crate::image::SECTOR);
+                if now < sectors {
+                    crate::tell(&format!(
+                        "the image SHRANK from {before} to {bytes} bytes: what lay behind is lost to the guest"
+                    ));
+                } else {
+                    crate::tell(&format!("the image has grown from {before} to {bytes} bytes"));
+                }
                 sectors = now;
                 if let Err(error) = session.resize(now) {
                     crate::tell(&error);
@@ -291,7 +306,7 @@ impl Server<'_> {
                 true
             }
             End::Lost(reason) => {
-                crate::tell(&format!("the front-end is gone ({reason}), {} rings were started", session.started()));
+                crate::tell(&format!("the front-end has left: {reason}"));
                 session.end()
             }
         };
@@ -301,7 +316,7 @@ impl Server<'_> {
     fn wait(&self, session: &Session<'_>) -> Result<Woken, RunError> {
         let mut fds = vec![
             PollFd::new(&self.end, PollFlags::IN),
-            PollFd::from_borrowed_fd(session.fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(session.fd(), session.wants()),
             PollFd::from_borrowed_fd(self.pool.behind(), PollFlags::IN),
         ];
         fds.extend(session.channel().map(|fd: BorrowedFd<'_>| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
@@ -316,5 +331,5 @@ impl Server<'_> {
 
 /// The size of the image, if it is another than it was.
 fn grown(image: &Image, sectors: u64) -> Option<u64> {
-    image.sectors().ok().filter(|now| *now != sectors && *now > 0)
+    image.sectors().ok().filter(|now| *now != sectors)
 }

@@ -7,6 +7,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use rustix::event::PollFlags;
 use warmswap_socket::{Connection, Message};
 use warmswap_wire::inflight::ring_bytes;
 use warmswap_wire::{
@@ -36,6 +37,8 @@ struct RingSetup {
     err: Option<OwnedFd>,
     enabled: bool,
     started: bool,
+    /// Its worker was asked for the stop; the answer has not come.
+    stopping: bool,
 }
 
 /// Why a session ends.
@@ -105,6 +108,16 @@ impl<'a> Session<'a> {
         self.connection.as_fd()
     }
 
+    /// What its socket is waited for: messages, and room for what was not read yet.
+    pub(crate) fn wants(&self) -> PollFlags {
+        if self.connection.has_unsent() { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN }
+    }
+
+    /// The size that the front-end was told of.
+    pub(crate) fn sectors(&self) -> u64 {
+        self.shape.sectors
+    }
+
     /// The back-end's own channel, where the front-end has opened one.
     pub(crate) fn channel(&self) -> Option<BorrowedFd<'_>> {
         self.backend_channel.as_ref().map(AsFd::as_fd)
@@ -112,6 +125,7 @@ impl<'a> Session<'a> {
 
     /// Serves what has come.
     pub(crate) fn serve(&mut self) -> Result<(), End> {
+        self.connection.flush().map_err(|error| End::Lost(error.to_string()))?;
         loop {
             match self.connection.receive() {
                 Ok(Some(message)) => self.serve_message(message)?,
@@ -149,7 +163,7 @@ impl<'a> Session<'a> {
             }
             Err(error) => return Err(End::Lost(error.to_string())),
         };
-        let name = request.code().name();
+        let (name, has_reply) = (request.code().name(), request.code().always_replies());
         match self.carry_out(request, &mut fds) {
             Ok(Outcome::Done) if wants_ack => self.send(header.request, &Reply::U64(0), &[]),
             Ok(Outcome::Done) => Ok(()),
@@ -158,7 +172,7 @@ impl<'a> Session<'a> {
                 self.send(header.request, &reply, &fds)
             }
             Err(Refused::Asked) => Err(End::Asked),
-            Err(Refused::Because(reason)) if wants_ack => {
+            Err(Refused::Because(reason)) if wants_ack && !has_reply => {
                 crate::tell(&format!("{name} was refused: {reason}"));
                 self.send(header.request, &Reply::U64(1), &[])
             }
@@ -468,7 +482,9 @@ impl<'a> Session<'a> {
         if !ring.started {
             return Ok(ring.base);
         }
-        pool.stop(index as u16);
+        if !std::mem::replace(&mut ring.stopping, true) {
+            pool.stop(index as u16);
+        }
         let base = match pool.wait(index as u16, patience)? {
             Waited::Reply(WorkerReply::Stopped(base)) => base,
             Waited::Reply(other) => return Err(format!("the worker answered a stop with {other:?}").into()),
@@ -501,8 +517,12 @@ impl<'a> Session<'a> {
 
     /// The process ends: brings to rest what comes to rest until then. What does not is for whoever serves the rings next.
     pub(crate) fn end_until(mut self, until: u64) {
-        if let Err(Refused::Asked) = self.reset(Patience::Until(until)) {
-            crate::tell("requests are still in flight: they are left to whoever serves the rings next");
+        match self.reset(Patience::Until(until)) {
+            Ok(()) => {}
+            Err(Refused::Asked) => {
+                crate::tell("requests are still in flight: they are left to whoever serves the rings next");
+            }
+            Err(Refused::Because(reason)) => crate::tell(&format!("a ring could not be stopped: {reason}")),
         }
     }
 
@@ -514,11 +534,6 @@ impl<'a> Session<'a> {
         let (mut bytes, mut slots) = (Vec::new(), Vec::new());
         BackendRequest::ConfigChange.encode(HeaderFlags::empty(), &mut bytes, &mut slots);
         channel.send(&bytes, &[]).map_err(|error| format!("the front-end could not be told of it: {error}"))
-    }
-
-    /// How many descriptors of the front-end are kept, and regions: for what is told of the process.
-    pub(crate) fn started(&self) -> usize {
-        self.rings.iter().filter(|ring| ring.started).count()
     }
 }
 

@@ -46,7 +46,9 @@ pub(crate) enum Command {
     Move(Arc<MemoryMap>, Vec<(u16, Place)>),
     Log(Option<Arc<DirtyLog>>),
     Limits(Limits),
-    /// Every message of the front-end is worked off.
+    /// The front-end's messages are about to be read.
+    BeginRound,
+    /// Every message of the front-end that had come by then is worked off.
     CaughtUp,
 }
 
@@ -158,7 +160,8 @@ impl<E: Engine> Worker<E> {
     pub(crate) fn run(mut self) -> io::Error {
         loop {
             if let Err(error) = self.serve() {
-                self.queues.into_iter().for_each(|queue| drop(queue.end()));
+                // The kernel may go on with what it has taken, into memory that these keep where it is. The process ends.
+                std::mem::forget(self.queues);
                 return error;
             }
         }
@@ -326,8 +329,10 @@ impl<E: Engine> Worker<E> {
             Command::Stop(index) => {
                 let queue = self.queues.iter_mut().find(|queue| queue.index == index);
                 let Some(queue) = queue else { return Some(Reply::Refused("it is not started".into())) };
+                // What the last back-end owed is owed by this one, and what the front-end said before it asked for the stop is worked off.
+                queue.begin_owed(&mut self.engine);
                 queue.stopping = true;
-                // What the front-end said before it asked for the stop is worked off.
+                queue.begin_round();
                 queue.retry(&mut self.engine);
                 // Its reply comes when it is at rest.
                 return None;
@@ -356,8 +361,11 @@ impl<E: Engine> Worker<E> {
                 }
             }
             Command::Log(log) => self.queues.iter_mut().for_each(|queue| queue.set_log(log.clone())),
-            Command::CaughtUp => {
+            Command::BeginRound => {
                 self.behind = false;
+                self.queues.iter_mut().for_each(Queue::begin_round);
+            }
+            Command::CaughtUp => {
                 self.queues.iter_mut().for_each(|queue| queue.retry(&mut self.engine));
             }
             Command::Limits(limits) => {

@@ -4,6 +4,7 @@
 
 mod bench;
 mod common;
+mod crash;
 mod fence;
 mod guest;
 mod rig;
@@ -28,6 +29,8 @@ enum Instrument {
     Rig(rig::Args),
     /// What a failover costs, and what being guarded costs.
     Bench(bench::Args),
+    /// Our own backend alone, killed before every store it makes into shared memory, and what the next one makes of it.
+    Crash(crash::Args),
     /// The late write of a killed backend, and the fence that holds it off.
     Fence(fence::Args),
 }
@@ -45,6 +48,7 @@ fn main() -> std::process::ExitCode {
         Instrument::Vm(args) => vm::run(&args),
         Instrument::Rig(args) => rig::run(&args),
         Instrument::Bench(args) => bench::run(&args),
+        Instrument::Crash(args) => crash::run(&args),
         Instrument::Fence(args) => fence::run(&args),
     };
     match outcome {

@@ -191,6 +191,12 @@ impl Connection {
         (std::mem::replace(&mut self.room_watched, wanted) != wanted).then_some(wanted)
     }
 
+    /// Whether something waits for the peer to read.
+    #[must_use]
+    pub fn has_unsent(&self) -> bool {
+        !self.unsent.is_empty()
+    }
+
     /// Sends what was kept.
     pub fn flush(&mut self) -> Result<(), ConnectionError> {
         while let Some((bytes, fds)) = self.unsent.pop_front() {

@@ -20,6 +20,9 @@ const SECTOR: u64 = 512;
 /// What the status byte holds until the device writes it.
 const STATUS_UNWRITTEN: u8 = 0xee;
 
+/// Entries of a table that any ring may have.
+const INDIRECT_MAX: u16 = 4;
+
 /// Offsets in a slot's control area.
 const HEADER: usize = 0;
 const STATUS: usize = 24;
@@ -213,7 +216,14 @@ impl BlkQueue {
     pub(crate) fn new(memory: &mut GuestMemory, index: u16, shape: QueueShape) -> anyhow::Result<Self> {
         let layout = Layout::new(shape.size).context("the queue size must be a power of two up to 32768")?;
         let chain_max = shape.segments_max + 2;
-        ensure!(chain_max <= shape.size, "{} segments do not fit into a ring of {}", shape.segments_max, shape.size);
+        // A table takes one entry of the ring. Drivers make tables that are longer than a small ring, and devices take
+        // them.
+        ensure!(
+            chain_max <= shape.size.max(INDIRECT_MAX),
+            "{} segments do not fit into a ring of {}",
+            shape.segments_max,
+            shape.size
+        );
         let ring = memory.allocate(0, Vring::bytes(layout), 4096)?;
         let control_bytes = TABLE + usize::from(chain_max) * DESC_SIZE as usize;
         let data_region = memory.regions() - 1;

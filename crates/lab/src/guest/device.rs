@@ -9,7 +9,7 @@ use warmswap_wire::{MemoryRegion, VirtioFeatures};
 
 use super::blk::{BlkQueue, QueueShape};
 use super::channel::Acks;
-use super::front_end::{BlkConfig, FrontEnd, Wanted};
+use super::front_end::{BlkConfig, FrontEnd, InflightRegion, Wanted};
 use super::memory::GuestMemory;
 use super::notify::EventFd;
 
@@ -55,6 +55,17 @@ impl Default for Options {
     }
 }
 
+/// What the VMM does about in-flight regions.
+#[derive(Debug)]
+enum Inflight {
+    /// It asks for none.
+    Unwanted,
+    /// It asks for one at the next start.
+    Wanted,
+    /// It hands this one to every back-end.
+    Kept(InflightRegion),
+}
+
 /// A guest with its VMM.
 #[derive(Debug)]
 pub(crate) struct Guest {
@@ -64,6 +75,7 @@ pub(crate) struct Guest {
     pub(crate) queues: Vec<BlkQueue>,
     front: Option<FrontEnd>,
     config: Option<BlkConfig>,
+    inflight: Inflight,
     /// Where an interrupt goes while it is masked, per queue.
     masked: Vec<Option<EventFd>>,
 }
@@ -81,7 +93,13 @@ impl Guest {
             .map(|index| BlkQueue::new(&mut memory, index, options.shape))
             .collect::<anyhow::Result<Vec<_>>>()?;
         let masked = queues.iter().map(|_| None).collect();
-        Ok(Guest { options, memory, queues, front: None, config: None, masked })
+        Ok(Guest { options, memory, queues, front: None, config: None, inflight: Inflight::Unwanted, masked })
+    }
+
+    /// From the next connection on the VMM asks for an in-flight region, keeps it over all connections, and hands it to
+    /// every back-end before it starts the rings. A region that it has is lost: the next back-end makes a new one.
+    pub(crate) fn keep_inflight(&mut self) {
+        self.inflight = Inflight::Wanted;
     }
 
     /// Connects, negotiates, reads the configuration space. A device that is there waits for [`Guest::start`].
@@ -91,6 +109,7 @@ impl Guest {
             indirect: self.options.indirect,
             memory_slots: self.options.memory_slots,
             backend_channel: self.options.backend_channel,
+            inflight: !matches!(self.inflight, Inflight::Unwanted),
             acks: self.options.acks,
         };
         let mut front = FrontEnd::connect(&self.options.socket, wanted, self.options.timeout)?;
@@ -126,6 +145,15 @@ impl Guest {
         ensure!(bases.len() == self.queues.len(), "one base per ring");
         let front = self.front.as_mut().context("not connected")?;
         front.set_features()?;
+        if front.has_inflight() {
+            if let Inflight::Wanted = self.inflight {
+                let shape = self.options.shape;
+                self.inflight = Inflight::Kept(front.get_inflight(self.options.queues, shape.size)?);
+            }
+            if let Inflight::Kept(region) = &self.inflight {
+                front.set_inflight(region)?;
+            }
+        }
         front.share_memory(&self.memory)?;
         for (queue, base) in self.queues.iter().zip(bases) {
             front.start_ring(queue, *base)?;
@@ -225,6 +253,11 @@ impl Guest {
     /// Guest memory.
     pub(crate) fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// The connection, to be waited on.
+    pub(crate) fn connection(&self) -> anyhow::Result<&FrontEnd> {
+        self.front.as_ref().context("not connected")
     }
 
     /// The connection.

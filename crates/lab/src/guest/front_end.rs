@@ -1,12 +1,13 @@
 //! A vhost-user front-end that says what QEMU 10 says, in QEMU's order (`hw/virtio/vhost-user.c`, `vhost.c`).
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use warmswap_wire::{
-    ConfigSpace, FdSlot, MemoryRegion, ProtocolFeatures, Reply, Request, VirtioFeatures, VringAddr, VringFd, VringState,
+    ConfigSpace, FdSlot, InflightDescription, MemoryRegion, ProtocolFeatures, Reply, Request, VirtioFeatures,
+    VringAddr, VringFd, VringState,
 };
 
 use super::blk::BlkQueue;
@@ -69,8 +70,17 @@ pub(crate) struct Wanted {
     pub(crate) memory_slots: bool,
     /// Ask for BACKEND_REQ and open the back-end's channel.
     pub(crate) backend_channel: bool,
+    /// Ask for INFLIGHT_SHMFD.
+    pub(crate) inflight: bool,
     /// Messages to have acknowledged.
     pub(crate) acks: Acks,
+}
+
+/// An in-flight region: made by a back-end, kept by the front-end, handed to the next back-end.
+#[derive(Debug)]
+pub(crate) struct InflightRegion {
+    description: InflightDescription,
+    fd: OwnedFd,
 }
 
 /// One connection, from GET_FEATURES to the last GET_VRING_BASE.
@@ -136,6 +146,7 @@ impl FrontEnd {
             | ProtocolFeatures::LOG_SHMFD;
         known.set(ProtocolFeatures::CONFIGURE_MEM_SLOTS, self.wanted.memory_slots);
         known.set(ProtocolFeatures::BACKEND_REQ, self.wanted.backend_channel);
+        known.set(ProtocolFeatures::INFLIGHT_SHMFD, self.wanted.inflight);
         ProtocolFeatures::from_bits_truncate(offered) & known
     }
 
@@ -177,6 +188,29 @@ impl FrontEnd {
     /// SET_FEATURES.
     pub(crate) fn set_features(&mut self) -> anyhow::Result<()> {
         self.tell(&Request::SetFeatures(self.features), &[])
+    }
+
+    /// Whether the device keeps an in-flight region, and was asked for it.
+    pub(crate) fn has_inflight(&self) -> bool {
+        self.protocol.contains(ProtocolFeatures::INFLIGHT_SHMFD)
+    }
+
+    /// GET_INFLIGHT_FD: a new region for `num_queues` rings of `queue_size` entries.
+    pub(crate) fn get_inflight(&mut self, num_queues: u16, queue_size: u16) -> anyhow::Result<InflightRegion> {
+        let wanted = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues, queue_size };
+        match self.channel.call(&Request::GetInflightFd(wanted), &[], false)? {
+            Some((Reply::Inflight { region: description, fd: Some(FdSlot(at)) }, fds)) => {
+                let fd = fds.into_iter().nth(at as usize).context("the region has no descriptor")?;
+                Ok(InflightRegion { description, fd })
+            }
+            other => bail!("GET_INFLIGHT_FD: {other:?}"),
+        }
+    }
+
+    /// SET_INFLIGHT_FD: before the rings are started.
+    pub(crate) fn set_inflight(&mut self, region: &InflightRegion) -> anyhow::Result<()> {
+        let request = Request::SetInflightFd { region: region.description, fd: FdSlot(0) };
+        self.tell(&request, &[region.fd.as_fd()])
     }
 
     /// Shares the guest's memory: region by region as far as the device does not know it yet, or as a whole table.

@@ -14,7 +14,7 @@ use anyhow::Context as _;
 use rustix::process::Pid;
 use serde_json::Value;
 
-use super::backend::{self, Limits};
+use super::backend::{self, Backends, Limits};
 use super::cache::Qemu;
 use super::process::{Process, command_line};
 use super::workspace::Workspace;
@@ -119,16 +119,22 @@ impl Status {
 }
 
 impl Broker {
-    /// Starts a broker that guards the image with a pair of storage daemons and listens on `socket`.
-    pub(crate) fn start(qemu: &Qemu, limits: Limits, workspace: &Workspace, socket: &Path) -> anyhow::Result<Self> {
+    /// Starts a broker that guards the image with a pair of backends and listens on `socket`.
+    pub(crate) fn start(
+        backends: Backends,
+        qemu: &Qemu,
+        limits: Limits,
+        workspace: &Workspace,
+        socket: &Path,
+    ) -> anyhow::Result<Self> {
         let control = workspace.path("control");
         std::fs::create_dir(&control)?;
         let log = workspace.path("broker.log");
         let mut command = warmswap("guard");
         command.args(["--name", NAME, "--socket"]).arg(socket);
         command.arg("--control").arg(&control).arg("--run-dir").arg(&control);
-        command.arg("--journal").arg(workspace.path("journal.log")).arg("--");
-        command.args(backend::command_line(qemu, limits, &workspace.image(), "{socket}"));
+        command.arg("--journal").arg(workspace.path("journal.log")).args(backends.guard()).arg("--");
+        command.args(backend::command_line(backends, qemu, limits, &workspace.image(), "{socket}"));
         command.envs(qemu.environment());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&log)?);
         let process = Process::start("the broker", &mut command)?;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use rustix::process::{Signal, kill_process};
 
-use super::backend::{Bare, Limits};
+use super::backend::{Backends, Bare, Limits};
 use super::broker::{Broker, Failover, Status};
 use super::cache::{Kernel, Qemu};
 use super::checks::{self, Findings};
@@ -35,11 +35,13 @@ const ASK: Duration = Duration::from_millis(40);
 /// What to run.
 #[derive(Debug)]
 pub(crate) struct Settings {
-    /// With a broker, or the daemon alone.
+    /// What serves the disk.
+    pub(crate) backends: Backends,
+    /// With a broker, or the backend alone.
     pub(crate) guard: bool,
     /// The programs.
     pub(crate) qemu: Qemu,
-    /// What the daemon puts before the image.
+    /// What the backend puts before the image.
     pub(crate) limits: Limits,
     /// The failovers.
     pub(crate) plan: Plan,
@@ -88,6 +90,8 @@ pub(crate) struct Outcome {
     pub(crate) leaks: Vec<String>,
     /// The most memory the broker was seen to use.
     pub(crate) broker_rss_bytes_max: u64,
+    /// Requests that unguarded backends have submitted again for dead ones.
+    pub(crate) resubmitted: u64,
     /// Time of the whole run.
     pub(crate) took: Duration,
     /// The guest's kernel.
@@ -132,9 +136,9 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<Outcome> {
 fn run_in(settings: &Settings, workspace: &Workspace, kernel: &Kernel, began: Instant) -> anyhow::Result<Outcome> {
     let socket = workspace.path("disk.sock");
     let disk = if settings.guard {
-        Disk::Guarded(Broker::start(&settings.qemu, settings.limits, workspace, &socket)?)
+        Disk::Guarded(Broker::start(settings.backends, &settings.qemu, settings.limits, workspace, &socket)?)
     } else {
-        Disk::Bare(Bare::start(&settings.qemu, settings.limits, workspace, socket.clone())?)
+        Disk::Bare(Bare::start(settings.backends, &settings.qemu, settings.limits, workspace, socket.clone())?)
     };
     let (machine, port) = Machine::start(&settings.qemu, kernel, settings.orders, &socket, workspace)?;
     let watch = Watch::new(port)?;
@@ -259,7 +263,7 @@ impl Campaign<'_> {
         };
         let line = match &failover {
             Some(failover) => describe(failover),
-            None => "daemon replaced".to_owned(),
+            None => "backend replaced".to_owned(),
         };
         self.say(&format!("{number}/{} {}: {line}", self.settings.plan.steps.len(), step.kind.word()));
         let halted = failover.as_ref().is_some_and(|failover| failover.result == "halted");
@@ -334,9 +338,12 @@ impl Campaign<'_> {
             self.say(&format!("given up: {why}"));
         }
         self.machine.end();
-        let mut leaks = Vec::new();
+        let (mut leaks, mut resubmitted) = (Vec::new(), 0);
         match &mut self.disk {
-            Disk::Bare(bare) => bare.end(),
+            Disk::Bare(bare) => {
+                bare.end();
+                resubmitted = bare.resubmitted();
+            }
             Disk::Guarded(broker) => {
                 if !broker.end() {
                     leaks.push("the broker itself, which had to be killed".to_owned());
@@ -355,6 +362,7 @@ impl Campaign<'_> {
             findings,
             trouble,
             leaks,
+            resubmitted,
             broker_rss_bytes_max: self.broker_rss_bytes_max,
             took: self.began.elapsed(),
             kernel: kernel.release.clone(),
@@ -396,7 +404,7 @@ impl Campaign<'_> {
     }
 }
 
-/// What happens to a daemon nobody guards: a planned restart asks it to end, anything else kills it.
+/// What happens to a backend nobody guards: a planned restart asks it to end, anything else kills it.
 fn bare_signal(kind: Kind) -> Signal {
     match kind {
         Kind::Planned => Signal::TERM,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::backend::Limits;
+use super::backend::{Backends, Limits};
 use super::cache::{Qemu, QemuVersion};
 use super::campaign::{self, Injected, Outcome, Settings, to_ms};
 use super::orders::{Load, Orders};
@@ -38,6 +38,7 @@ fn settings(version: QemuVersion, seed: u64, guard: bool) -> anyhow::Result<Sett
         Plan::steady(&[Kind::Crash; BARE_KILLS], Duration::from_secs(2), Duration::from_secs(2))
     };
     Ok(Settings {
+        backends: Backends::Qsd,
         guard,
         qemu: Qemu::find(version)?,
         limits: Limits::Cloud,

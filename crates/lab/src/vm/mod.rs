@@ -32,7 +32,7 @@ mod workspace;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use backend::Limits;
+use backend::{Backends, Limits};
 use cache::{Qemu, QemuVersion};
 use campaign::Settings;
 use orders::{Load, Orders};
@@ -56,6 +56,9 @@ pub(crate) struct Args {
     /// Version of QEMU and of its storage daemon.
     #[arg(long, value_enum, default_value = "10.0")]
     qemu: QemuVersion,
+    /// What serves the disk.
+    #[arg(long, value_enum, default_value = "qsd")]
+    backend: Backends,
     /// Which failovers to inject.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Kind::Planned, Kind::Crash, Kind::Hang])]
     kinds: Vec<Kind>,
@@ -68,8 +71,8 @@ pub(crate) struct Args {
     /// Print a line for each second of the guest.
     #[arg(long)]
     live: bool,
-    /// Without warmswap: the storage daemon is replaced at once and QEMU connects again by its own rule. Shows what
-    /// would have happened; a failed run is expected.
+    /// Without warmswap: the backend is replaced at once and QEMU connects again by its own rule. Shows what would have
+    /// happened; with the storage daemon a failed run is expected. Our own backend gets the region of the one before it.
     #[arg(long)]
     no_guard: bool,
     /// Damage the image during the run: the run must then fail. Shows that the checks can.
@@ -114,12 +117,17 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
         !(args.no_guard && args.kinds == [Kind::Hang]),
         "without warmswap nobody notices a hang: there is nothing to show"
     );
+    anyhow::ensure!(
+        !(args.no_guard && args.backend == Backends::Mixed),
+        "without warmswap nobody gives the disk to another backend"
+    );
     let mut kinds = args.kinds.clone();
     if args.no_guard {
         kinds.retain(|kind| *kind != Kind::Hang);
     }
     let minutes = args.minutes.unwrap_or_else(|| 3 + u64::from(args.failovers) / 15);
     Ok(Settings {
+        backends: args.backend,
         guard: !args.no_guard,
         qemu: Qemu::find(args.qemu)?,
         limits: args.limits,

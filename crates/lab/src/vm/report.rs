@@ -70,6 +70,9 @@ pub(crate) struct Report {
     notes: Vec<String>,
     broker_rss_bytes_max: u64,
     guard: bool,
+    backend: &'static str,
+    /// Requests that unguarded backends have submitted again for dead ones.
+    resubmitted: u64,
     qemu: String,
     guest_kernel: String,
     commit: String,
@@ -81,8 +84,8 @@ impl Report {
     /// Judges an outcome.
     pub(crate) fn new(settings: &Settings, outcome: Outcome) -> Self {
         let incomplete = incomplete(settings, &outcome);
-        let Outcome { injected, account, kernel_log, findings, trouble, leaks, broker_rss_bytes_max, took, kernel } =
-            outcome;
+        let Outcome { injected, account, kernel_log, findings, trouble, leaks, resubmitted, .. } = outcome;
+        let Outcome { broker_rss_bytes_max, took, kernel, .. } = outcome;
         let (files, stamps) = (account.files.unwrap_or_default(), account.stamps.unwrap_or_default());
         let guest_io_errors = kernel_log.trouble.len() as u64 + stamps.errors + files.errors + account.fio.cut_short;
         let verify_errors = account.fio.errors
@@ -150,6 +153,8 @@ impl Report {
             notes: account.notes,
             broker_rss_bytes_max,
             guard: settings.guard,
+            backend: settings.backends.name(),
+            resubmitted,
             qemu: settings.qemu.banner.clone(),
             guest_kernel: kernel,
             commit: commit(),
@@ -162,11 +167,16 @@ impl Report {
     pub(crate) fn print(&self) {
         let kinds: Vec<String> = self.kinds.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
         let guard = if self.guard { "guarded by warmswap" } else { "unguarded" };
-        println!("guest disk {guard}, QEMU {}, Linux {}, seed {}", self.qemu, self.guest_kernel, self.seed);
+        println!(
+            "guest disk on {}, {guard}, QEMU {}, Linux {}, seed {}",
+            self.backend, self.qemu, self.guest_kernel, self.seed
+        );
         row("failovers settled", format!("{} of {} (injected: {})", self.failovers, self.requested, kinds.join(", ")));
         row("refused, halted", format!("{}, {}", self.refused, self.halted));
         if self.guard {
             row("with requests in flight", format!("{}, {} survivors in all", self.with_inflight, self.survivors));
+        } else {
+            row("submitted again", format!("{} requests, by the next backend", self.resubmitted));
         }
         for (name, times) in &self.blackout_us {
             row(&format!("blackout, {name}"), show_times(times));

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use warmswap_blk::image::Direct;
+use warmswap_blk::image::{Direct, Identity};
 use warmswap_blk::sandbox::{Policy, Seccomp, Switch};
 use warmswap_blk::{Endpoint, EngineKind, LOOK_MAX, Options, QUEUES_MAX};
 
@@ -31,6 +31,9 @@ pub(super) struct Args {
     /// The image: a raw file or a block device
     #[arg(long, value_name = "PATH")]
     blk_file: PathBuf,
+    /// The file that the image must be, as DEVICE:INODE: its path may lead to another one by now
+    #[arg(long, value_name = "DEVICE:INODE", value_parser = identity, hide = true)]
+    image_id: Option<Identity>,
     /// Nothing is written to the image
     #[arg(long)]
     read_only: bool,
@@ -79,6 +82,12 @@ fn direct(word: &str) -> Result<Direct, String> {
         "off" => Ok(Direct::Off),
         _ => Err("expected auto, on or off".to_owned()),
     }
+}
+
+fn identity(text: &str) -> Result<Identity, String> {
+    let numbers = text.split_once(':').and_then(|(device, inode)| Some((device.parse().ok()?, inode.parse().ok()?)));
+    let (device, inode) = numbers.ok_or_else(|| "expected two numbers and a colon between".to_owned())?;
+    Ok(Identity { device, inode })
 }
 
 fn on_off(word: &str) -> Result<bool, String> {
@@ -130,6 +139,7 @@ fn options(args: Args) -> Result<Options, Failure> {
     Ok(Options {
         endpoint,
         image: args.blk_file,
+        identity: args.image_id,
         read_only: args.read_only,
         direct: args.direct,
         engine: args.engine,

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use warmswap_blk::image::Identity;
 use warmswap_core::{DrainMethod, Entry, FenceLevel, Limits, Nanos, PairConfig, RegionUse, Survivors};
 use warmswap_wire::DeviceType;
 
@@ -273,8 +274,14 @@ fn built_in(args: &Args, disk: &Path) -> Result<Vec<String>, Failure> {
         return Err(Failure::new(2, format!("--disk is a device of type blk, not {}", args.device.name())));
     }
     let fail = |error| Failure::new(1, format!("--disk {}: {error}", disk.display()));
-    // A backend may be started when the working directory is another, and a link leads elsewhere.
-    let disk = disk.canonicalize().map_err(fail)?;
+    if args.command.first().is_some_and(|word| !word.starts_with('-')) {
+        let text = "with --disk only options of `warmswap blk` may follow --, not a backend's command line: leave out one of them";
+        return Err(Failure::new(2, text));
+    }
+    // Its name stays what it is, for it may be one that outlives a device's number. What it names must stay the same file: a shadow that
+    // opened another one would turn the guest's disk into another disk.
+    let identity = Identity::of(&File::open(disk).map_err(fail)?).map_err(fail)?;
+    let disk = std::path::absolute(disk).map_err(fail)?;
     let program = std::env::current_exe().map_err(|error| Failure::new(1, format!("this program's path: {error}")))?;
     let word = |path: &Path| {
         let word = path.to_str().filter(|it| !it.contains("{socket}") && !it.contains("{fd}"));
@@ -283,6 +290,7 @@ fn built_in(args: &Args, disk: &Path) -> Result<Vec<String>, Failure> {
     };
     let mut line = vec![word(&program)?, "blk".into(), "--socket-path".into(), "{socket}".into()];
     line.extend(["--blk-file".into(), word(&disk)?]);
+    line.extend(["--image-id".into(), format!("{}:{}", identity.device, identity.inode)]);
     line.extend(args.command.iter().cloned());
     Ok(line)
 }

@@ -60,8 +60,8 @@ impl<M: RegionMemory> Tracker<M> {
     /// Begins with a ring of `size` entries whose `used.idx` is `used_idx`. A region that was never used is initialised and the ring goes
     /// on at `base`; another one is repaired, and what it marks is owed.
     ///
-    /// With requests in flight the region knows better than any `base` where the available ring goes on: front-ends name their own
-    /// rules' answer there. `used_idx` itself is where a region starts, never zero: a repair of a region that starts at zero would take
+    /// A region that was kept knows better than any `base` where the available ring goes on, with nothing in flight as well: front-ends
+    /// name their own rules' answer there, which may lie behind requests that nobody has taken. `used_idx` itself is where a region starts, never zero: a repair of a region that starts at zero would take
     /// requests that were never completed for completed ones.
     ///
     /// # Errors
@@ -80,7 +80,7 @@ impl<M: RegionMemory> Tracker<M> {
         tracker.last_batch_head = u16_at(&bytes, LAST_BATCH_HEAD_AT as usize);
         tracker.counter = ring.heads.last().map_or(1, |newest| counter_of(&bytes, *newest).wrapping_add(1));
         let in_flight = u16::try_from(ring.heads.len()).expect("at most as many as the ring has entries");
-        let next_available = if in_flight == 0 { base } else { used_idx.wrapping_add(in_flight) };
+        let next_available = used_idx.wrapping_add(in_flight);
         let start = Start { recovered: true, resubmit: ring.heads, next_available, repaired: ring.repaired };
         Ok((tracker, start))
     }

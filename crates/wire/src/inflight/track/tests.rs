@@ -165,7 +165,10 @@ impl Run {
         for stores in 0.. {
             *self.memory.0.borrow_mut() = before.clone();
             self.memory.live_for(stores);
-            let started = Tracker::start(self.memory.clone(), self.size, before.used_idx, before.used_idx);
+            // Front-ends name used.idx, avail.idx, or anything: a region that was kept knows better.
+            let base =
+                if before.region[8] == 0 { before.used_idx } else { before.used_idx.wrapping_add(stores as u16) };
+            let started = Tracker::start(self.memory.clone(), self.size, before.used_idx, base);
             let dead = self.memory.is_dead();
             self.memory.live_for(usize::MAX);
             if dead {
