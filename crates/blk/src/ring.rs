@@ -42,9 +42,12 @@ impl Place {
     pub(crate) fn find(memory: &MemoryMap, size: u16, addr: &VringAddr) -> Result<Self, String> {
         let layout = Layout::new(size).ok_or_else(|| format!("its size {size} is no power of two"))?;
         let part = |name: &str, at: u64, bytes: u64, align: usize| {
-            let window = memory
-                .user_window(at, bytes)
-                .ok_or_else(|| format!("its {name} at {at:#x} does not lie in the memory that was shared"))?;
+            let window = memory.user_window(at, bytes).ok_or_else(|| {
+                format!(
+                    "its {name} at {at:#x} does not lie in the memory that was shared; is the guest's RAM shared \
+                         (QEMU: memory-backend-memfd,share=on)?"
+                )
+            })?;
             if window.is_aligned(align) {
                 Ok(window)
             } else {

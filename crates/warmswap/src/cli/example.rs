@@ -8,7 +8,7 @@ use serde_json::json;
 use super::Failure;
 
 /// Why examples ask for longer rings than VMMs do by themselves.
-const LONG_RINGS: &str = "Rings of 1024 give the observer a longer history to follow.";
+const LONG_RINGS: &str = "rings of 1024 entries can be followed exactly for longer than a VMM's default of 128 or 256.";
 
 /// VMMs there is an example for.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -32,11 +32,9 @@ pub(super) fn print(vmm: Vmm, name: &str, socket: Option<PathBuf>, as_json: bool
         ));
     }
     let socket = socket.display();
-    let guard = format!(
-        "warmswap guard --name {name} --socket {socket} -- qemu-storage-daemon \
-         --blockdev driver=file,node-name=disk,filename=/var/lib/images/{name}.raw,locking=on,cache.direct=on,aio=native \
-         --export type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={{socket}},writable=on,num-queues=2"
-    );
+    // libvirt's QEMU does not run as root.
+    let access = if matches!(vmm, Vmm::Libvirt) { " --socket-group libvirt-qemu --socket-mode 660" } else { "" };
+    let guard = format!("warmswap guard --name {name} --socket {socket}{access} --disk /var/lib/images/{name}.raw");
     let vmm_part = match vmm {
         Vmm::Qemu => format!(
             "qemu-system-x86_64 -machine q35,memory-backend=ram -m 2G -smp 2 \\\n  \
