@@ -10,8 +10,13 @@ use anyhow::Context as _;
 use super::{setup, shell};
 
 /// Short runs of the instruments, with real processes: the words after `lab`.
-const INSTRUMENTS: [&[&str]; 2] =
-    [&["rig", "--failovers", "120", "--seed", "1"], &["vm", "--failovers", "6", "--seed", "1"]];
+const INSTRUMENTS: [&[&str]; 5] = [
+    &["rig", "--failovers", "120", "--seed", "1"],
+    &["rig", "--failovers", "60", "--seed", "2", "--backend", "mixed"],
+    &["crash", "--queue-size", "4"],
+    &["vm", "--failovers", "6", "--seed", "1"],
+    &["vm", "--failovers", "4", "--seed", "2", "--backend", "blk"],
+];
 
 /// What has passed and failed so far: a step counts as one, a test runner as many as it says.
 #[derive(Debug, Default)]
@@ -29,6 +34,8 @@ pub(crate) fn run() -> anyhow::Result<bool> {
     let mut tally = Tally::default();
     tally.step(&mut shell::cargo(&["fmt", "--all", "--check"]))?;
     tally.step(&mut shell::cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
+    // What is shipped is built without the laboratory's switches.
+    tally.step(&mut shell::cargo(&["clippy", "--package", "warmswap", "--quiet", "--", "-D", "warnings"]))?;
     if shell::output(&mut shell::cargo(&["nextest", "--version"])).is_some() {
         tally.tests(&mut shell::cargo(&[
             "nextest",

@@ -4,6 +4,8 @@
 
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
+pub(crate) mod blk;
+
 use std::fs::File;
 use std::io::{BufRead, IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
