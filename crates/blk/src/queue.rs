@@ -181,7 +181,7 @@ impl Queue {
             enabled: start.enabled,
             stopping: false,
             watched: false,
-            ring: Ring::new(start.place, start.event_idx, next_available),
+            ring: Ring::new(start.place, start.event_idx, next_available, used_idx),
             served,
             memory: start.memory,
             epoch: 0,

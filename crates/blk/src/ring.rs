@@ -99,9 +99,8 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    /// Begins at `used.idx`, taking from `next_available` on. Kicks are not asked for yet.
-    pub(crate) fn new(place: Place, event_idx: bool, next_available: u16) -> Self {
-        let used = place.used_idx();
+    /// Begins at `used`, which is `used.idx` as it was read once, taking from `next_available` on. Kicks are not asked for yet.
+    pub(crate) fn new(place: Place, event_idx: bool, next_available: u16, used: u16) -> Self {
         let mut ring = Ring { place, event_idx, taken: next_available, used, called: None, armed: true };
         // What the last back-end left here may say anything.
         ring.disarm();
@@ -225,7 +224,7 @@ mod tests {
     fn ring(guest: &Guest, at: u16, event_idx: bool) -> Ring {
         guest.put_u16(AVAILABLE + IDX, at);
         guest.put_u16(USED + IDX, at);
-        Ring::new(guest.place(SIZE), event_idx, at)
+        Ring::new(guest.place(SIZE), event_idx, at, at)
     }
 
     fn submit(guest: &Guest, at: u16, heads: &[u16]) {

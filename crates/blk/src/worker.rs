@@ -259,8 +259,11 @@ impl<E: Engine> Worker<E> {
                 at_most = Some(UNKICKED);
             }
             if let (false, Some(kick)) = (queue.watched, &queue.kick) {
-                self.engine.watch(kick.as_fd(), Watch::Kick(queue.index))?;
-                queue.watched = true;
+                match self.engine.watch(kick.as_fd(), Watch::Kick(queue.index)) {
+                    Ok(()) => queue.watched = true,
+                    // What a front-end gives as a kick is no means of ours: the ring is looked at now and then, as one without.
+                    Err(_) => at_most = Some(UNKICKED),
+                }
             }
         }
         if !self.commands_watched {

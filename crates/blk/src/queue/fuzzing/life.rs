@@ -334,7 +334,7 @@ impl<'a> Life<'a> {
 
     /// What the next back-end would find.
     pub(super) fn check_region(&self) {
-        if self.queue.tracker.is_none() || !self.is_still {
+        if self.queue.tracker.is_none() {
             return;
         }
         let size = self.driver.shape.size;
