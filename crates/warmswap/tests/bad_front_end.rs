@@ -240,7 +240,6 @@ fn a_kick_of_another_kind(name: &str, options: &[&str]) {
 }
 
 #[test]
-#[ignore = "the worker of an engine of plain calls takes it for a failure of its own, and the process ends"]
 fn a_kick_that_cannot_be_waited_for_harms_only_its_own_ring() {
     a_kick_of_another_kind("front-end-kick-sync", &["--engine", "sync"]);
 }
