@@ -334,16 +334,13 @@ impl Image {
     }
 
     /// What a discard is on it, and what writing zeroes is: keeping the space, or giving it back.
-    pub(crate) fn discard_mode(&self) -> FallocateFlags {
-        let _ = self;
-        FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
-    }
+    pub(crate) const DISCARD_MODE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 
-    /// See [`Image::discard_mode`].
+    /// See [`Image::DISCARD_MODE`].
     pub(crate) fn zeroes_mode(&self, unmap: bool) -> FallocateFlags {
         // A file system in memory cannot zero a range and keep it.
         if unmap || self.in_memory {
-            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
+            Self::DISCARD_MODE
         } else {
             FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE
         }

@@ -15,7 +15,8 @@
 //! | `memory`, `log` | what is shared with the front-end |
 //! | [`sandbox`] | what the process gives up once it runs |
 //!
-//! `unsafe` is confined to `memory` (shared with the guest), `engine` (calls on guest memory), `image` (locks) and `server` (signals).
+//! `unsafe` is confined to `memory` (shared with the guest), `engine` (calls on guest memory), `image` (locks), `server` (signals and
+//! an inherited descriptor), `sandbox::runtime` (the allocator's settings) and, in the laboratory's build, `faults` (the end).
 
 pub mod image;
 pub mod sandbox;

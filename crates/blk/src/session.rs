@@ -336,7 +336,7 @@ impl<'a> Session<'a> {
         }
         self.memory = Arc::clone(&memory);
         for (index, place) in moves {
-            self.shared.pool.ask(index, Command::Move(Arc::clone(&memory), vec![(index, place)]))?;
+            self.shared.pool.ask(index, Command::Move(index, Arc::clone(&memory), place))?;
         }
         Ok(())
     }
@@ -349,7 +349,7 @@ impl<'a> Session<'a> {
             // QEMU sends it again to a running ring when it begins or ends to log writes.
             let place = Place::find(&memory, ring.size, &addr).map_err(|why| format!("ring {index}: {why}"))?;
             ring.addr = Some(addr);
-            return pool.ask(index as u16, Command::Move(memory, vec![(index as u16, place)])).map(drop);
+            return pool.ask(index as u16, Command::Move(index as u16, memory, place)).map(drop);
         }
         ring.addr = Some(addr);
         self.start_if_complete(index)

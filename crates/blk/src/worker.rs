@@ -43,7 +43,8 @@ pub(crate) enum Command {
     Call(u16, Option<OwnedFd>),
     Err(u16, Option<OwnedFd>),
     Enable(u16, bool),
-    Move(Arc<MemoryMap>, Vec<(u16, Place)>),
+    /// The guest's memory has changed, and where the ring lies in it.
+    Move(u16, Arc<MemoryMap>, Place),
     Log(Option<Arc<DirtyLog>>),
     Limits(Limits),
     /// The front-end's messages are about to be read.
@@ -356,11 +357,9 @@ impl<E: Engine> Worker<E> {
                     queue.enabled = enabled;
                 }
             }
-            Command::Move(memory, places) => {
-                for (index, place) in places {
-                    if let Some(queue) = self.queue(index) {
-                        queue.move_to(Arc::clone(&memory), place);
-                    }
+            Command::Move(index, memory, place) => {
+                if let Some(queue) = self.queue(index) {
+                    queue.move_to(memory, place);
                 }
             }
             Command::Log(log) => self.queues.iter_mut().for_each(|queue| queue.set_log(log.clone())),

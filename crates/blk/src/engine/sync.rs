@@ -104,7 +104,7 @@ pub(crate) fn perform(image: &Image, io: &Io<'_>) -> i64 {
             Ok(()) => 0,
             Err(error) => -i64::from(error.raw_os_error()),
         },
-        Op::Discard => fallocate(image, io, image.discard_mode()),
+        Op::Discard => fallocate(image, io, Image::DISCARD_MODE),
         Op::Zeroes { unmap } => fallocate(image, io, image.zeroes_mode(unmap)),
     }
 }

@@ -93,7 +93,7 @@ impl Uring {
             Op::Discard | Op::Zeroes { .. } => {
                 let mode = match io.op {
                     Op::Zeroes { unmap } => self.image.zeroes_mode(unmap),
-                    _ => self.image.discard_mode(),
+                    _ => Image::DISCARD_MODE,
                 };
                 opcode::Fallocate::new(file(0), io.len)
                     .offset(io.offset)
