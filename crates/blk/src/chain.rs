@@ -37,7 +37,7 @@ pub(crate) struct Chain {
     pub(crate) readable: Vec<Piece>,
     /// What the device shall write.
     pub(crate) writable: Vec<Piece>,
-    /// Guest addresses and lengths of the latter, where they are wanted for a dirty log.
+    /// Guest addresses and lengths of the latter, for a dirty log.
     pub(crate) logged: Vec<(u64, u32)>,
     /// A buffer that is no memory. The rest is followed all the same: a request whose status can be written has an answer.
     pub(crate) missing: Option<Malformed>,
@@ -94,7 +94,6 @@ impl Chain {
         memory: &MemoryMap,
         head: u16,
         indirect: bool,
-        log: bool,
     ) -> Result<(), Malformed> {
         self.readable.clear();
         self.writable.clear();
@@ -119,7 +118,7 @@ impl Chain {
                 inside = true;
                 continue;
             }
-            self.add(memory, &descriptor, log)?;
+            self.add(memory, &descriptor)?;
             if descriptor.flags & DESC_F_NEXT == 0 {
                 return Ok(());
             }
@@ -132,7 +131,7 @@ impl Chain {
     }
 
     #[inline]
-    fn add(&mut self, memory: &MemoryMap, descriptor: &Descriptor, log: bool) -> Result<(), Malformed> {
+    fn add(&mut self, memory: &MemoryMap, descriptor: &Descriptor) -> Result<(), Malformed> {
         let write = descriptor.flags & DESC_F_WRITE != 0;
         if !write && !self.writable.is_empty() {
             return Err(Malformed::Order);
@@ -147,7 +146,8 @@ impl Chain {
         if pieces.len() > PIECES_MAX {
             return Err(Malformed::Long(PIECES_MAX));
         }
-        if write && log {
+        // Always: logging may begin while the request is in flight.
+        if write {
             self.logged.push((descriptor.addr, descriptor.len));
         }
         Ok(())
@@ -215,7 +215,7 @@ mod tests {
     fn follow(guest: &Guest, size: u16, with_indirect: bool) -> Result<Chain, Malformed> {
         let mut chain = Chain::default();
         let place = guest.place(size);
-        chain.follow(&place.descriptors, size, &guest.memory, 0, with_indirect, true).map(|()| chain)
+        chain.follow(&place.descriptors, size, &guest.memory, 0, with_indirect).map(|()| chain)
     }
 
     fn malformed(descriptors: &[Descriptor]) -> Malformed {
@@ -333,14 +333,14 @@ mod tests {
         let guest = Guest::new();
         let (mut chain, place) = (Chain::default(), guest.place(SIZE));
         let follow = |chain: &mut Chain| {
-            chain.follow(&place.descriptors, SIZE, &guest.memory, 0, false, false).expect("it can be answered");
+            chain.follow(&place.descriptors, SIZE, &guest.memory, 0, false).expect("it can be answered");
         };
         guest.chain(TABLE, &[readable(FREE, 16), writable(END, 2), writable(FREE, 1)]);
         follow(&mut chain);
         guest.chain(TABLE, &[writable(FREE, 3)]);
         follow(&mut chain);
         assert_eq!((lengths(&chain.readable), lengths(&chain.writable)), (vec![], vec![3]));
-        assert_eq!((chain.missing, chain.logged.len()), (None, 0));
+        assert_eq!((chain.missing, &chain.logged[..]), (None, &[(FREE, 3)][..]));
     }
 
     #[test]

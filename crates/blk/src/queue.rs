@@ -320,7 +320,7 @@ impl Queue {
     fn understand<E: Engine>(&mut self, head: u16, engine: &mut E, last: bool) -> Result<(), Broken> {
         let slot = &mut self.slots[usize::from(head)];
         let size = self.ring.place.size();
-        let followed = slot.chain.follow(&self.ring.place.descriptors, size, &self.memory, head, self.indirect, true);
+        let followed = slot.chain.follow(&self.ring.place.descriptors, size, &self.memory, head, self.indirect);
         if !last && (slot.chain.missing.is_some() || matches!(followed, Err(Malformed::Memory { .. }))) {
             self.parked.push(head);
             return Ok(());

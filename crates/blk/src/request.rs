@@ -157,7 +157,7 @@ mod tests {
     fn parse_chain(guest: &Guest, descriptors: &[Descriptor], limits: &Limits) -> Result<Parsed, Malformed> {
         guest.chain(TABLE, descriptors);
         let mut chain = Chain::default();
-        chain.follow(&guest.place(8).descriptors, 8, &guest.memory, 0, true, false)?;
+        chain.follow(&guest.place(8).descriptors, 8, &guest.memory, 0, true)?;
         parse(&mut chain, limits)
     }
 
