@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use warmswap_socket::Connection;
+use rustix::net::SocketFlags;
+use warmswap_socket::{Connection, listen};
 use warmswap_telemetry::{Identity, Page};
 
 use crate::clock::now_ns;
@@ -37,7 +37,10 @@ pub enum RunError {
     /// The image cannot be used.
     #[error("{0}")]
     Image(#[from] ImageError),
-    /// The socket cannot be made or used.
+    /// The socket cannot be made.
+    #[error("{0}")]
+    Listen(io::Error),
+    /// A socket that was given cannot be used.
     #[error("{path}: {error}")]
     Socket {
         /// Which.
@@ -129,8 +132,8 @@ impl Source {
     fn open(endpoint: &Endpoint) -> Result<Self, RunError> {
         match endpoint {
             Endpoint::Path(path) => {
-                let fail = |error| RunError::Socket { path: path.display().to_string(), error };
-                listen(path).map(Source::Listener).map_err(fail)
+                // One is served, one may wait.
+                listen(path, 1).map(Source::Listener).map_err(RunError::Listen)
             }
             Endpoint::Inherited(fd) => {
                 let fail = |error| RunError::Socket { path: format!("descriptor {fd}"), error };
@@ -148,28 +151,6 @@ fn copy_of(fd: RawFd) -> io::Result<OwnedFd> {
     let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
     // SAFETY: just made, and ours alone.
     if copy < 0 { Err(io::Error::last_os_error()) } else { Ok(unsafe { OwnedFd::from_raw_fd(copy) }) }
-}
-
-/// Listens at a path. What a dead backend left there is replaced; a socket that is served is somebody else's, and so is what is none.
-fn listen(path: &std::path::Path) -> io::Result<OwnedFd> {
-    use std::os::unix::fs::FileTypeExt;
-    if let Ok(found) = std::fs::symlink_metadata(path) {
-        if !found.file_type().is_socket() {
-            return Err(io::Error::new(
-                io::ErrorKind::AlreadyExists,
-                "this exists and is not a socket: it is left alone",
-            ));
-        }
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there"));
-        }
-        std::fs::remove_file(path)?;
-    }
-    let address = SocketAddrUnix::new(path)?;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    rustix::net::bind(&socket, &address)?;
-    rustix::net::listen(&socket, 1)?;
-    Ok(socket)
 }
 
 /// SIGTERM and SIGINT as a descriptor, and nothing of a broken pipe. Before any thread is made.

@@ -6,14 +6,16 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 use warmswap_wire::{FDS_MAX, HEADER_SIZE, Header};
 
@@ -232,4 +234,31 @@ impl Connection {
             }
         }
     }
+}
+
+/// Listens at a path, without blocking, for `backlog` connections at a time. A socket that nobody serves any more is replaced; one that is
+/// served is somebody else's, and so is what is no socket.
+///
+/// # Errors
+/// What lies there is somebody else's, or what the system says; with the path.
+pub fn listen(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
+    let named = |error: Errno| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    let refuse = |kind, text| Err(io::Error::new(kind, format!("{}: {text}", path.display())));
+    let address = SocketAddrUnix::new(path).map_err(named)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = || rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+    if let Ok(found) = std::fs::symlink_metadata(path) {
+        if !found.file_type().is_socket() {
+            return refuse(io::ErrorKind::AlreadyExists, "this exists and is not a socket: it is left alone");
+        }
+        // As many wait for its owner already as may.
+        if matches!(rustix::net::connect(socket()?, &address), Ok(()) | Err(Errno::AGAIN)) {
+            return refuse(io::ErrorKind::AddrInUse, "another process listens there");
+        }
+        std::fs::remove_file(path)?;
+    }
+    let listener = socket()?;
+    rustix::net::bind(&listener, &address).map_err(named)?;
+    rustix::net::listen(&listener, backlog).map_err(named)?;
+    Ok(listener)
 }

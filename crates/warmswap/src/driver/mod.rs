@@ -18,7 +18,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use warmswap_core::{BackendId, Entry, Nanos, Report, Value};
 
 use self::device::{Device, Threads};
@@ -466,27 +465,9 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     std::fs::symlink_metadata(path).ok().map(|it| (it.dev(), it.ino()))
 }
 
-/// Listens at a path. A socket that nobody serves any more is replaced; one that is served is somebody else's.
+/// Listens at a path, for as many as may come at once.
 pub(crate) fn listen(path: &Path) -> std::io::Result<OwnedFd> {
-    let named = |error: rustix::io::Errno| std::io::Error::new(error.kind(), format!("{}: {error}", path.display()));
-    let address = SocketAddrUnix::new(path).map_err(named)?;
-    let socket = || {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-    };
-    if std::fs::symlink_metadata(path).is_ok() {
-        if rustix::net::connect(socket()?, &address).is_ok() {
-            let text = format!("{}: another process listens there", path.display());
-            return Err(std::io::Error::new(std::io::ErrorKind::AddrInUse, text));
-        }
-        if std::os::unix::fs::FileTypeExt::is_socket(&std::fs::symlink_metadata(path)?.file_type()) {
-            std::fs::remove_file(path)?;
-        }
-    }
-    let listener = socket()?;
-    rustix::net::bind(&listener, &address).map_err(named)?;
-    rustix::net::listen(&listener, 16).map_err(named)?;
-    Ok(listener)
+    warmswap_socket::listen(path, 16)
 }
 
 #[cfg(test)]
