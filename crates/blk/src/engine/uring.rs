@@ -23,6 +23,10 @@ use crate::image::Image;
 
 /// Entries of the submission queue; more requests are submitted in several turns.
 const ENTRIES: u32 = 512;
+/// Entries that the kernel is told of at once. The block layer holds back what comes in one call until the call ends: a disk that could
+/// begin with the first request waits for the last. On a virtio disk, 32 at a time against 8 cost 15 to 25 % of the 4 KiB reads per second;
+/// fewer than 8 brought nothing, and cost processor time.
+const SUBMITTED_AT_ONCE: usize = 8;
 /// Completions that may wait: more than these wait in the kernel.
 const COMPLETIONS: u32 = 4096;
 
@@ -77,6 +81,10 @@ impl Uring {
             // `Engine::start` has it.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 self.unsubmitted += 1;
+                if self.unsubmitted >= SUBMITTED_AT_ONCE {
+                    // That it fails is seen at the next call.
+                    let _later = self.submit();
+                }
                 return;
             }
             // A full queue is emptied by telling the kernel of it; it takes all or says why not.
