@@ -12,6 +12,9 @@
 //! *Processor time* is that of the backend's process by its own clock: threads that have ended and the workers of its io_urings
 //! are in it, interrupts and threads of the kernel's own are not. What backends used while another one ran is reported as well.
 //!
+//! *Another backend* takes part in the pairs where `--peer` says how it is started. It is stopped (SIGSTOP) while others run, for it
+//! may poll without end.
+//!
 //! What it does not check: that the data is right, and that the machine is otherwise quiet, as it must be. `--stand-in` runs a
 //! second QSD in blk's place, in the very mode of the first: what comes out then is what this machine makes of no difference at
 //! all.
@@ -82,6 +85,9 @@ pub(super) struct Args {
     /// A second QSD in blk's place: what this machine makes of no difference.
     #[arg(long)]
     stand_in: bool,
+    /// Shell line of another vhost-user-blk backend that takes part, with `{socket}`, `{image}` and `{queues}` in it.
+    #[arg(long)]
+    peer: Option<String>,
     #[command(flatten)]
     common: super::Common,
 }
@@ -178,23 +184,24 @@ impl Bench<'_> {
             let (queues, direct) = (cell.queues, cell.medium.direct());
             guests.start_blk(&Blk { image: image.path.clone(), queues, engine: args.engine, direct })?
         };
+        let peer = args.peer.as_ref().map(|line| guests.start_peer(line)).transpose()?;
         let mut limit = Limit::new(image, cell, guests.memory.buffers(), args.common.seed)?;
         let limit_tried = limit.choose(trial)?;
-        let mut stage = Stage { sides: vec![blk, best], limit, seconds: args.seconds, waiting: args.driver };
-        stage.sides.extend(frugal);
+        let sides = [Some(blk), Some(best), frugal, peer];
+        let mut stage = Stage { sides, limit, seconds: args.seconds, waiting: args.driver };
         let mut pairs = Vec::new();
         for _ in 0..args.pairs {
             pairs.push(stage.pair(&mut self.choices)?);
         }
-        let blk_engine = stage.sides[0].engine();
+        let blk_engine = stage.sides[Turn::Blk as usize].as_ref().and_then(Side::engine);
         Ok(Measured { names: stage.names(), tried, limit_tried, blk_engine, pairs })
     }
 }
 
 /// What takes part in the pairs of a cell.
 struct Stage {
-    /// blk, QSD, and the frugal QSD if there is one.
-    sides: Vec<Side>,
+    /// In the order of `Turn`.
+    sides: [Option<Side>; 4],
     limit: Limit,
     seconds: f64,
     waiting: Waiting,
@@ -203,10 +210,8 @@ struct Stage {
 impl Stage {
     /// One run of each, in random order.
     fn pair(&mut self, choices: &mut Rng) -> anyhow::Result<Pair> {
-        let mut turns = vec![Turn::Limit, Turn::Blk, Turn::Qsd];
-        if self.sides.len() > 2 {
-            turns.push(Turn::Frugal);
-        }
+        let takes_part = |turn: &Turn| turn.side().is_none_or(|side| self.sides[side].is_some());
+        let mut turns: Vec<Turn> = Turn::ALL.into_iter().filter(takes_part).collect();
         shuffle(&mut turns, choices);
         let mut pair = Pair::default();
         for turn in turns {
@@ -225,23 +230,25 @@ impl Stage {
             self.limit.run(warm_up)?;
             return self.limit.run(seconds);
         };
-        let side = &mut self.sides[side];
+        let side = self.sides[side].as_mut().expect("only who takes part has a turn");
+        side.wake()?;
         side.run(self.waiting, warm_up)?;
         let figures = side.run(self.waiting, seconds)?;
         side.driver.rest()?;
+        side.suspend()?;
         Ok(figures)
     }
 
     /// Processor time so far of every backend whose turn it is not.
     fn others_ns(&self, turn: Turn) -> anyhow::Result<u64> {
         let others = self.sides.iter().enumerate().filter(|(index, _)| turn.side() != Some(*index));
-        others.map(|(_, side)| side.processor_ns()).sum()
+        others.filter_map(|(_, side)| side.as_ref()).map(Side::processor_ns).sum()
     }
 
     /// What takes each turn.
-    fn names(&self) -> [Option<String>; 4] {
-        let name = |index: usize| self.sides.get(index).map(|side| side.name.clone());
-        [name(0), name(1), name(2), Some(self.limit.name().to_owned())]
+    fn names(&self) -> [Option<String>; 5] {
+        let [blk, qsd, frugal, peer] = self.sides.each_ref().map(|side| side.as_ref().map(|side| side.name.clone()));
+        [blk, qsd, frugal, peer, Some(self.limit.name().to_owned())]
     }
 }
 

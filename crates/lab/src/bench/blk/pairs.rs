@@ -17,12 +17,15 @@ pub(super) enum Turn {
     Qsd,
     /// QSD in the mode that does most per processor time, where that is another.
     Frugal,
+    /// Another backend, whatever it is.
+    Peer,
     /// The lab's own loop.
     Limit,
 }
 
 impl Turn {
-    const ALL: [Turn; 4] = [Turn::Blk, Turn::Qsd, Turn::Frugal, Turn::Limit];
+    /// All there are.
+    pub(super) const ALL: [Turn; 5] = [Turn::Blk, Turn::Qsd, Turn::Frugal, Turn::Peer, Turn::Limit];
 
     /// Index of its backend. The limit has none.
     pub(super) fn side(self) -> Option<usize> {
@@ -89,7 +92,7 @@ impl Pair {
 #[derive(Clone, Debug)]
 pub(super) struct Measured {
     /// What each was, in the order of `Turn`.
-    pub(super) names: [Option<String>; 4],
+    pub(super) names: [Option<String>; 5],
     /// QSD's modes and what they did when they were tried.
     pub(super) tried: Vec<Value>,
     /// The same of the limit's ways.
@@ -128,7 +131,12 @@ impl Measured {
         ratio("p99_ratio_qsd", Turn::Qsd, |figures| figures.p99_us);
         ratio("p999_ratio_qsd", Turn::Qsd, |figures| figures.p999_us);
         ratio("limit_ratio", Turn::Limit, iops);
-        for (turn, field) in Turn::ALL.into_iter().zip(["blk", "qsd", "qsd_per_cpu", "limit"]) {
+        if self.names[Turn::Peer as usize].is_some() {
+            ratio("iops_ratio_peer", Turn::Peer, iops);
+            ratio("iops_per_cpu_ratio_peer", Turn::Peer, per_cpu);
+            ratio("p99_ratio_peer", Turn::Peer, |figures| figures.p99_us);
+        }
+        for (turn, field) in Turn::ALL.into_iter().zip(["blk", "qsd", "qsd_per_cpu", "peer", "limit"]) {
             if let Some(name) = &self.names[turn as usize] {
                 row[field] = self.summary(turn, name);
             }
@@ -200,7 +208,7 @@ mod tests {
 
     fn measured(pairs: Vec<Pair>) -> Measured {
         let name = |name: &str| Some(name.to_owned());
-        let names = [name("blk"), name("native"), None, name("pread")];
+        let names = [name("blk"), name("native"), None, None, name("pread")];
         Measured { names, tried: Vec::new(), limit_tried: Vec::new(), blk_engine: None, pairs }
     }
 
@@ -235,5 +243,17 @@ mod tests {
         assert_eq!(row["iops_per_cpu_ratio_qsd"], 0.5);
         assert_eq!(row["iops_per_cpu_ratio_best_mode"], 0.25);
         assert_eq!(row["qsd_per_cpu"]["what"], "threads");
+    }
+
+    #[test]
+    fn another_backend_has_ratios_only_where_it_took_part() {
+        let (blk, peer) = (figures(100.0, 1.0, 1.0), figures(400.0, 2.0, 0.5));
+        let mut measured = measured(vec![pair(blk, blk, blk)]);
+        assert!(measured.row(&CELL)["iops_ratio_peer"].is_null());
+        measured.names[Turn::Peer as usize] = Some("another".to_owned());
+        measured.pairs[0].add(Turn::Peer, peer, 0.0);
+        let row = measured.row(&CELL);
+        assert_eq!((&row["iops_ratio_peer"], &row["iops_per_cpu_ratio_peer"]), (&json!(0.25), &json!(0.5)));
+        assert_eq!((&row["p99_ratio_peer"], &row["peer"]["what"]), (&json!(2.0), &json!("another")));
     }
 }

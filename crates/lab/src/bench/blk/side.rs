@@ -5,6 +5,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::cell::Cell;
@@ -18,6 +19,7 @@ use crate::bench::throughput::{self, Waiting};
 use crate::bench::usage;
 use crate::common::blk::Blk;
 use crate::common::interrupt;
+use crate::common::process::Target;
 use crate::common::qsd::{Aio, Qsd};
 use crate::common::rng::Rng;
 
@@ -65,9 +67,21 @@ pub(super) struct Side {
     backend: Bare,
     /// What the backend says.
     log: PathBuf,
+    /// Its process, if it has to be stopped while others run.
+    stopped: Option<Target>,
 }
 
 impl Side {
+    /// Lets it run, for one that polls without end.
+    pub(super) fn wake(&self) -> anyhow::Result<()> {
+        self.stopped.as_ref().map_or(Ok(()), |process| process.signal(Signal::CONT))
+    }
+
+    /// Stops it, for one that polls without end.
+    pub(super) fn suspend(&self) -> anyhow::Result<()> {
+        self.stopped.as_ref().map_or(Ok(()), |process| process.signal(Signal::STOP))
+    }
+
     /// One run. The load goes on afterwards.
     pub(super) fn run(&mut self, waiting: Waiting, seconds: f64) -> anyhow::Result<Figures> {
         let before = self.processor_ns()?;
@@ -129,6 +143,18 @@ impl Guests<'_> {
         self.start("blk".to_owned(), None, |socket| blk.command_line(socket))
     }
 
+    /// Any other backend, by its shell line. It may poll without end, so it runs only when it is its turn. `{socket}`, `{image}` and `{queues}` in it stand for what they say.
+    pub(super) fn start_peer(&mut self, line: &str) -> anyhow::Result<Side> {
+        let image = self.image.path.display().to_string();
+        let line = line.replace("{image}", &image).replace("{queues}", &self.cell.queues.to_string());
+        let mut side = self.start("peer".to_owned(), None, |socket| {
+            ["sh".into(), "-c".into(), format!("exec {}", line.replace("{socket}", socket))].into()
+        })?;
+        side.stopped = Some(Target::open(side.backend.pid())?);
+        side.suspend()?;
+        Ok(side)
+    }
+
     fn start(&mut self, name: String, mode: Option<Mode>, line: impl Fn(&str) -> Vec<String>) -> anyhow::Result<Side> {
         let socket = self.directory.join(format!("{name}.sock"));
         if let Err(error) = std::fs::remove_file(&socket) {
@@ -142,7 +168,7 @@ impl Guests<'_> {
         let shape = Shape { queues: self.cell.queues, depth: self.cell.depth, load, ..Shape::at(socket) };
         let (memory, buffers, rng) = (self.memory.for_guest(), self.memory.buffers(), Rng::new(self.seed, 3));
         let driver = Driver::boot_in(memory, buffers, &shape, rng).with_context(said)?;
-        Ok(Side { name, mode, driver, backend, log })
+        Ok(Side { name, mode, driver, backend, log, stopped: None })
     }
 }
 

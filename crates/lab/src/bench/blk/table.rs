@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 /// Columns: title, field, width.
-const COLUMNS: [(&str, &str, usize); 11] = [
+const COLUMNS: [(&str, &str, usize); 14] = [
     ("blk/s", "iops", 10),
     ("/QSD", "iops_ratio_qsd", 20),
     ("per cpu /QSD", "iops_per_cpu_ratio_qsd", 20),
@@ -11,6 +11,9 @@ const COLUMNS: [(&str, &str, usize); 11] = [
     ("p99 /QSD", "p99_ratio_qsd", 20),
     ("p99.9 /QSD", "p999_ratio_qsd", 20),
     ("/limit", "limit_ratio", 20),
+    ("/peer", "iops_ratio_peer", 20),
+    ("per cpu /peer", "iops_per_cpu_ratio_peer", 20),
+    ("p99 /peer", "p99_ratio_peer", 20),
     ("blk", "blk_engine", 8),
     ("QSD", "qsd", 18),
     ("frugal QSD", "qsd_per_cpu", 18),
@@ -37,9 +40,15 @@ pub(super) fn progress(cell: &Value) -> String {
     let [iops, qsd, per_cpu, p99, limit] =
         ["iops", "iops_ratio_qsd", "iops_per_cpu_ratio_qsd", "p99_ratio_qsd", "limit_ratio"]
             .map(|name| shown(cell, name));
-    format!(
+    let mut text = format!(
         "{iops} requests per second: {qsd} of QSD's, {per_cpu} per processor time, {p99} of its p99, {limit} of the limit"
-    )
+    );
+    if !cell["peer"].is_null() {
+        let [iops, per_cpu, p99] =
+            ["iops_ratio_peer", "iops_per_cpu_ratio_peer", "p99_ratio_peer"].map(|name| shown(cell, name));
+        text += &format!("; {iops} of the other backend's, {per_cpu} per processor time, {p99} of its p99");
+    }
+    text
 }
 
 /// A figure with its range, a word, or what a side was.
