@@ -1,7 +1,7 @@
 //! Where everything lies, as word numbers. The crate's documentation has the same in bytes.
 
-use crate::histogram::BUCKETS;
 use crate::kind::Kind;
+use warmswap_histogram::BUCKETS;
 
 /// First word of a page: `warmtele` read as a big-endian number. A number and not a text, so that a page from a machine
 /// of the other byte order is refused.

@@ -90,7 +90,6 @@
 //! [`whole`]: QueueSnapshot::whole
 
 mod find;
-mod histogram;
 mod kind;
 mod layout;
 mod mapping;
@@ -100,10 +99,10 @@ mod snapshot;
 mod writer;
 
 pub use find::{FDS_MAX, find_in_process};
-pub use histogram::{BUCKETS, Histogram, bucket_bounds, bucket_of};
 pub use kind::Kind;
 pub use layout::{HEADER_BYTES, MAGIC, NAME, QUEUES_MAX, SECTION_BYTES, VERSION};
 pub use page::{CreateError, Identity, Page};
 pub use reader::{Header, OpenError, ReadError, Reader, TRIES_MAX};
 pub use snapshot::{KindSnapshot, QueueSnapshot};
+pub use warmswap_histogram::{BUCKETS, Histogram, bucket_bounds, bucket_of};
 pub use writer::{QueueWriter, Update};

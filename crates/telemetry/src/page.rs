@@ -8,11 +8,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
-use crate::histogram::BUCKETS;
 use crate::kind::Kind;
 use crate::layout::{HEADER_BYTES, MAGIC, NAME, QUEUES_MAX, SECTION_BYTES, VERSION, header, page_bytes};
 use crate::mapping::Mapping;
 use crate::writer::QueueWriter;
+use warmswap_histogram::BUCKETS;
 
 /// What a backend says of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,12 +8,12 @@ use std::sync::atomic::fence;
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
 
-use crate::histogram::BUCKETS;
 use crate::kind::Kind;
 use crate::layout::{
     HEADER_BYTES, MAGIC, QUEUES_MAX, SECTION_BYTES, VERSION, WORD, header, page_bytes, section, section_offset,
 };
 use crate::snapshot::{QueueSnapshot, word};
+use warmswap_histogram::BUCKETS;
 
 /// Tries after which [`Reader::queue`] gives up.
 pub const TRIES_MAX: usize = 64;

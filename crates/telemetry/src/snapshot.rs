@@ -1,8 +1,8 @@
 //! A section as values. Every value is what the backend wrote, and nothing here depends on any of them being true.
 
-use crate::histogram::Histogram;
 use crate::kind::Kind;
 use crate::layout::{SECTION_BYTES, WORD, kind as block, kind_word, section};
+use warmswap_histogram::Histogram;
 
 /// One queue at one instant.
 #[derive(Clone, Debug, PartialEq, Eq)]

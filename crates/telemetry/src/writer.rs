@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::sync::atomic::fence;
 
-use crate::histogram::bucket_of;
 use crate::kind::Kind;
 use crate::layout::{kind as block, kind_word, section};
 use crate::mapping::{Mapping, Section};
+use warmswap_histogram::bucket_of;
 
 /// The one writer of the section of one queue. It keeps the mapping alive, and moves to the thread that serves the
 /// queue.

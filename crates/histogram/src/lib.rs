@@ -1,7 +1,9 @@
 //! Latencies in logarithmic buckets: four per power of two, from 256 ns to 2^37 ns (137 s), so that none of those is
 //! wider than a quarter of where it begins. The first bucket holds all that is shorter, the last all that is longer.
 
-use std::ops::RangeInclusive;
+#![cfg_attr(not(test), no_std)]
+
+use core::ops::RangeInclusive;
 
 /// log2 of where the second bucket begins.
 const FIRST_EXPONENT: u32 = 8;
@@ -71,6 +73,12 @@ impl Histogram {
         *count = count.wrapping_add(1);
     }
 
+    /// Counts `count` latencies of `ns` nanoseconds.
+    pub fn record_many(&mut self, ns: u64, count: u64) {
+        let sum = &mut self.counts[bucket_of(ns)];
+        *sum = sum.wrapping_add(count);
+    }
+
     /// Number of latencies that were counted.
     #[must_use]
     pub fn total(&self) -> u128 {
@@ -86,13 +94,37 @@ impl Histogram {
     pub fn quantile(&self, p: f64) -> Option<u64> {
         let total = self.total();
         // A float as wide as 2^53 rounds the rank of huge totals, which is far below the width of a bucket.
-        let rank = ((p.clamp(0.0, 1.0) * total as f64).ceil() as u128).clamp(1, total.max(1));
+        let exact = p.clamp(0.0, 1.0) * total as f64;
+        // Rounded up: `ceil` needs the standard library.
+        let rank = (exact as u128 + u128::from((exact as u128 as f64) < exact)).clamp(1, total.max(1));
         let mut seen = 0;
         let bucket = self.counts.iter().position(|&count| {
             seen += u128::from(count);
             seen >= rank
         })?;
         Some(*bucket_bounds(bucket).end())
+    }
+
+    /// The latency in nanoseconds at the fraction `p`, reckoned as if the latencies of a bucket were spread evenly over it: less biased
+    /// than [`Histogram::quantile`], and no bound. `None` if nothing was counted.
+    #[must_use]
+    pub fn estimate(&self, p: f64) -> Option<f64> {
+        let rank = p.clamp(0.0, 1.0) * self.total() as f64;
+        let mut below = 0.0;
+        let mut last = None;
+        for (bucket, &count) in self.counts.iter().enumerate().filter(|(_, count)| **count > 0) {
+            let bounds = bucket_bounds(bucket);
+            let start = *bounds.start() as f64;
+            // The last bucket has no end worth the name.
+            let end = if bucket == LAST { start } else { *bounds.end() as f64 + 1.0 };
+            let count = count as f64;
+            if below + count >= rank {
+                return Some(start + (end - start) * ((rank - below) / count).clamp(0.0, 1.0));
+            }
+            below += count;
+            last = Some(end);
+        }
+        last
     }
 
     /// Adds the counts of another queue, kind or backend.
@@ -105,7 +137,7 @@ impl Histogram {
     /// What was counted since `earlier`, a snapshot of the same histogram.
     #[must_use]
     pub fn since(&self, earlier: &Histogram) -> Histogram {
-        Histogram { counts: std::array::from_fn(|bucket| self.counts[bucket].wrapping_sub(earlier.counts[bucket])) }
+        Histogram { counts: core::array::from_fn(|bucket| self.counts[bucket].wrapping_sub(earlier.counts[bucket])) }
     }
 }
 
@@ -171,6 +203,16 @@ mod tests {
         }
         assert_eq!(wild.quantile(0.0), Some(255));
         assert_eq!(wild.quantile(1.0), Some(u64::MAX));
+    }
+
+    #[test]
+    fn an_estimate_lies_where_evenly_spread_latencies_would_have_it() {
+        let mut histogram = Histogram::default();
+        histogram.record_many(1_024, 100);
+        assert_eq!(histogram.estimate(0.5), Some(1_152.0), "the bucket is 1024 to 1279");
+        histogram.record_many(1 << 40, 100);
+        assert_eq!(histogram.estimate(1.0), Some((1_u64 << 37) as f64));
+        assert_eq!(Histogram::default().estimate(0.5), None);
     }
 
     proptest! {
