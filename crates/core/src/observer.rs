@@ -28,6 +28,12 @@ use crate::time::Nanos;
 /// 65 536 entries in this time are 1.3 million requests per second.
 pub const SILENCE_MAX: Nanos = Nanos::from_millis(50);
 
+/// A latency of so many times between looks is told by them: two of them are uncertain.
+const LONG_WIDTHS: u64 = 4;
+
+/// A submission is known precisely if the time in which it can have been made is no longer.
+const PRECISE_MAX: Nanos = Nanos::from_micros(50);
+
 /// Tries to find an instant without a completion.
 const CUT_TRIES: u32 = 16;
 
@@ -163,6 +169,40 @@ pub struct Observer {
     observed_at: Nanos,
     /// What both rings held when the ring came to rest.
     rest: Option<Rest>,
+    times: Times,
+}
+
+/// When requests were submitted, and what came of it: as well as looks tell.
+#[derive(Clone, Debug)]
+struct Times {
+    /// Middle of the time in which the request in flight was submitted, per head.
+    submitted: Vec<Nanos>,
+    /// That time is known as well as a kick tells it.
+    precise: Vec<bool>,
+    /// Everything new in this look happened between these two.
+    from: Nanos,
+    to: Nanos,
+    /// The head that has been in flight longest, and the number of its submission.
+    oldest: Option<(u16, u64)>,
+    /// Latencies since they were taken last.
+    long: Vec<Nanos>,
+    /// The same of requests whose submission is known precisely.
+    woken: Vec<Nanos>,
+}
+
+impl Times {
+    fn middle(&self) -> Nanos {
+        Nanos(self.from.0 / 2 + self.to.0 / 2)
+    }
+
+    fn width(&self) -> Nanos {
+        self.to.since(self.from)
+    }
+
+    /// From here on a latency is told well, and none is missed.
+    fn long_floor(&self) -> Nanos {
+        Nanos(self.width().0.saturating_mul(LONG_WIDTHS))
+    }
 }
 
 /// The slots of both rings, and where their indices stood.
@@ -194,6 +234,15 @@ impl Observer {
             violation: None,
             observed_at: now,
             rest: None,
+            times: Times {
+                submitted: vec![now; usize::from(layout.size())],
+                precise: vec![false; usize::from(layout.size())],
+                from: now,
+                to: now,
+                oldest: None,
+                long: Vec::new(),
+                woken: Vec::new(),
+            },
         }
     }
 
@@ -274,6 +323,7 @@ impl Observer {
         seen.outstanding = avail.wrapping_sub(used);
         let silent = now.since(self.observed_at) > SILENCE_MAX;
         self.observed_at = now;
+        (self.times.from, self.times.to) = (self.times.to, now);
         if seen.outstanding > self.layout.size() {
             // Impossible at one instant; but between the two reads the reader may have been kept from its processor.
             let used_again = memory.used_idx(ring);
@@ -415,6 +465,10 @@ impl Observer {
         }
         let at = usize::from(head);
         // A head may come up several times: it was completed in between, which the used ring is about to tell.
+        if self.balance[at] <= 0 {
+            self.times.submitted[at] = self.times.middle();
+            self.times.precise[at] = self.times.width() <= PRECISE_MAX;
+        }
         self.shift(at, 1);
         self.submissions += 1;
         self.submission[at] = self.submissions;
@@ -430,6 +484,7 @@ impl Observer {
         self.completions += 1;
         if self.balance[at] > 0 {
             self.shift(at, -1);
+            self.time(at);
             return Ok(());
         }
         match self.unknown {
@@ -438,6 +493,61 @@ impl Observer {
             _ => return Err(Violation::CompletedTwice { head }),
         }
         Ok(())
+    }
+
+    /// A request was completed whose submission was seen.
+    fn time(&mut self, at: usize) {
+        let times = &mut self.times;
+        let (submitted, completed) = (times.submitted[at], times.middle());
+        // Its head may be in flight again, since this look.
+        times.submitted[at] = completed;
+        let precise = std::mem::replace(&mut times.precise[at], false);
+        let latency = completed.since(submitted);
+        if latency >= times.long_floor() {
+            times.long.push(latency);
+        }
+        if precise && Nanos(latency.0 * 2) >= times.width() {
+            times.woken.push(latency);
+        }
+    }
+
+    /// Tells the observer that a kick has woken the ring: what is submitted in the next look was submitted now.
+    pub fn woken(&mut self, now: Nanos) {
+        self.times.to = now;
+    }
+
+    /// When the request that has been in flight longest was submitted, if that is known.
+    pub fn oldest(&mut self) -> Option<Nanos> {
+        if self.outstanding() == 0 || self.knowledge() != Knowledge::Exact {
+            self.times.oldest = None;
+            return None;
+        }
+        let in_flight = |head: u16, balance: i16, number: u64| (balance > 0).then_some((number, head));
+        let known = self.times.oldest.filter(|(head, number)| {
+            let at = usize::from(*head);
+            self.balance[at] > 0 && self.submission[at] == *number
+        });
+        let (head, _) = known.or_else(|| {
+            let heads = (0..self.layout.size()).filter_map(|head| {
+                let at = usize::from(head);
+                in_flight(head, self.balance[at], self.submission[at])
+            });
+            heads.min().map(|(number, head)| (head, number))
+        })?;
+        self.times.oldest = Some((head, self.submission[usize::from(head)]));
+        Some(self.times.submitted[usize::from(head)])
+    }
+
+    /// From this latency on, as the last look was, every one is told by [`Observer::take_latencies`].
+    #[must_use]
+    pub fn long_floor(&self) -> Nanos {
+        self.times.long_floor()
+    }
+
+    /// Latencies that ended since they were taken last: those that were long against the time between looks, and those of requests that
+    /// woke the ring. The latter are told within half of what they are.
+    pub fn take_latencies(&mut self) -> [std::vec::Drain<'_, Nanos>; 2] {
+        [self.times.long.drain(..), self.times.woken.drain(..)]
     }
 
     fn shift(&mut self, at: usize, by: i16) {
@@ -505,6 +615,7 @@ impl Observer {
         if memory.faulted() {
             return self.violate(seen, Violation::MemoryGone);
         }
+        self.forget_latencies();
         self.clear();
         self.unknown = None;
         self.gap = Some(gap);
@@ -530,7 +641,14 @@ impl Observer {
 
     fn violate(&mut self, seen: Observation, violation: Violation) -> Observation {
         self.violation = Some(violation);
+        self.forget_latencies();
         seen
+    }
+
+    /// What was read was not what it seemed.
+    fn forget_latencies(&mut self) {
+        self.times.long.clear();
+        self.times.woken.clear();
     }
 
     /// Tells the observer that the memory behind the ring cannot be reached any more.

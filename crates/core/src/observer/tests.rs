@@ -228,3 +228,62 @@ fn a_ring_at_rest_may_be_looked_at_as_rarely_as_one_likes() {
     let seen = observer.observe(day + day, 0, &mut memory);
     assert_eq!(seen.lost, Some(Gap::Silence));
 }
+
+#[test]
+fn latencies_that_span_looks_are_all_told_and_told_well() {
+    const LOOK_US: u64 = 100;
+    for seed in 1..40_u64 {
+        let mut world = World::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15), 64);
+        let mut memory = memory_with(PlainRing::new(64, 65_500));
+        let mut observer = Observer::new(Layout::new(64).expect("a power of two"), 65_500, Nanos(0));
+        let (mut submitted, mut truth, mut told) = (HashMap::new(), Vec::new(), Vec::new());
+        for us in 1..20_000_u64 {
+            let before = world.inflight.clone();
+            // Few enough that no look is torn.
+            if world.random.below(20) == 0 {
+                world.step(memory.ring(0));
+            }
+            for head in world.inflight.iter().filter(|head| !before.contains(head)) {
+                submitted.insert(*head, us);
+            }
+            for head in before.iter().filter(|head| !world.inflight.contains(head)) {
+                truth.push(us - submitted[head]);
+            }
+            if us % LOOK_US == 0 {
+                observer.observe(Nanos::from_micros(us), 0, &mut memory);
+                let [long, _] = observer.take_latencies();
+                told.extend(long.map(|latency| latency.0 / 1_000));
+                let oldest = world.inflight.iter().map(|head| submitted[head]).min();
+                match (observer.oldest(), oldest) {
+                    (Some(told), Some(oldest)) => assert!(told.0.abs_diff(oldest * 1_000) <= LOOK_US * 1_000),
+                    (told, oldest) => assert_eq!((told, oldest), (None, None)),
+                }
+            }
+        }
+        assert!(told.iter().all(|us| *us >= 4 * LOOK_US));
+        // Those near the bound may fall on either side of it; what is not completed or not looked at yet is not told.
+        let above = |latencies: &[u64], us: u64| latencies.iter().filter(|it| **it >= us).count();
+        for us in [500, 1_000, 4_000] {
+            let (least, most) = (above(&truth, us + LOOK_US), above(&truth, us - LOOK_US));
+            let told = above(&told, us);
+            assert!(told + 64 >= least && told <= most, "seed {seed}: {told} of {least} to {most} from {us} us on");
+        }
+    }
+}
+
+#[test]
+fn a_request_that_wakes_a_ring_is_timed_from_its_kick() {
+    let mut memory = memory_with(PlainRing::new(8, 0));
+    let mut observer = Observer::new(Layout::new(8).expect("a power of two"), 0, Nanos(0));
+    observer.remember(0, &memory);
+    observer.woken(Nanos::from_millis(500));
+    memory.ring(0).submit(3);
+    observer.observe(Nanos::from_micros(500_010), 0, &mut memory);
+    observer.observe(Nanos::from_micros(500_110), 0, &mut memory);
+    memory.ring(0).complete(3);
+    memory.ring(0).submit(3);
+    observer.observe(Nanos::from_micros(500_210), 0, &mut memory);
+    let [long, woken] = observer.take_latencies();
+    assert_eq!((long.count(), woken.collect::<Vec<_>>()), (0, vec![Nanos::from_micros(155)]));
+    assert_eq!(observer.oldest(), Some(Nanos::from_micros(500_160)), "its head is in flight again");
+}

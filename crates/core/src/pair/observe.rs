@@ -7,6 +7,7 @@ use crate::drain::DrainState;
 use crate::event::{Action, BackendId, earliest};
 use crate::failover::{Kind, Phase};
 use crate::journal::Entry;
+use crate::meter::RingMeter;
 use crate::observer::{Knowledge, Observation, Observer};
 use crate::time::Nanos;
 
@@ -53,6 +54,7 @@ impl Pair {
         let seen = observer.observe(now, index, step.memory);
         let after = observer.knowledge();
         let was_idle = observer.submissions() == u64::from(seen.submitted);
+        state.meter.look(observer, &seen, state.progressed_at, now);
         self.counters.observations += 1;
         if seen.completed > 0 || (seen.submitted > 0 && (seen.outstanding == seen.submitted || was_idle)) {
             state.progressed_at = now;
@@ -132,9 +134,16 @@ impl Pair {
         let quiet = moved == 0 && seen.outstanding == 0;
         if !quiet {
             ring.idle_since = None;
+            if let (Some(woken), true) = (ring.woken_at, seen.outstanding > 0) {
+                // How long what woke it takes is told within a factor of two.
+                period = period.min(now.since(woken).max(limits.observe_min));
+            } else {
+                ring.woken_at = None;
+            }
             ring.observe_at = now + period;
             return;
         }
+        ring.woken_at = None;
         let idle_since = *ring.idle_since.get_or_insert(now);
         let rested = now.since(idle_since) >= limits.idle_after;
         match kick {
@@ -160,7 +169,17 @@ impl Pair {
             ring.watched = false;
             ring.idle_since = None;
             ring.observe_at = step.now;
+            ring.woken_at = Some(step.now);
+            ring.meter.woken(step.now);
+            if let Some(observer) = &mut ring.observer {
+                observer.woken(step.now);
+            }
         }
+    }
+
+    /// What following each ring told of its load since the pair was made.
+    pub fn meters(&self) -> impl Iterator<Item = (u32, &RingMeter)> {
+        (0_u32..).zip(self.rings.iter().map(|ring| &ring.meter))
     }
 
     pub(crate) fn unwatch(&mut self, index: u32, step: &mut Step<'_>) {

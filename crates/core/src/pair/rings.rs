@@ -10,6 +10,7 @@ use crate::failover::Phase;
 use crate::journal::Entry;
 use crate::link::{LinkState, Purpose};
 use crate::memory::RingPlace;
+use crate::meter::RingMeter;
 use crate::observer::{Knowledge, Observer};
 use crate::time::Nanos;
 
@@ -41,6 +42,10 @@ pub(crate) struct RingState {
     pub(super) counted: u64,
     pub(super) counting_since: Nanos,
     pub(super) observed_at: Nanos,
+    /// A kick has woken it, and it has not come to rest since.
+    pub(super) woken_at: Option<Nanos>,
+    /// Outlives stops and starts.
+    pub(crate) meter: RingMeter,
 }
 
 impl RingState {
@@ -154,7 +159,10 @@ impl Pair {
         let entry = Entry::info("RingStarted").with("ring", index).with("size", layout.size()).with("base", start);
         step.out.journal(entry.with("base_asked", asked).with("pending", pending).with("goes_on", goes_on));
         self.session.ring_mut(index).started = true;
+        let mut meter = std::mem::take(&mut self.ring_state(index).meter);
+        meter.start(now);
         *self.ring_state(index) = RingState {
+            meter,
             observer: Some(observer),
             observe_at: now,
             observed_at: now,
@@ -327,7 +335,9 @@ impl Pair {
         self.abandon_trials(index);
         step.memory.detach(index);
         let old = std::mem::take(self.ring_state(index));
-        self.ring_state(index).abandoned = if unproved || old.halted { old.observer } else { old.abandoned };
+        let state = self.ring_state(index);
+        state.abandoned = if unproved || old.halted { old.observer } else { old.abandoned };
+        state.meter = old.meter;
         self.session.ring_mut(index).started = false;
     }
 }

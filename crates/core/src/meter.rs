@@ -1,0 +1,124 @@
+//! What following a ring tells of its load, as plain counters: the part of a profile that is exact.
+//!
+//! Depth is integrated over time between looks (a trapezoid), so that depth over completions is the mean latency by Little's law however
+//! rarely the ring is looked at. Single latencies are known as well as looks resolve them: those that spanned several looks, and all of those.
+
+use warmswap_histogram::Histogram;
+
+use crate::observer::{Knowledge, Observation, Observer};
+use crate::time::Nanos;
+
+/// Counters of one ring since its pair was made; and, where said, how it was at the last look.
+#[derive(Clone, Debug, Default)]
+pub struct RingMeter {
+    /// Looks: it changes when anything here does.
+    pub looks: u64,
+    /// Entries of the ring, at the last look.
+    pub size: u16,
+    /// Requests submitted.
+    pub submitted: u64,
+    /// Requests completed.
+    pub completed: u64,
+    /// Requests in flight times nanoseconds.
+    pub depth_ns: u64,
+    /// Nanoseconds over which that was taken.
+    pub metered_ns: u64,
+    /// The part of them in which it was not known which requests were in flight.
+    pub inexact_ns: u64,
+    /// Requests in flight, at the last look.
+    pub outstanding: u16,
+    /// When the oldest request in flight was submitted, at the last look, where that is known.
+    pub oldest: Option<Nanos>,
+    /// Time without a completion while requests were in flight: up to the last look, or the one that the last look saw end.
+    pub gap: Nanos,
+    /// From this latency on every request is in [`RingMeter::long`], as of the last look.
+    pub long_floor: Nanos,
+    /// Latencies of all requests that took at least [`RingMeter::long_floor`].
+    pub long: Histogram,
+    /// Latencies of requests that woke an idle ring, whose submission is known from the kick: a sample.
+    pub woken: Histogram,
+    metered_at: Nanos,
+}
+
+impl RingMeter {
+    /// The ring is started: nothing is reckoned for the time before.
+    pub(crate) fn start(&mut self, now: Nanos) {
+        self.metered_at = now;
+        self.outstanding = 0;
+        self.oldest = None;
+    }
+
+    /// A kick has woken the ring: until now nothing was in flight.
+    pub(crate) fn woken(&mut self, now: Nanos) {
+        self.metered_ns += now.since(self.metered_at).0;
+        self.metered_at = now;
+    }
+
+    /// Takes what a look at the ring saw. `progressed`: its last progress before.
+    pub(crate) fn look(&mut self, observer: &mut Observer, seen: &Observation, progressed: Nanos, now: Nanos) {
+        let elapsed = now.since(self.metered_at).0;
+        self.metered_at = now;
+        let outstanding = seen.outstanding.min(observer.layout().size());
+        self.looks += 1;
+        self.size = observer.layout().size();
+        self.submitted += u64::from(seen.submitted);
+        self.completed += u64::from(seen.completed);
+        self.depth_ns += (u64::from(self.outstanding) + u64::from(outstanding)) * elapsed / 2;
+        self.metered_ns += elapsed;
+        if observer.knowledge() != Knowledge::Exact {
+            self.inexact_ns += elapsed;
+        }
+        let waited = self.outstanding > 0 || seen.completed > 0 || outstanding > 0;
+        self.gap = if waited { now.since(progressed) } else { Nanos(0) };
+        self.outstanding = outstanding;
+        self.oldest = observer.oldest();
+        self.long_floor = observer.long_floor();
+        let [long, woken] = observer.take_latencies();
+        long.for_each(|latency| self.long.record(latency.0));
+        woken.for_each(|latency| self.woken.record(latency.0));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use warmswap_wire::ring::Layout;
+
+    use super::*;
+    use crate::testing::{PlainMemory, PlainRing};
+
+    #[test]
+    fn depth_over_completions_is_the_mean_latency() {
+        // One request of 300 us every 1000 us, looked at every 70 us.
+        let ring = PlainRing::new(8, 0);
+        let mut memory = PlainMemory { rings: HashMap::from([(0, ring)]), ..PlainMemory::default() };
+        let mut observer = Observer::new(Layout::new(8).expect("a power of two"), 0, Nanos(0));
+        let mut meter = RingMeter::default();
+        meter.start(Nanos(0));
+        for us in 1..=700_000_u64 {
+            match us % 1_000 {
+                0 => memory.ring(0).submit((us / 1_000 % 8) as u16),
+                300 if us > 1_000 => memory.ring(0).complete((us / 1_000 % 8) as u16),
+                _ => {}
+            }
+            if us % 70 == 0 {
+                let now = Nanos::from_micros(us);
+                let seen = observer.observe(now, 0, &mut memory);
+                meter.look(&mut observer, &seen, Nanos(0), now);
+            }
+        }
+        let mean_us = meter.depth_ns as f64 / 1e3 / meter.completed as f64;
+        assert!((mean_us - 300.0).abs() < 5.0, "{mean_us}");
+        assert_eq!((meter.submitted, meter.completed, meter.inexact_ns), (700, 699, 0));
+        assert_eq!(meter.long.total(), 699, "300 us are more than four looks");
+    }
+
+    #[test]
+    fn until_a_kick_wakes_it_nothing_was_in_flight() {
+        let mut meter = RingMeter { outstanding: 0, ..RingMeter::default() };
+        meter.start(Nanos(0));
+        meter.woken(Nanos(1_000));
+        assert_eq!((meter.metered_ns, meter.depth_ns), (1_000, 0));
+    }
+}

@@ -1,0 +1,527 @@
+//! A probe: a ring looked at so closely for a moment that single requests can be followed from submission to completion.
+//!
+//! ```text
+//! begin ──▶ Collecting ──────────▶ Following ──────────▶ done
+//!           looks without a pause,   looks at growing distances,
+//!           new requests are taken   until those taken are completed
+//! ```
+//! The broker's own following of a ring ([`crate::Observer`]) is exact and cheap because it looks rarely, so it resolves no latency below the
+//! time between two looks. A probe resolves a few microseconds, of a sample. What it samples are requests that arrive while it looks, so a
+//! short request is as likely to be taken as a long one. A request whose submission or completion fell into a pause, because the prober was
+//! kept from its processor, is left out, or its latency told by the middle of the pause if that is short against it.
+//!
+//! Whatever it reads comes from a hostile guest and may be stale: every value is checked, nothing it finds does harm, and a ring that makes
+//! no sense ends the probe.
+
+use warmswap_histogram::Histogram;
+use warmswap_predict::Pages;
+use warmswap_wire::DeviceType;
+use warmswap_wire::ring::{
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, Layout, USED_F_NO_NOTIFY,
+    crosses_event,
+};
+
+use crate::time::Nanos;
+
+/// Requests that one probe follows at most.
+pub const FOLLOWED_MAX: usize = 32;
+/// A submission between two looks that are farther apart than this is not sampled.
+const PRECISE_MAX: Nanos = Nanos::from_micros(8);
+/// Descriptors of a chain that are read at most.
+const CHAIN_MAX: usize = 130;
+/// Longest distance of two looks while requests are followed.
+const LOOK_MAX: Nanos = Nanos::from_millis(20);
+/// How long requests are followed. Longer ones are seen by the observer.
+const FOLLOW_MAX: Nanos = Nanos::from_millis(400);
+
+/// Read access to a ring and to guest memory. A ring that is gone reads as zero.
+pub trait RingReader {
+    /// Its layout, if it is there.
+    fn layout(&self, ring: u32) -> Option<Layout>;
+    /// `avail.idx`.
+    fn avail_idx(&self, ring: u32) -> u16;
+    /// `used.idx`.
+    fn used_idx(&self, ring: u32) -> u16;
+    /// `avail.flags`.
+    fn avail_flags(&self, ring: u32) -> u16;
+    /// `used.flags`.
+    fn used_flags(&self, ring: u32) -> u16;
+    /// `used_event`, at the end of the available ring.
+    fn used_event(&self, ring: u32) -> u16;
+    /// `avail_event`, at the end of the used ring.
+    fn avail_event(&self, ring: u32) -> u16;
+    /// Head in an available slot.
+    fn avail_slot(&self, ring: u32, slot: u16) -> u16;
+    /// Id in a used slot.
+    fn used_id(&self, ring: u32, slot: u16) -> u32;
+    /// An entry of the descriptor table.
+    fn descriptor(&self, ring: u32, index: u16) -> Descriptor;
+    /// Copies guest-physical memory; false if the range is not mapped.
+    fn read_guest(&self, guest_addr: u64, bytes: &mut [u8]) -> bool;
+}
+
+/// What a request asks for, as far as its buffers tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// The device writes into guest memory.
+    Read,
+    /// The device reads from guest memory.
+    Write,
+    /// Flush.
+    Flush,
+    /// Discard or write-zeroes.
+    Discard,
+    /// Anything else, or not known.
+    Other,
+}
+
+impl Asked {
+    const COUNT: usize = 5;
+}
+
+/// A request as its chain describes it.
+#[derive(Clone, Copy, Debug)]
+struct Request {
+    asked: Asked,
+    /// Bytes of data.
+    bytes: u64,
+    /// Bytes the device writes.
+    written: u64,
+    /// First byte on the disk.
+    at: Option<u64>,
+    /// Where its status will be.
+    status: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Followed {
+    head: u16,
+    submitted: Nanos,
+    request: Option<Request>,
+}
+
+/// What probes have sampled. Sums, so that samples add up.
+#[derive(Clone, Debug, Default)]
+pub struct Sampled {
+    /// Requests that were looked into.
+    pub requests: u64,
+    /// The same by what they ask for, in the order of [`Asked`].
+    pub asked: [u64; Asked::COUNT],
+    /// Bytes of their data.
+    pub bytes: u64,
+    /// Bytes of them that the device writes into guest memory.
+    pub written: u64,
+    /// Reads and writes that had one before them on their ring, and those that began where it ended.
+    pub successors: u64,
+    /// See `successors`.
+    pub sequential: u64,
+    /// Buffers that had one before them, and those that began in the page in which it ended, or the next.
+    pub neighbours: u64,
+    /// See `neighbours`.
+    pub local: u64,
+    /// Requests whose status was seen, and those with an error.
+    pub statuses: u64,
+    /// See `statuses`.
+    pub errors: u64,
+    /// Latencies: all, reads, writes, flushes.
+    pub latencies: [Histogram; 4],
+    /// Longest of them in nanoseconds.
+    pub longest: u64,
+    /// Submissions, and those for which a kick was due.
+    pub submissions: u64,
+    /// See `submissions`.
+    pub kicks: u64,
+    /// Completions, and those for which an interrupt was due.
+    pub completions: u64,
+    /// See `completions`.
+    pub calls: u64,
+    /// Kicks that were due and after which the backend showed a sign, and the sum of nanoseconds until then.
+    pub pickups: u64,
+    /// See `pickups`.
+    pub pickup_ns: u64,
+    /// Interrupts that were due and after which the driver showed a sign, the sum of nanoseconds until then, and the longest.
+    pub reactions: u64,
+    /// See `reactions`.
+    pub reaction_ns: u64,
+    /// See `reactions`.
+    pub reaction_max_ns: u64,
+    /// Pages of guest memory in which their buffers lie.
+    pub pages: Pages,
+}
+
+/// When a probe wants to look again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// At once.
+    Now,
+    /// At this time.
+    At(Nanos),
+    /// Never: it is done.
+    Done,
+}
+
+/// What is remembered of a ring between probes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Trail {
+    /// Where the last read or write ended on the disk.
+    end: Option<u64>,
+    /// Page in which the last buffer ended.
+    page: Option<u64>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Probe {
+    ring: u32,
+    layout: Layout,
+    event_idx: bool,
+    is_disk: bool,
+    began: Nanos,
+    collect_until: Nanos,
+    looked_at: Nanos,
+    avail: u16,
+    used: u16,
+    avail_event: u16,
+    used_event: u16,
+    avail_flags: u16,
+    used_flags: u16,
+    followed: [Option<Followed>; FOLLOWED_MAX],
+    following: usize,
+    /// Since when a kick was due without a sign of the backend, and at which `used.idx` and `avail_event`.
+    kicked: Option<(Nanos, u16, u16)>,
+    /// Since when an interrupt was due without a sign of the driver, and at which `used_event` and `avail.idx`.
+    called: Option<(Nanos, u16, u16)>,
+}
+
+impl Probe {
+    /// Begins a probe of a ring, which takes requests for `collect`. `None` if there is no such ring.
+    #[must_use]
+    pub fn begin(
+        ring: u32,
+        device: DeviceType,
+        event_idx: bool,
+        collect: Nanos,
+        memory: &dyn RingReader,
+        now: Nanos,
+    ) -> Option<Self> {
+        let layout = memory.layout(ring)?;
+        Some(Probe {
+            ring,
+            layout,
+            event_idx,
+            is_disk: device == DeviceType::Blk,
+            began: now,
+            collect_until: now + collect,
+            looked_at: now,
+            used: memory.used_idx(ring),
+            avail: memory.avail_idx(ring),
+            avail_event: memory.avail_event(ring),
+            used_event: memory.used_event(ring),
+            avail_flags: memory.avail_flags(ring),
+            used_flags: memory.used_flags(ring),
+            followed: [None; FOLLOWED_MAX],
+            following: 0,
+            kicked: None,
+            called: None,
+        })
+    }
+
+    /// Ring that is probed.
+    #[must_use]
+    pub fn ring(&self) -> u32 {
+        self.ring
+    }
+
+    /// Looks once.
+    pub fn look(&mut self, memory: &dyn RingReader, trail: &mut Trail, now: Nanos, sampled: &mut Sampled) -> Next {
+        let ring = self.ring;
+        let (used, avail) = (memory.used_idx(ring), memory.avail_idx(ring));
+        let (came, went) = (avail.wrapping_sub(self.avail), used.wrapping_sub(self.used));
+        let size = self.layout.size();
+        if came > size || went > size || avail.wrapping_sub(used) > size {
+            // More has passed than the ring holds, or this is no ring any more.
+            return Next::Done;
+        }
+        let pause = now.since(self.looked_at);
+        let middle = Nanos(self.looked_at.0 + pause.0 / 2);
+        self.notice_kick(memory, avail, used, middle, now, sampled);
+        self.complete(memory, went, middle, pause, sampled);
+        let collecting = now < self.collect_until;
+        if came > 0 && collecting && pause <= PRECISE_MAX {
+            self.take(memory, came, middle, trail, sampled);
+        }
+        self.notice_call(memory, avail, used, middle, now, sampled);
+        (self.avail, self.used, self.looked_at) = (avail, used, now);
+        self.next(now, collecting)
+    }
+
+    fn next(&self, now: Nanos, collecting: bool) -> Next {
+        if collecting {
+            return Next::Now;
+        }
+        let waits = self.followed.iter().flatten().map(|it| it.submitted).chain(self.called.map(|it| it.0));
+        let Some(since) = waits.max() else { return Next::Done };
+        if now.since(self.began) > FOLLOW_MAX {
+            return Next::Done;
+        }
+        // The youngest decides: every latency is told within an eighth.
+        let distance = Nanos(now.since(since).0 / 8).min(LOOK_MAX);
+        if distance < PRECISE_MAX { Next::Now } else { Next::At(now + distance) }
+    }
+
+    /// New requests.
+    fn take(&mut self, memory: &dyn RingReader, came: u16, at: Nanos, trail: &mut Trail, sampled: &mut Sampled) {
+        for step in 0..came {
+            let Some(free) = self.followed.iter().position(Option::is_none) else { return };
+            let head = memory.avail_slot(self.ring, self.layout.slot(self.avail.wrapping_add(step)));
+            if head >= self.layout.size() || self.followed.iter().flatten().any(|it| it.head == head) {
+                continue;
+            }
+            let request = self.read(memory, head, trail, sampled);
+            self.followed[free] = Some(Followed { head, submitted: at, request });
+            self.following += 1;
+        }
+    }
+
+    fn complete(&mut self, memory: &dyn RingReader, went: u16, at: Nanos, pause: Nanos, sampled: &mut Sampled) {
+        if self.following == 0 {
+            return;
+        }
+        for step in 0..went {
+            let id = memory.used_id(self.ring, self.layout.slot(self.used.wrapping_add(step)));
+            let found = self.followed.iter_mut().find(|it| it.is_some_and(|it| u32::from(it.head) == id));
+            let Some(followed) = found.and_then(Option::take) else { continue };
+            self.following -= 1;
+            let latency = at.since(followed.submitted);
+            if pause > PRECISE_MAX && pause.0 > latency.0 / 2 {
+                continue;
+            }
+            sampled.latencies[0].record(latency.0);
+            sampled.longest = sampled.longest.max(latency.0);
+            let Some(request) = followed.request else { continue };
+            match request.asked {
+                Asked::Read => sampled.latencies[1].record(latency.0),
+                Asked::Write => sampled.latencies[2].record(latency.0),
+                Asked::Flush => sampled.latencies[3].record(latency.0),
+                Asked::Discard | Asked::Other => {}
+            }
+            // A driver may use the buffer again as soon as it has seen the completion: only a status seen at once is one.
+            let mut status = [0xff];
+            if pause <= PRECISE_MAX
+                && request.status.is_some_and(|addr| memory.read_guest(addr, &mut status))
+                && status[0] <= 2
+            {
+                sampled.statuses += 1;
+                sampled.errors += u64::from(status[0] != 0);
+            }
+        }
+    }
+
+    fn notice_kick(
+        &mut self,
+        memory: &dyn RingReader,
+        avail: u16,
+        used: u16,
+        middle: Nanos,
+        now: Nanos,
+        sampled: &mut Sampled,
+    ) {
+        let came = avail.wrapping_sub(self.avail);
+        let due = if self.event_idx {
+            crosses_event(self.avail_event, avail, self.avail)
+        } else {
+            self.used_flags & USED_F_NO_NOTIFY == 0
+        };
+        let event = memory.avail_event(self.ring);
+        if let Some((since, used_then, event_then)) = self.kicked
+            && (used != used_then || event != event_then)
+        {
+            sampled.pickups += 1;
+            sampled.pickup_ns += now.since(since).0;
+            self.kicked = None;
+        }
+        if came > 0 {
+            sampled.submissions += u64::from(came);
+            if due {
+                // One kick, however many requests it is for.
+                sampled.kicks += 1;
+                self.kicked.get_or_insert((middle, self.used, self.avail_event));
+            }
+        }
+        self.avail_event = event;
+        self.used_flags = memory.used_flags(self.ring);
+    }
+
+    fn notice_call(
+        &mut self,
+        memory: &dyn RingReader,
+        avail: u16,
+        used: u16,
+        middle: Nanos,
+        now: Nanos,
+        sampled: &mut Sampled,
+    ) {
+        let went = used.wrapping_sub(self.used);
+        let due = if self.event_idx {
+            crosses_event(self.used_event, used, self.used)
+        } else {
+            self.avail_flags & AVAIL_F_NO_INTERRUPT == 0
+        };
+        let event = memory.used_event(self.ring);
+        if let Some((since, event_then, avail_then)) = self.called
+            && (event != event_then || avail != avail_then)
+        {
+            let took = now.since(since).0;
+            sampled.reactions += 1;
+            sampled.reaction_ns += took;
+            sampled.reaction_max_ns = sampled.reaction_max_ns.max(took);
+            self.called = None;
+        }
+        if went > 0 {
+            sampled.completions += u64::from(went);
+            if due {
+                sampled.calls += 1;
+                self.called.get_or_insert((middle, event, avail));
+            }
+        }
+        self.used_event = event;
+        self.avail_flags = memory.avail_flags(self.ring);
+    }
+
+    /// Reads a chain. `None` if it makes no sense.
+    fn read(&self, memory: &dyn RingReader, head: u16, trail: &mut Trail, sampled: &mut Sampled) -> Option<Request> {
+        let mut chain = Chain::new(memory, self.ring, self.layout.size(), head);
+        let mut request = Request { asked: Asked::Other, bytes: 0, written: 0, at: None, status: None };
+        let mut pieces = [(0_u64, 0_u32); CHAIN_MAX];
+        let mut count = 0;
+        let mut last = None;
+        while let Some(descriptor) = chain.next()? {
+            if count == 0 && self.is_disk {
+                self.read_header(memory, &descriptor, &mut request);
+            }
+            pieces[count] = (descriptor.addr, descriptor.len);
+            count += 1;
+            let len = u64::from(descriptor.len);
+            request.bytes += len;
+            if descriptor.flags & DESC_F_WRITE != 0 {
+                request.written += len;
+            }
+            last = Some(descriptor);
+        }
+        let mut data = 0..count;
+        if self.is_disk {
+            // Header and status are no data. The status is the last byte that the device writes.
+            let last = last.filter(|it| it.flags & DESC_F_WRITE != 0 && it.len > 0)?;
+            request.status = last.addr.checked_add(u64::from(last.len) - 1);
+            request.bytes = request.bytes.checked_sub(HEADER_BYTES + 1)?;
+            request.written -= 1;
+            data = usize::from(pieces[0].1 as u64 == HEADER_BYTES)..count - usize::from(last.len == 1);
+        } else if request.written > 0 {
+            request.asked = Asked::Read;
+        } else {
+            request.asked = Asked::Write;
+        }
+        self.count(&request, pieces.get(data).unwrap_or_default(), trail, sampled);
+        Some(request)
+    }
+
+    /// A disk's header: type (u32), reserved (u32), sector (u64) (virtio 1.3 §5.2.6).
+    fn read_header(&self, memory: &dyn RingReader, descriptor: &Descriptor, request: &mut Request) {
+        let mut header = [0; HEADER_BYTES as usize];
+        if u64::from(descriptor.len) < HEADER_BYTES || !memory.read_guest(descriptor.addr, &mut header) {
+            return;
+        }
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+        request.asked = match u32::from_le_bytes([t0, t1, t2, t3]) {
+            0 => Asked::Read,
+            1 => Asked::Write,
+            4 => Asked::Flush,
+            11 | 13 => Asked::Discard,
+            _ => Asked::Other,
+        };
+        if matches!(request.asked, Asked::Read | Asked::Write) {
+            request.at = u64::from_le_bytes(sector).checked_mul(512);
+        }
+    }
+
+    fn count(&self, request: &Request, data: &[(u64, u32)], trail: &mut Trail, sampled: &mut Sampled) {
+        sampled.requests += 1;
+        sampled.asked[request.asked as usize] += 1;
+        sampled.bytes += request.bytes;
+        sampled.written += request.written;
+        if let Some(at) = request.at {
+            if let Some(end) = trail.end {
+                sampled.successors += 1;
+                sampled.sequential += u64::from(end == at);
+            }
+            trail.end = at.checked_add(request.bytes);
+        }
+        for &(addr, len) in data.iter().filter(|(_, len)| *len > 0) {
+            let (first, last) = (addr / PAGE, addr.saturating_add(u64::from(len) - 1) / PAGE);
+            // A buffer of any length is bounded in what it costs.
+            (first..=last).take(PAGES_PER_BUFFER).for_each(|page| sampled.pages.touch(page));
+            if let Some(page) = trail.page.replace(last) {
+                sampled.neighbours += 1;
+                sampled.local += u64::from(first == page || first == page + 1);
+            }
+        }
+    }
+}
+
+/// Bytes of a disk's request header.
+const HEADER_BYTES: u64 = 16;
+/// Bytes of a page of guest memory, as it is counted here.
+const PAGE: u64 = 4096;
+/// Pages of one buffer that are counted at most.
+const PAGES_PER_BUFFER: usize = 256;
+
+/// Walks a chain of descriptors, into an indirect table if there is one.
+struct Chain<'a> {
+    memory: &'a dyn RingReader,
+    ring: u32,
+    /// Address of the indirect table, if in one.
+    table: Option<u64>,
+    size: u16,
+    next: Option<u16>,
+    left: usize,
+}
+
+impl<'a> Chain<'a> {
+    fn new(memory: &'a dyn RingReader, ring: u32, size: u16, head: u16) -> Self {
+        Chain { memory, ring, table: None, size, next: Some(head), left: CHAIN_MAX }
+    }
+
+    /// The next descriptor; `Some(None)` at the end, `None` if the chain makes no sense or is too long.
+    #[expect(clippy::option_option, reason = "an end and an error are two things, and neither says more")]
+    fn next(&mut self) -> Option<Option<Descriptor>> {
+        let Some(index) = self.next else { return Some(None) };
+        if index >= self.size || self.left == 0 {
+            return None;
+        }
+        self.left -= 1;
+        let descriptor = match self.table {
+            None => self.memory.descriptor(self.ring, index),
+            Some(table) => {
+                let mut bytes = [0; 16];
+                let addr = table.checked_add(u64::from(index) * 16)?;
+                if !self.memory.read_guest(addr, &mut bytes) {
+                    return None;
+                }
+                Descriptor::from_le_bytes(bytes)
+            }
+        };
+        if descriptor.flags & DESC_F_INDIRECT != 0 {
+            let entries = u16::try_from(descriptor.len / 16).ok().filter(|entries| *entries > 0)?;
+            if self.table.replace(descriptor.addr).is_some() {
+                return None;
+            }
+            (self.size, self.next) = (entries, Some(0));
+            return self.next();
+        }
+        self.next = (descriptor.flags & DESC_F_NEXT != 0).then_some(descriptor.next);
+        Some(Some(descriptor))
+    }
+}
+
+#[cfg(test)]
+mod tests;
