@@ -122,6 +122,8 @@ pub(crate) struct Link {
     pub(crate) warming_at: Nanos,
     pub(crate) heard_at: Nanos,
     pub(crate) pinged_at: Option<Nanos>,
+    /// How long it took to give its last sign of life that was asked for.
+    pub(crate) round_trip: Option<Nanos>,
     /// It has been given a ring once: it may have touched guest memory.
     pub(crate) touched: bool,
     /// The in-flight region it keeps, where it keeps one.
@@ -176,6 +178,7 @@ impl Link {
             warming_at: now,
             heard_at: now,
             pinged_at: None,
+            round_trip: None,
             touched: false,
             region: Region::None,
             region_used: false,
@@ -352,7 +355,7 @@ impl Link {
         let reply = if barrier { Reply::U64(0) } else { reply };
         match pending.purpose {
             Purpose::Ping => {
-                self.pinged_at = None;
+                self.round_trip = self.pinged_at.take().map(|at| now.since(at));
                 Ok(Answered::Nothing)
             }
             Purpose::Nobody => Ok(Answered::Nothing),

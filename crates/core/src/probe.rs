@@ -17,7 +17,7 @@ use warmswap_histogram::Histogram;
 use warmswap_predict::Pages;
 use warmswap_wire::DeviceType;
 use warmswap_wire::ring::{
-    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, Layout, USED_F_NO_NOTIFY,
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, Layout, USED_F_NO_NOTIFY, UsedElem,
     crosses_event,
 };
 
@@ -52,8 +52,8 @@ pub trait RingReader {
     fn avail_event(&self, ring: u32) -> u16;
     /// Head in an available slot.
     fn avail_slot(&self, ring: u32, slot: u16) -> u16;
-    /// Id in a used slot.
-    fn used_id(&self, ring: u32, slot: u16) -> u32;
+    /// Entry in a used slot.
+    fn used_slot(&self, ring: u32, slot: u16) -> UsedElem;
     /// An entry of the descriptor table.
     fn descriptor(&self, ring: u32, index: u16) -> Descriptor;
     /// Copies guest-physical memory; false if the range is not mapped.
@@ -288,7 +288,7 @@ impl Probe {
             return;
         }
         for step in 0..went {
-            let id = memory.used_id(self.ring, self.layout.slot(self.used.wrapping_add(step)));
+            let id = memory.used_slot(self.ring, self.layout.slot(self.used.wrapping_add(step))).id;
             let found = self.followed.iter_mut().find(|it| it.is_some_and(|it| u32::from(it.head) == id));
             let Some(followed) = found.and_then(Option::take) else { continue };
             self.following -= 1;

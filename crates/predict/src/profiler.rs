@@ -41,10 +41,24 @@ impl Profiler {
         }
     }
 
-    /// Takes the measure of a tick that ended at `end_unix_ns` and covers `span_us`, with `lost` ticks before it that were not measured.
-    /// A window ends when its ticks are complete, counting lost ones; where another backend serves it begins anew, and what there was of
+    /// Ticks until a window is complete.
+    #[must_use]
+    pub fn ticks_left(&self) -> u32 {
+        self.ticks_per_window.saturating_sub(self.ticks)
+    }
+
+    /// Takes the measure of a tick that ended at `end_unix_ns` and covers `span_us`. It stands for `ticks`, more than one where nothing
+    /// happened and they were measured together, of which `lost` came too late to be measured by themselves. A window ends when its ticks are complete, counting lost ones; where another backend serves it begins anew, and what there was of
     /// the last one's is dropped.
-    pub fn tick(&mut self, measure: &mut Measure, backend: u64, end_unix_ns: u64, span_us: u32, lost: u32) -> Recorded {
+    pub fn tick(
+        &mut self,
+        measure: &mut Measure,
+        backend: u64,
+        end_unix_ns: u64,
+        span_us: u32,
+        ticks: u32,
+        lost: u32,
+    ) -> Recorded {
         if self.backend.replace(backend) != Some(backend) {
             self.begin();
         }
@@ -53,7 +67,7 @@ impl Profiler {
         self.window.merge(measure);
         self.span_us = self.span_us.saturating_add(span_us);
         self.ticks_lost += lost;
-        self.ticks = self.ticks.saturating_add(1).saturating_add(lost);
+        self.ticks = self.ticks.saturating_add(ticks.max(1));
         if self.ticks < self.ticks_per_window {
             return Recorded { tick, window: None };
         }
@@ -85,7 +99,7 @@ mod tests {
     fn tick(profiler: &mut Profiler, backend: u64, arrivals: f64, lost: u32) -> Recorded {
         let mut measure = Measure::default();
         measure.add(Feature::Arrivals, arrivals, 0.1);
-        profiler.tick(&mut measure, backend, 0, 100_000, lost)
+        profiler.tick(&mut measure, backend, 0, 100_000, 1 + lost, lost)
     }
 
     #[test]

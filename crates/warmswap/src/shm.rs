@@ -6,10 +6,11 @@
 
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
 use rustix::mm::{MapFlags, ProtFlags};
-use warmswap_core::{GuestMemory, MemoryError, PRIVATE_ADDR, PRIVATE_SIZE, RingPlace};
+use warmswap_core::{GuestMemory, MemoryError, PRIVATE_ADDR, PRIVATE_SIZE, RingPlace, RingReader};
 use warmswap_wire::ring::{Descriptor, FLAGS, IDX, Layout, UsedElem};
 use warmswap_wire::{FdSlot, LogRegion, MemoryRegion};
 
@@ -29,8 +30,10 @@ struct Mapping {
     watch: usize,
 }
 
-// SAFETY: the mapping is memory owned by this value; all access goes through atomics.
+// SAFETY: the mapping is memory owned by this value; all access goes through atomics, or reads byte by byte what others may write.
 unsafe impl Send for Mapping {}
+// SAFETY: as above: nothing in it is changed through a shared reference but by atomics.
+unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new(fd: BorrowedFd<'_>, offset: u64, size: u64) -> Result<Self, String> {
@@ -115,16 +118,24 @@ struct RingParts {
     used: NonNull<u8>,
 }
 
+/// What is mapped of one device's guest, and where its rings lie in it, at some time. A copy keeps everything mapped that it knows.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct View {
+    regions: Vec<Arc<Region>>,
+    rings: Vec<Option<RingParts>>,
+}
+
+// SAFETY: the pointers of `rings` lead into `regions`, which the same value keeps.
+unsafe impl Send for View {}
+
 /// Guest memory of one device.
 #[derive(Debug, Default)]
 pub(crate) struct SharedMemory {
-    regions: Vec<Region>,
-    rings: Vec<Option<RingParts>>,
+    view: View,
     log: Option<Mapping>,
+    /// Changes of the view.
+    changes: u64,
 }
-
-// SAFETY: the pointers of `rings` lead into `regions`, which belong to the same value.
-unsafe impl Send for SharedMemory {}
 
 /// Guest memory together with the table that its descriptors live in, for one step of the core.
 pub(crate) struct MemoryAccess<'a> {
@@ -133,27 +144,30 @@ pub(crate) struct MemoryAccess<'a> {
 }
 
 impl SharedMemory {
+    /// What is mapped now, for another thread to read.
+    pub(crate) fn view(&self) -> View {
+        self.view.clone()
+    }
+
+    /// Number of changes of what is mapped.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes
+    }
+
     fn ring(&self, ring: u32) -> Option<&RingParts> {
-        self.rings.get(ring as usize)?.as_ref()
+        self.view.ring(ring)
     }
 
     fn find_user(&self, user_addr: u64, len: u64, align: u64) -> Option<NonNull<u8>> {
-        self.regions.iter().find_map(|region| {
+        self.view.regions.iter().find_map(|region| {
             let offset = region.described.offset_of_user(user_addr, len)?;
             region.mapping.at(offset, len, align)
         })
     }
 
-    fn find_guest(&self, guest_addr: u64, len: u64) -> Option<NonNull<u8>> {
-        self.regions.iter().find_map(|region| {
-            let offset = region.described.offset_of_guest(guest_addr, len)?;
-            region.mapping.at(offset, len, 1)
-        })
-    }
-
     /// Marks the pages of a write to the VMM's address range in the dirty log.
     fn mark_user(&self, user_addr: u64, len: u64) {
-        let guest = self.regions.iter().find_map(|region| {
+        let guest = self.view.regions.iter().find_map(|region| {
             let offset = region.described.offset_of_user(user_addr, len)?;
             Some(region.described.guest_addr + offset)
         });
@@ -171,6 +185,19 @@ impl SharedMemory {
                 byte.fetch_or(1 << (page % 8), Ordering::AcqRel);
             }
         }
+    }
+}
+
+impl View {
+    fn ring(&self, ring: u32) -> Option<&RingParts> {
+        self.rings.get(ring as usize)?.as_ref()
+    }
+
+    fn find_guest(&self, guest_addr: u64, len: u64) -> Option<NonNull<u8>> {
+        self.regions.iter().find_map(|region| {
+            let offset = region.described.offset_of_guest(guest_addr, len)?;
+            region.mapping.at(offset, len, 1)
+        })
     }
 }
 
@@ -199,6 +226,80 @@ fn load_u64(base: NonNull<u8>, offset: u64) -> u64 {
     u64::from_le(field.load(Ordering::Relaxed))
 }
 
+impl View {
+    /// Whether no page of it has vanished so far: the VMM truncated its descriptor then, and what was read is not to be believed.
+    pub(crate) fn is_whole(&self) -> bool {
+        !self.regions.iter().any(|region| sigbus::has_faulted(region.mapping.watch))
+    }
+}
+
+impl RingReader for View {
+    fn layout(&self, ring: u32) -> Option<Layout> {
+        Some(self.ring(ring)?.layout)
+    }
+
+    fn avail_idx(&self, ring: u32) -> u16 {
+        // What was read before stays before: an index tells whether slots read earlier were still intact.
+        fence(Ordering::Acquire);
+        self.ring(ring).map_or(0, |parts| load_u16(parts.available, IDX, Ordering::Acquire))
+    }
+
+    fn used_idx(&self, ring: u32) -> u16 {
+        fence(Ordering::Acquire);
+        self.ring(ring).map_or(0, |parts| load_u16(parts.used, IDX, Ordering::Acquire))
+    }
+
+    fn avail_flags(&self, ring: u32) -> u16 {
+        self.ring(ring).map_or(0, |parts| load_u16(parts.available, FLAGS, Ordering::Relaxed))
+    }
+
+    fn used_flags(&self, ring: u32) -> u16 {
+        self.ring(ring).map_or(0, |parts| load_u16(parts.used, FLAGS, Ordering::Relaxed))
+    }
+
+    fn used_event(&self, ring: u32) -> u16 {
+        let load = |parts: &RingParts| load_u16(parts.available, parts.layout.used_event(), Ordering::Relaxed);
+        self.ring(ring).map_or(0, load)
+    }
+
+    fn avail_event(&self, ring: u32) -> u16 {
+        let load = |parts: &RingParts| load_u16(parts.used, parts.layout.avail_event(), Ordering::Relaxed);
+        self.ring(ring).map_or(0, load)
+    }
+
+    fn avail_slot(&self, ring: u32, slot: u16) -> u16 {
+        let load = |parts: &RingParts| load_u16(parts.available, parts.layout.available_slot(slot), Ordering::Relaxed);
+        self.ring(ring).map_or(0, load)
+    }
+
+    fn used_slot(&self, ring: u32, slot: u16) -> UsedElem {
+        self.ring(ring).map_or(UsedElem { id: 0, len: 0 }, |parts| {
+            let at = parts.layout.used_slot(slot);
+            UsedElem { id: load_u32(parts.used, at), len: load_u32(parts.used, at + 4) }
+        })
+    }
+
+    fn descriptor(&self, ring: u32, index: u16) -> Descriptor {
+        let empty = Descriptor { addr: 0, len: 0, flags: 0, next: 0 };
+        self.ring(ring).filter(|parts| index < parts.layout.size()).map_or(empty, |parts| {
+            let at = u64::from(index) * 16;
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&load_u64(parts.descriptor, at).to_le_bytes());
+            bytes[8..].copy_from_slice(&load_u64(parts.descriptor, at + 8).to_le_bytes());
+            Descriptor::from_le_bytes(bytes)
+        })
+    }
+
+    fn read_guest(&self, guest_addr: u64, bytes: &mut [u8]) -> bool {
+        let Some(from) = self.find_guest(guest_addr, bytes.len() as u64) else { return false };
+        for (at, byte) in bytes.iter_mut().enumerate() {
+            // SAFETY: `find_guest` has checked the whole range; bytes are read one by one, as others write them.
+            *byte = unsafe { std::ptr::read_volatile(from.as_ptr().add(at)) };
+        }
+        true
+    }
+}
+
 impl GuestMemory for MemoryAccess<'_> {
     fn map(&mut self, region: &MemoryRegion, fd: FdSlot) -> Result<(), MemoryError> {
         let refuse = |reason: String| MemoryError::Map { guest_addr: region.guest_addr, size: region.size, reason };
@@ -207,7 +308,7 @@ impl GuestMemory for MemoryAccess<'_> {
             let meet = |left: u64, right: u64| left < right + region.size && right < left + known.size;
             meet(known.guest_addr, region.guest_addr) || meet(known.user_addr, region.user_addr)
         };
-        if self.memory.regions.iter().any(overlaps) {
+        if self.memory.view.regions.iter().any(|region| overlaps(region)) {
             return Err(refuse("it overlaps another region".to_owned()));
         }
         if region.guest_addr + region.size > PRIVATE_ADDR || region.user_addr + region.size > PRIVATE_ADDR {
@@ -215,16 +316,18 @@ impl GuestMemory for MemoryAccess<'_> {
         }
         let fd = self.fds.get(fd).ok_or_else(|| refuse("its descriptor is missing".to_owned()))?;
         let mapping = Mapping::new(fd, region.mmap_offset, region.size).map_err(refuse)?;
-        self.memory.regions.push(Region { described: *region, mapping });
+        self.memory.view.regions.push(Arc::new(Region { described: *region, mapping }));
+        self.memory.changes += 1;
         Ok(())
     }
 
     fn unmap(&mut self, guest_addr: u64) {
-        let Some(at) = self.memory.regions.iter().position(|region| region.described.guest_addr == guest_addr) else {
+        let Some(at) = self.memory.view.regions.iter().position(|region| region.described.guest_addr == guest_addr)
+        else {
             return;
         };
-        let region = self.memory.regions[at].described;
-        for ring in &mut self.memory.rings {
+        let region = self.memory.view.regions[at].described;
+        for ring in &mut self.memory.view.rings {
             let inside = |addr: u64| region.offset_of_user(addr, 1).is_some();
             let lost = |parts: &RingParts| {
                 inside(parts.place.descriptor) || inside(parts.place.available) || inside(parts.place.used)
@@ -233,7 +336,8 @@ impl GuestMemory for MemoryAccess<'_> {
                 *ring = None;
             }
         }
-        self.memory.regions.remove(at);
+        self.memory.view.regions.remove(at);
+        self.memory.changes += 1;
     }
 
     fn set_log(&mut self, log: Option<(LogRegion, FdSlot)>) -> Result<(), MemoryError> {
@@ -258,74 +362,57 @@ impl GuestMemory for MemoryAccess<'_> {
             used: find("used ring", place.used, layout.used_bytes(), 4)?,
         };
         let at = ring as usize;
-        if self.memory.rings.len() <= at {
-            self.memory.rings.resize(at + 1, None);
+        let rings = &mut self.memory.view.rings;
+        if rings.len() <= at {
+            rings.resize(at + 1, None);
         }
-        self.memory.rings[at] = Some(parts);
+        rings[at] = Some(parts);
+        self.memory.changes += 1;
         Ok(())
     }
 
     fn detach(&mut self, ring: u32) {
-        if let Some(parts) = self.memory.rings.get_mut(ring as usize) {
+        if let Some(parts) = self.memory.view.rings.get_mut(ring as usize) {
             *parts = None;
+            self.memory.changes += 1;
         }
     }
 
     fn faulted(&mut self) -> bool {
         // Every mark is taken, so that one fault is reported once.
-        self.memory.regions.iter().filter(|region| sigbus::take(region.mapping.watch)).count() > 0
+        self.memory.view.regions.iter().filter(|region| sigbus::take(region.mapping.watch)).count() > 0
     }
 
     fn avail_idx(&self, ring: u32) -> u16 {
-        // What was read before stays before: an index tells whether slots read earlier were still intact.
-        fence(Ordering::Acquire);
-        self.memory.ring(ring).map_or(0, |parts| load_u16(parts.available, IDX, Ordering::Acquire))
+        self.memory.view.avail_idx(ring)
     }
 
     fn used_idx(&self, ring: u32) -> u16 {
-        fence(Ordering::Acquire);
-        self.memory.ring(ring).map_or(0, |parts| load_u16(parts.used, IDX, Ordering::Acquire))
+        self.memory.view.used_idx(ring)
     }
 
     fn avail_slot(&self, ring: u32, slot: u16) -> u16 {
-        let load = |parts: &RingParts| load_u16(parts.available, parts.layout.available_slot(slot), Ordering::Relaxed);
-        self.memory.ring(ring).map_or(0, load)
+        self.memory.view.avail_slot(ring, slot)
     }
 
     fn used_slot(&self, ring: u32, slot: u16) -> UsedElem {
-        self.memory.ring(ring).map_or(UsedElem { id: 0, len: 0 }, |parts| {
-            let at = parts.layout.used_slot(slot);
-            UsedElem { id: load_u32(parts.used, at), len: load_u32(parts.used, at + 4) }
-        })
+        self.memory.view.used_slot(ring, slot)
     }
 
     fn used_flags(&self, ring: u32) -> u16 {
-        self.memory.ring(ring).map_or(0, |parts| load_u16(parts.used, FLAGS, Ordering::Relaxed))
+        self.memory.view.used_flags(ring)
     }
 
     fn avail_event(&self, ring: u32) -> u16 {
-        let load = |parts: &RingParts| load_u16(parts.used, parts.layout.avail_event(), Ordering::Relaxed);
-        self.memory.ring(ring).map_or(0, load)
+        self.memory.view.avail_event(ring)
     }
 
     fn descriptor(&self, ring: u32, index: u16) -> Descriptor {
-        let empty = Descriptor { addr: 0, len: 0, flags: 0, next: 0 };
-        self.memory.ring(ring).filter(|parts| index < parts.layout.size()).map_or(empty, |parts| {
-            let at = u64::from(index) * 16;
-            let mut bytes = [0; 16];
-            bytes[..8].copy_from_slice(&load_u64(parts.descriptor, at).to_le_bytes());
-            bytes[8..].copy_from_slice(&load_u64(parts.descriptor, at + 8).to_le_bytes());
-            Descriptor::from_le_bytes(bytes)
-        })
+        self.memory.view.descriptor(ring, index)
     }
 
     fn read_guest(&self, guest_addr: u64, bytes: &mut [u8]) -> bool {
-        let Some(from) = self.memory.find_guest(guest_addr, bytes.len() as u64) else { return false };
-        for (at, byte) in bytes.iter_mut().enumerate() {
-            // SAFETY: `find_guest` has checked the whole range; bytes are read one by one, as others write them.
-            *byte = unsafe { std::ptr::read_volatile(from.as_ptr().add(at)) };
-        }
-        true
+        self.memory.view.read_guest(guest_addr, bytes)
     }
 
     fn set_avail_slot(&mut self, ring: u32, slot: u16, head: u16) {
@@ -397,7 +484,7 @@ impl GuestMemory for MemoryAccess<'_> {
     }
 
     fn write_guest(&mut self, guest_addr: u64, bytes: &[u8]) -> bool {
-        let Some(to) = self.memory.find_guest(guest_addr, bytes.len() as u64) else { return false };
+        let Some(to) = self.memory.view.find_guest(guest_addr, bytes.len() as u64) else { return false };
         for (at, byte) in bytes.iter().enumerate() {
             // SAFETY: `find_guest` has checked the whole range.
             unsafe { std::ptr::write_volatile(to.as_ptr().add(at), *byte) };
@@ -420,12 +507,14 @@ mod sigbus {
         /// Size of its pages, a power of two: only whole ones can be replaced.
         page: AtomicUsize,
         faulted: AtomicBool,
+        /// The same, never taken.
+        spoiled: AtomicBool,
     }
 
     impl Watched {
         const fn none() -> Self {
             let (start, len, page) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
-            Watched { start, len, page, faulted: AtomicBool::new(false) }
+            Watched { start, len, page, faulted: AtomicBool::new(false), spoiled: AtomicBool::new(false) }
         }
     }
 
@@ -437,6 +526,7 @@ mod sigbus {
         for (index, watched) in WATCHED.iter().enumerate() {
             if watched.start.compare_exchange(0, start, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                 watched.faulted.store(false, Ordering::Relaxed);
+                watched.spoiled.store(false, Ordering::Relaxed);
                 watched.page.store(page, Ordering::Relaxed);
                 watched.len.store(len, Ordering::Release);
                 return Ok(index);
@@ -448,6 +538,11 @@ mod sigbus {
     pub(super) fn unwatch(index: usize) {
         WATCHED[index].len.store(0, Ordering::Release);
         WATCHED[index].start.store(0, Ordering::Release);
+    }
+
+    /// Whether the mapping has ever lost a page.
+    pub(super) fn has_faulted(index: usize) -> bool {
+        WATCHED[index].spoiled.load(Ordering::Acquire)
     }
 
     /// Whether the mapping lost a page since the last call.
@@ -483,6 +578,7 @@ mod sigbus {
         match hit {
             Some(watched) if replace(at, watched.page.load(Ordering::Acquire)) => {
                 watched.faulted.store(true, Ordering::Release);
+                watched.spoiled.store(true, Ordering::Release);
             }
             // SAFETY: not ours: back to the default, and the same access ends the process as it should.
             _ => unsafe {

@@ -177,6 +177,11 @@ impl Storage {
         self.began
     }
 
+    /// What it does its I/O on, by paths that name it for as long as this value lives.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = PathBuf> + '_ {
+        self.marks.iter().map(Mark::own_path)
+    }
+
     /// What its death would prove.
     pub(crate) fn basis(&self) -> FenceBasis {
         if let Some(reason) = self.foreign.as_ref().or(self.hidden.as_ref()) {

@@ -139,6 +139,36 @@ pub struct Status {
 }
 
 impl Pair {
+    /// How long the primary took to give its last sign of life that was asked for.
+    #[must_use]
+    pub fn round_trip(&self) -> Option<Nanos> {
+        self.link(self.primary?)?.round_trip
+    }
+
+    /// How long the shadow's last canary took.
+    #[must_use]
+    pub fn canary(&self) -> Option<Nanos> {
+        self.link(self.shadow?)?.canary.took
+    }
+
+    /// Whether a failover is running.
+    #[must_use]
+    pub fn is_failing_over(&self) -> bool {
+        self.failover.is_some()
+    }
+
+    /// The primary.
+    #[must_use]
+    pub fn primary(&self) -> Option<BackendId> {
+        self.primary
+    }
+
+    /// Whether driver and device tell each other by event indices when they want to be notified.
+    #[must_use]
+    pub fn has_event_idx(&self) -> bool {
+        self.session.has_event_idx()
+    }
+
     /// The pair as it is now.
     #[must_use]
     pub fn status(&self) -> Status {

@@ -48,8 +48,8 @@ impl RingReader for Reader<'_> {
     fn avail_slot(&self, _: u32, slot: u16) -> u16 {
         self.0.borrow().avail[usize::from(slot)]
     }
-    fn used_id(&self, _: u32, slot: u16) -> u32 {
-        self.0.borrow().used[usize::from(slot)].into()
+    fn used_slot(&self, _: u32, slot: u16) -> UsedElem {
+        UsedElem { id: self.0.borrow().used[usize::from(slot)].into(), len: 0 }
     }
     fn descriptor(&self, _: u32, index: u16) -> Descriptor {
         let none = Descriptor { addr: 0, len: 0, flags: 0, next: 0 };

@@ -26,6 +26,8 @@ use crate::config::{DeviceConfig, Source};
 use crate::fds::FdTable;
 use crate::journal::JournalSender;
 use crate::process::{self, Process, RunDir, has_ended, open_pidfd};
+use super::profile::Reporter;
+use crate::profile::sampler::Teller;
 use crate::shm::{MemoryAccess, SharedMemory};
 use crate::storage::{FenceBasis, Storage};
 use warmswap_socket::{Connection, ConnectionError, Message};
@@ -95,6 +97,8 @@ pub(crate) struct Device {
     unconnected: Option<String>,
     /// Journal entries of this step, handed over at its end.
     entries: Vec<Entry>,
+    /// Tells the sampler, where there is one.
+    reporter: Option<Reporter>,
 }
 
 /// The threads that work for devices.
@@ -102,6 +106,8 @@ pub(crate) struct Threads {
     pub(crate) spawner: Spawner,
     pub(crate) inspector: Inspector,
     pub(crate) maps: Maps,
+    /// Measures devices, where that is wanted.
+    pub(crate) sampler: Option<Teller>,
 }
 
 /// Messages to one backend that leave together. Descriptors belong to the message that starts with the bytes they travel with, so
@@ -127,7 +133,8 @@ impl Device {
         threads: Threads,
         now: Nanos,
     ) -> std::io::Result<Self> {
-        let Threads { spawner, inspector, maps } = threads;
+        let Threads { spawner, inspector, maps, sampler } = threads;
+        let reporter = sampler.map(|teller| Reporter::new(number, &config, teller));
         let run_dir = RunDir::create(&config.run_dir, &config.name)?;
         let mut device = Device {
             number,
@@ -165,6 +172,7 @@ impl Device {
             last_failover_at: None,
             unconnected: None,
             entries: Vec::new(),
+            reporter,
             config,
         };
         device.pair.start(now, &mut device.actions);
@@ -314,6 +322,9 @@ impl Device {
             self.pair.handle(now, event, &mut memory, &mut self.actions);
             self.act(now, poller);
         }
+        if let Some(reporter) = &mut self.reporter {
+            reporter.report(&self.pair, &self.memory, &self.backends);
+        }
     }
 
     pub(crate) fn act(&mut self, now: Nanos, poller: &Poller) {
@@ -378,7 +389,12 @@ impl Device {
             })
         };
         match entry.event {
-            "FailoverSettled" | "FailoverHalted" => self.last_failover_at = Some(SystemTime::now()),
+            "FailoverSettled" | "FailoverHalted" => {
+                self.last_failover_at = Some(SystemTime::now());
+                if let Some(reporter) = &mut self.reporter {
+                    reporter.freeze(entry.event);
+                }
+            }
             "RingStarted" => self.refused_ring = None,
             "MessageRefused" if text("peer") == Some("vmm") => {
                 if let (Some(request), Some(reason)) = (text("request"), text("reason"))

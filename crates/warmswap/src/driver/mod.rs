@@ -7,6 +7,7 @@ mod inspector;
 mod kicks;
 mod maps;
 mod poller;
+mod profile;
 mod spawner;
 mod system;
 
@@ -28,6 +29,7 @@ use self::spawner::Spawner;
 use crate::cgroup::Janitor;
 use crate::config::DeviceConfig;
 use crate::journal::JournalSender;
+use crate::profile::sampler::Teller;
 use crate::process::Process;
 use crate::storage::Storage;
 
@@ -145,6 +147,7 @@ pub(crate) struct Driver {
     spawner: Spawner,
     inspector: Inspector,
     maps: Maps,
+    sampler: Option<Teller>,
     /// Adopted orphans may have ended.
     orphans: bool,
     /// When the last wait ended.
@@ -183,7 +186,11 @@ impl Driver {
     ///
     /// # Errors
     /// The system refuses an event queue or a descriptor.
-    pub(crate) fn new(signals: OwnedFd, janitor: Janitor) -> std::io::Result<(Self, Commander)> {
+    pub(crate) fn new(
+        signals: OwnedFd,
+        janitor: Janitor,
+        sampler: Option<Teller>,
+    ) -> std::io::Result<(Self, Commander)> {
         let poller = Poller::new()?;
         let (sender, commands) = crossbeam_channel::bounded(COMMANDS_MAX);
         let waker = Arc::new(poller::waker()?);
@@ -204,6 +211,7 @@ impl Driver {
             spawner,
             inspector,
             maps,
+            sampler,
             orphans: false,
             woken: Nanos(0),
             lateness: Lateness::default(),
@@ -217,7 +225,12 @@ impl Driver {
         // Before anything is started: what is left of a broker that was killed may still write.
         let leftovers = crate::cgroup::end_leftovers(&config.name)?;
         let threads =
-            Threads { spawner: self.spawner.clone(), inspector: self.inspector.clone(), maps: self.maps.clone() };
+            Threads {
+                spawner: self.spawner.clone(),
+                inspector: self.inspector.clone(),
+                maps: self.maps.clone(),
+                sampler: self.sampler.clone(),
+            };
         let mut device = Device::new(number, config, journal, threads, now())?;
         for group in leftovers {
             let entry = Entry::warning("LeftoversKilled").with("group", group.display().to_string());
@@ -439,7 +452,7 @@ impl Driver {
 }
 
 /// Monotonic time.
-fn now() -> Nanos {
+pub(crate) fn now() -> Nanos {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     Nanos(u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0))
 }

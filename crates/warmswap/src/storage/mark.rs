@@ -11,6 +11,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -63,6 +64,11 @@ impl Mark {
     /// The same mark, to ask for it elsewhere.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
         Ok(Mark { path: self.path.clone(), byte: self.byte, probe: self.probe.try_clone()? })
+    }
+
+    /// A path to the same file, through the broker's own description.
+    pub(crate) fn own_path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.probe.as_raw_fd()).into()
     }
 
     /// Whether the marked description is still open somewhere.
