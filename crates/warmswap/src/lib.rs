@@ -16,5 +16,6 @@ mod driver;
 mod fds;
 mod journal;
 mod process;
+mod profile;
 mod shm;
 mod storage;
