@@ -3,6 +3,7 @@
 //! - `driver`: the control thread, the only one that touches devices
 //! - `control`: the control socket, on threads of its own
 //! - `journal`: events, on a thread of its own
+//! - `profile`: what is measured of a backend, and what is kept of it, on a thread of its own
 //! - `cli`: the command line
 //!
 //! `unsafe` is confined to `shm` (memory shared with a guest), `process::launch` (between fork and exec), `storage::mark` (locks on

@@ -15,6 +15,7 @@ mod members;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 use warmswap_core::Nanos;

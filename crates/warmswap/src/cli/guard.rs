@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use warmswap_blk::image::Identity;
 use warmswap_core::{DrainMethod, Entry, FenceLevel, Limits, Nanos, PairConfig, RegionUse, Survivors};
+use warmswap_store::Retention;
 use warmswap_wire::DeviceType;
 
 use super::{Control, Failure};
@@ -14,6 +15,8 @@ use crate::config::{DeviceConfig, Source};
 use crate::control;
 use crate::driver::{Driver, Ended, listen, take_signals};
 use crate::journal::Journal;
+use crate::profile::historian::{self, StoreConfig};
+use crate::profile::sampler::{self, Pace};
 
 /// Options of `warmswap guard`.
 #[derive(Debug, clap::Args)]
@@ -78,6 +81,22 @@ pub(super) struct Args {
     /// Directory for the backends' sockets (default: the control directory)
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
+    /// Keep the history of the device's profile in this directory, in a file of its name: a day of windows, and the recordings of the last
+    /// minutes before failovers (default: in memory only)
+    #[arg(long, value_name = "DIR")]
+    store: Option<PathBuf>,
+    /// Do not measure the device
+    #[arg(long)]
+    no_profile: bool,
+    /// Time between two measurements, in milliseconds
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(10..=10_000))]
+    tick_ms: u64,
+    /// Length of the windows that a profile is made of, in milliseconds
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(10..=3_600_000))]
+    window_ms: u64,
+    /// Processors on which measuring and keeping profiles is done, as 0,2-3 (default: any)
+    #[arg(long, value_name = "CPUS", value_parser = cpus)]
+    offload_cpus: Option<Cpus>,
     /// Append the journal to this file, as JSON lines
     #[arg(long, value_name = "FILE")]
     journal: Option<PathBuf>,
@@ -89,6 +108,24 @@ pub(super) struct Args {
     /// The backend's command line, with {socket} where it shall listen, or {fd} for a listening socket it inherits
     #[arg(last = true, value_name = "BACKEND ARG")]
     command: Vec<String>,
+}
+
+/// A list of processors.
+#[derive(Clone, Debug)]
+struct Cpus(Vec<usize>);
+
+fn cpus(text: &str) -> Result<Cpus, String> {
+    const CPUS_MAX: usize = rustix::thread::CpuSet::MAX_CPU;
+    let number = |text: &str| text.parse::<usize>().ok().filter(|cpu| *cpu < CPUS_MAX);
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (Some(first), Some(last)) = (number(first), number(last)) else {
+            return Err(format!("expected numbers below {CPUS_MAX} and ranges of them, as 0,2-3"));
+        };
+        cpus.extend(first..=last);
+    }
+    Ok(Cpus(cpus))
 }
 
 fn mode(text: &str) -> Result<u32, String> {
@@ -143,14 +180,20 @@ fn region(name: &str) -> Result<RegionUse, String> {
 pub(super) fn run(args: Args) -> Result<u8, Failure> {
     let journal_file = args.journal.clone();
     let quiet = args.quiet;
+    let store = args.store.clone().map(|dir| StoreConfig { dir, retention: Retention::default() });
+    let pace = Pace { tick: Nanos::from_millis(args.tick_ms), window: args.window_ms.div_ceil(args.tick_ms) as u32 };
+    let (profile, cpus) = (!args.no_profile, args.offload_cpus.clone().map_or_else(Vec::new, |cpus| cpus.0));
     let mut config = configure(args)?;
     let control_socket = config.control_socket();
     check_paths(&config)?;
     let journal_file = journal_file.map(|path| open_journal(&path)).transpose()?;
     let signals = take_signals()?;
     let (janitor, cleaning) = Janitor::start()?;
-    let (mut driver, commander) = Driver::new(signals, janitor)?;
     let (journal, sender, thread) = Journal::start(journal_file, quiet)?;
+    let (notes, history, historian) =
+        historian::start(&[config.name.as_str().into()], store, sender.clone(), cpus.clone())?;
+    let sampler = if profile { Some(sampler::start(pace, cpus, notes.clone())?) } else { None };
+    let (mut driver, commander) = Driver::new(signals, janitor, sampler)?;
     make_dir("--control", &config.control_dir)?;
     make_dir("--run-dir", &config.run_dir)?;
     // Both are taken before anything is started, so that a second broker of that name harms nobody.
@@ -168,7 +211,7 @@ pub(super) fn run(args: Args) -> Result<u8, Failure> {
         let next = "requests it left are taken from the rings and may run twice: check the guest's file system";
         sender.entry(&config.name, Entry::warning("BrokerDied").with("pid", pid).with("next", next));
     }
-    control::serve(&config, listener, commander, journal)?;
+    control::serve(&config, listener, commander, journal, history)?;
     let ended = driver.add(config, sender.clone()).and_then(|()| {
         driver.run(&mut |config| {
             sender.started(true);
@@ -179,8 +222,10 @@ pub(super) fn run(args: Args) -> Result<u8, Failure> {
         })
     });
     sender.started(!matches!(ended, Ok(Ended::Failed(_))));
-    drop((driver, sender));
+    drop((driver, sender, notes));
     let _gone = std::fs::remove_file(&control_socket);
+    // What is left of the profile goes to the disk; it may have to say that it cannot.
+    historian.join();
     thread.join();
     // Every group is removed, or has been named, when this ends.
     let _panicked = cleaning.join();

@@ -4,9 +4,13 @@
 
 mod blk;
 mod example;
+mod export;
 mod failover;
 mod guard;
+mod record;
+mod schema;
 mod show;
+mod time;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -61,6 +65,27 @@ enum Verb {
     },
     /// Have the shadow take over, and wait for the end of it; the old primary is ended and a new shadow started
     Failover(failover::Args),
+    /// Write the profile of a device as a table: CSV or Parquet, one row per window or tick, one column per feature
+    Export(export::Args),
+    /// Write every tick and window of a device to a file as they happen, for `replay`
+    Record(record::Args),
+    /// Read what `record` wrote, and print its windows
+    Replay {
+        /// The file
+        file: PathBuf,
+        /// Print every record as a JSON line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print what a profile holds: the name, unit, role, source and meaning of every feature
+    Schema {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Print a table in Markdown
+        #[arg(long, conflicts_with = "json")]
+        markdown: bool,
+    },
     /// Print a ready-made VMM configuration for a guarded device
     Example {
         /// For which VMM
@@ -126,6 +151,10 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
         Verb::Status { names, check, control, json } => show::status(&names, check, &control, json),
         Verb::Events { name, follow, control, json } => show::events(name, follow, &control, json),
         Verb::Failover(args) => failover::run(&args),
+        Verb::Export(args) => export::run(&args),
+        Verb::Record(args) => record::record(&args),
+        Verb::Replay { file, json } => record::replay(&file, json),
+        Verb::Schema { json, markdown } => schema::run(json, markdown),
         Verb::Example { vmm, name, socket, json } => example::print(vmm, &name, socket, json),
     };
     match result {

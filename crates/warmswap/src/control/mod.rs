@@ -1,8 +1,11 @@
 //! The control socket: one JSON object per line each way, on a Unix socket whose file mode is the permission.
 
 mod client;
+pub(crate) mod history;
 pub(crate) mod json;
 mod server;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use client::{Client, ClientError};
 pub(crate) use server::{exit_code, serve};

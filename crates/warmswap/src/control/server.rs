@@ -11,10 +11,12 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use warmswap_core::Outcome;
 
+use super::history::{self, AskedGrain};
 use super::json;
 use crate::config::{DeviceConfig, Source};
 use crate::driver::{Command, Commander};
 use crate::journal::{Form, Journal};
+use crate::profile::historian::HistoryHandle;
 
 /// Most connections at a time.
 const CONNECTIONS_MAX: usize = 64;
@@ -42,6 +44,24 @@ enum Ask {
         #[serde(default)]
         text: bool,
     },
+    /// The last windows and the last tick.
+    Profile {
+        device: Option<String>,
+    },
+    /// Records of some time; all that there are, unless it is given.
+    History {
+        device: Option<String>,
+        from_unix_ms: Option<f64>,
+        to_unix_ms: Option<f64>,
+        grain: AskedGrain,
+        /// As encoded records in hexadecimal, each as a member `record`.
+        #[serde(default)]
+        raw: bool,
+    },
+    /// Every record from now on, encoded, in hexadecimal.
+    Stream {
+        device: Option<String>,
+    },
 }
 
 #[derive(Debug)]
@@ -49,6 +69,7 @@ struct Server {
     device: DeviceConfig,
     commander: Commander,
     journal: Journal,
+    history: HistoryHandle,
     connections: AtomicUsize,
 }
 
@@ -58,10 +79,12 @@ pub(crate) fn serve(
     listener: OwnedFd,
     commander: Commander,
     journal: Journal,
+    history: HistoryHandle,
 ) -> std::io::Result<()> {
     let listener = UnixListener::from(listener);
     listener.set_nonblocking(false)?;
-    let server = Arc::new(Server { device: device.clone(), commander, journal, connections: AtomicUsize::new(0) });
+    let server =
+        Arc::new(Server { device: device.clone(), commander, journal, history, connections: AtomicUsize::new(0) });
     std::thread::Builder::new().name("control".to_owned()).stack_size(256 * 1024).spawn(move || {
         for stream in listener.incoming().flatten() {
             server.accept(stream);
@@ -103,6 +126,21 @@ impl Server {
             }
             match serde_json::from_str(&line) {
                 Ok(Ask::Events { follow, text }) => self.events(&mut writer, follow, text)?,
+                Ok(Ask::Profile { device }) => match self.name(device) {
+                    Ok(device) => writeln!(writer, "{}", history::profile(&self.history, &device))?,
+                    Err(error) => writeln!(writer, "{error}")?,
+                },
+                Ok(Ask::History { device, from_unix_ms, to_unix_ms, grain, raw }) => match self.name(device) {
+                    Ok(device) => {
+                        let asked = (from_unix_ms, to_unix_ms);
+                        history::records(&mut writer, &self.history, &device, asked, grain.into(), raw)?;
+                    }
+                    Err(error) => writeln!(writer, "{error}")?,
+                },
+                Ok(Ask::Stream { device }) => match self.name(device) {
+                    Ok(device) => history::stream(&mut writer, &self.history, &device)?,
+                    Err(error) => writeln!(writer, "{error}")?,
+                },
                 Ok(ask) => writeln!(writer, "{}", self.answer(ask))?,
                 Err(why) => writeln!(writer, "{}", error(2, &format!("the command is not understood: {why}")))?,
             }
@@ -158,7 +196,9 @@ impl Server {
                     Err(_) => ending(),
                 }
             }
-            Ask::Events { .. } => error(2, "events are answered line by line"),
+            Ask::Events { .. } | Ask::Profile { .. } | Ask::History { .. } | Ask::Stream { .. } => {
+                error(2, "this is answered line by line")
+            }
         }
     }
 
@@ -192,7 +232,7 @@ impl Server {
     }
 }
 
-fn error(code: u8, message: &str) -> Value {
+pub(super) fn error(code: u8, message: &str) -> Value {
     json!({"error": {"code": code, "message": message}})
 }
 

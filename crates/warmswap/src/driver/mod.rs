@@ -29,8 +29,8 @@ use self::spawner::Spawner;
 use crate::cgroup::Janitor;
 use crate::config::DeviceConfig;
 use crate::journal::JournalSender;
-use crate::profile::sampler::Teller;
 use crate::process::Process;
+use crate::profile::sampler::Teller;
 use crate::storage::Storage;
 
 /// Commands that may wait for the control thread.
@@ -121,6 +121,17 @@ impl Commander {
         // The counter is full only if it is signalled already.
         let _full = rustix::io::write(&*self.waker, &1_u64.to_ne_bytes());
         sent
+    }
+}
+
+#[cfg(test)]
+impl Commander {
+    /// For a control socket without a control thread: whatever is asked of it has no answer.
+    pub(crate) fn to_nobody() -> Self {
+        Commander {
+            commands: crossbeam_channel::bounded(1).0,
+            waker: Arc::new(poller::waker().expect("an event counter")),
+        }
     }
 }
 
@@ -224,13 +235,12 @@ impl Driver {
         let number = u16::try_from(self.devices.len()).map_err(|_| std::io::ErrorKind::QuotaExceeded)?;
         // Before anything is started: what is left of a broker that was killed may still write.
         let leftovers = crate::cgroup::end_leftovers(&config.name)?;
-        let threads =
-            Threads {
-                spawner: self.spawner.clone(),
-                inspector: self.inspector.clone(),
-                maps: self.maps.clone(),
-                sampler: self.sampler.clone(),
-            };
+        let threads = Threads {
+            spawner: self.spawner.clone(),
+            inspector: self.inspector.clone(),
+            maps: self.maps.clone(),
+            sampler: self.sampler.clone(),
+        };
         let mut device = Device::new(number, config, journal, threads, now())?;
         for group in leftovers {
             let entry = Entry::warning("LeftoversKilled").with("group", group.display().to_string());

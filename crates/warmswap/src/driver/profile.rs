@@ -84,7 +84,7 @@ impl Reporter {
             return;
         }
         let known = process.subject();
-        let images = storage.paths().take(IMAGES_MAX).filter_map(|path| Image::at(&path).ok()).collect();
+        let images: Vec<Image> = storage.paths().take(IMAGES_MAX).filter_map(|path| Image::at(&path).ok()).collect();
         let subject = process.pidfd().try_clone_to_owned().ok();
         let subject = subject.map(|pidfd| Subject { pid: known.pid, pidfd, group: known.group, images });
         self.serving = Some(id);

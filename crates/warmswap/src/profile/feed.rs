@@ -90,7 +90,9 @@ impl RingFeed {
         self.depth_max.fetch_max(depth, Ordering::Relaxed);
         self.gap_max_ns.fetch_max(meter.gap.0, Ordering::Relaxed);
         self.floor_max_ns.fetch_max(meter.long_floor.0, Ordering::Relaxed);
-        for (at, (counts, latencies)) in [(&self.long, &meter.long), (&self.woken, &meter.woken)].into_iter().enumerate() {
+        for (at, (counts, latencies)) in
+            [(&self.long, &meter.long), (&self.woken, &meter.woken)].into_iter().enumerate()
+        {
             // Told by their number, so that a look that brought none costs nothing.
             let total = latencies.total() as u64;
             if self.published[at].swap(total, Ordering::Relaxed) != total {

@@ -4,8 +4,6 @@
 //! and the longest throttling. Controllers may lie in hierarchies of version 1 each or in that of version 2; each is looked for in both.
 //! Pressure exists in version 2 only.
 
-#![cfg_attr(not(test), expect(dead_code, reason = "nothing samples yet"))]
-
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};

@@ -3,8 +3,6 @@
 //! A partition is counted as its whole disk: whoever else uses that makes it busy. What lies on no block device of this host (memory, an
 //! overlay, a server) has none that could be looked at.
 
-#![cfg_attr(not(test), expect(dead_code, reason = "nothing samples yet"))]
-
 use std::ffi::OsStr;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;

@@ -4,8 +4,6 @@
 //! than is possible, and the buckets of every histogram sum up to the requests that were completed. A page that does not is dropped after
 //! a few times. While a queue cannot be read at one instant nothing is taken, and the next reading covers that time as well.
 
-#![cfg_attr(not(test), expect(dead_code, reason = "nothing samples yet"))]
-
 use std::sync::Arc;
 
 use warmswap_predict::{Feature, LatencyKind, Measure};

@@ -15,8 +15,6 @@
 //! its number then. A process on its way out has given up memory and descriptors before its end can be seen, so what was read counts only
 //! if it had not begun to end and has not ended after that.
 
-#![cfg_attr(not(test), expect(dead_code, reason = "nothing samples yet"))]
-
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -28,7 +28,7 @@ pub(crate) struct Ring {
     /// Requests submitted in the last tick.
     pub(crate) arrivals: u64,
     /// Requests completed in it.
-    completions: u64,
+    pub(crate) completions: u64,
     pub(crate) outstanding: u32,
 }
 
@@ -81,7 +81,14 @@ impl Rings {
 
     /// Adds what came since the last tick. `page_tells`: the backend's own page has told latencies, kinds and bytes, which is better than
     /// samples.
-    pub(crate) fn measure(&mut self, span_s: f64, now: Nanos, sampled: &mut Sampled, page_tells: bool, into: &mut Measure) {
+    pub(crate) fn measure(
+        &mut self,
+        span_s: f64,
+        now: Nanos,
+        sampled: &mut Sampled,
+        page_tells: bool,
+        into: &mut Measure,
+    ) {
         let (mut completed, mut submitted, mut busy) = (0, 0, 0);
         let mut depth_ns = Some(0);
         for ring in &mut self.rings {
@@ -197,8 +204,11 @@ impl Ring {
         // A ring that was only just heard of has no past: what it had counted before is nobody's.
         self.arrivals = self.submitted.since(reading.submitted).unwrap_or(0);
         self.completions = self.completed.since(reading.completed).unwrap_or(0);
-        let (depth, metered, inexact) =
-            (self.depth.since(reading.depth_ns), self.metered.since(reading.metered_ns), self.inexact.since(reading.inexact_ns));
+        let (depth, metered, inexact) = (
+            self.depth.since(reading.depth_ns),
+            self.metered.since(reading.metered_ns),
+            self.inexact.since(reading.inexact_ns),
+        );
         if !requests {
             return depth;
         }

@@ -60,6 +60,7 @@ pub(crate) struct Pace {
 }
 
 /// What the sampler is told.
+#[derive(Debug)]
 pub(crate) enum Told {
     /// There is a device.
     Device { number: u16, name: Arc<str>, device: DeviceType, feed: Arc<DeviceFeed> },
@@ -278,7 +279,8 @@ impl Sampler {
             return;
         }
         let count = self.components.len();
-        let Some(at) = (1..=count).map(|step| (self.turn + step) % count).find(|at| self.components[*at].is_busy()) else {
+        let Some(at) = (1..=count).map(|step| (self.turn + step) % count).find(|at| self.components[*at].is_busy())
+        else {
             return;
         };
         self.turn = at;
@@ -298,7 +300,8 @@ impl Sampler {
         let mut at = 0;
         while at < self.probes.len() {
             let running = &mut self.probes[at];
-            let done = now() >= running.at && running.view <= self.views && self.components[running.component].look(running);
+            let done =
+                now() >= running.at && running.view <= self.views && self.components[running.component].look(running);
             if done {
                 self.probes.swap_remove(at);
             } else {
@@ -379,8 +382,7 @@ impl Component {
         pressure.add(&mut self.measure);
         self.add_own(late, notes);
         let span_us = u32::try_from(span.0 / 1_000).unwrap_or(u32::MAX);
-        let recorded =
-            self.profiler.tick(&mut self.measure, self.backend, end_unix_ns, span_us, self.ticks, self.lost);
+        let recorded = self.profiler.tick(&mut self.measure, self.backend, end_unix_ns, span_us, self.ticks, self.lost);
         (self.ticks, self.lost) = (0, 0);
         self.measure.clear();
         self.note(notes, Noted::Tick(Arc::clone(&self.name), recorded.tick));

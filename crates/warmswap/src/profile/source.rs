@@ -3,8 +3,6 @@
 //! A source is called at every tick and reads as much as it was told to. What it counts, it counts from one reading to the next, over the
 //! time between them: a counter that was left unread for ten ticks covers ten ticks when it is read.
 
-#![cfg_attr(not(test), expect(dead_code, reason = "nothing samples yet"))]
-
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 

@@ -1,0 +1,271 @@
+//! The history of one device: a file.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use redb::{Builder, Database, Durability, ReadableTable, ReadableTableMetadata, TableDefinition};
+use warmswap_predict::{RECORD_BYTES, Record, SCHEMA_VERSION};
+
+use crate::error::StoreError;
+use crate::idle::idle_like;
+use crate::reader::Reader;
+use crate::recording::Recording;
+
+/// Encoded windows by their end.
+pub(crate) const WINDOWS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("windows");
+/// Encoded recordings by their time.
+pub(crate) const RECORDINGS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("recordings");
+/// What the file is.
+pub(crate) const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
+pub(crate) const FORMAT_KEY: &str = "format";
+pub(crate) const SCHEMA_KEY: &str = "schema";
+pub(crate) const DEVICE_KEY: &str = "device";
+/// Version of the tables.
+pub(crate) const FORMAT: u16 = 1;
+
+/// What every such file begins with.
+pub(crate) const MAGIC: [u8; 9] = [b'r', b'e', b'd', b'b', 0x1a, 0x0a, 0xa9, 0x0d, 0x0a];
+/// Memory for pages of the file. Little is ever read twice.
+const CACHE: usize = 512 * 1024;
+/// What a window takes of the file, with its share of what holds it together.
+pub(crate) const WINDOW_BYTES: u64 = (RECORD_BYTES as u64 + 8) * 5 / 4;
+/// Of idle windows one is stored in this time.
+const IDLE_EVERY_NS: u64 = 60_000_000_000;
+
+/// What is kept. What is beyond is taken away by [`History::prune`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention {
+    /// Age of windows, in nanoseconds.
+    pub windows_ns: u64,
+    /// Recordings.
+    pub recordings: u64,
+    /// Bytes of all of them. The file itself takes up to half as much again, for what is replaced is freed later.
+    pub bytes: u64,
+}
+
+impl Default for Retention {
+    /// A day of windows, 32 recordings, 64 MiB.
+    fn default() -> Self {
+        Retention { windows_ns: 24 * 3_600 * 1_000_000_000, recordings: 32, bytes: 64 << 20 }
+    }
+}
+
+/// The history of one device: a file that one process has open. After a kill at any moment it opens again, with what was appended until
+/// the last [`sync`](History::sync), [`prune`](History::prune) or [`record`](History::record), or more.
+#[derive(Debug)]
+pub struct History {
+    path: PathBuf,
+    database: Arc<Database>,
+    retention: Retention,
+    /// The last window that was stored.
+    stored: Option<Record>,
+    /// Something was appended that is not on the disk yet.
+    unsynced: bool,
+}
+
+impl History {
+    /// Opens the history of `device` at `path`, or begins it. All of the file is checked first: it takes a moment.
+    ///
+    /// # Errors
+    /// The file is something else, damaged, of another format or device, in use, or cannot be read and written.
+    pub fn open(path: &Path, device: &str, retention: Retention) -> Result<Self, StoreError> {
+        if is_begun(path)? {
+            check_magic(path)?;
+        } else {
+            begin(path, device)?;
+        }
+        let database = builder().open(path).map_err(|error| StoreError::opening(path, error))?;
+        let database = Arc::new(database);
+        let reader = Reader::new(path, &database)?;
+        if reader.device() != device {
+            let (found, expected) = (reader.device().to_owned(), device.to_owned());
+            return Err(StoreError::Device { path: path.to_owned(), found, expected });
+        }
+        // One that cannot be read is no reason to refuse the others.
+        let stored = reader.last_window().unwrap_or(None);
+        Ok(History { path: path.to_owned(), database, retention, stored, unsynced: false })
+    }
+
+    /// Reads of the same file, from any thread, while it is written.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn reader(&self) -> Result<Reader, StoreError> {
+        Reader::new(&self.path, &self.database)
+    }
+
+    /// Appends windows in one step, and says how many were stored: of [idle](idle_like) ones one a minute. They are on the disk after the
+    /// next [`sync`](History::sync), [`prune`](History::prune) or [`record`](History::record).
+    ///
+    /// # Errors
+    /// The file cannot be written: none of them is stored.
+    pub fn append(&mut self, windows: &[Record]) -> Result<usize, StoreError> {
+        let mut last = self.stored;
+        let mut news = Vec::new();
+        for window in windows {
+            let idle = last.is_some_and(|last| {
+                let since = window.end_unix_ns.checked_sub(last.end_unix_ns);
+                since.is_some_and(|since| since < IDLE_EVERY_NS) && idle_like(&last, window)
+            });
+            if !idle {
+                last = Some(*window);
+                news.push(window);
+            }
+        }
+        if news.is_empty() {
+            return Ok(0);
+        }
+        self.write(Durability::None, |transaction, path| {
+            let mut table = transaction.open_table(WINDOWS).map_err(|error| StoreError::of(path, error))?;
+            for window in &news {
+                let inserted = table.insert(window.end_unix_ns, window.encode().as_slice());
+                inserted.map_err(|error| StoreError::of(path, error))?;
+            }
+            Ok(())
+        })?;
+        self.stored = last;
+        self.unsynced = true;
+        Ok(news.len())
+    }
+
+    /// Keeps a recording. It, and everything before it, is on the disk when this returns.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn record(&mut self, recording: &Recording) -> Result<(), StoreError> {
+        self.write(Durability::Immediate, |transaction, path| {
+            let mut table = transaction.open_table(RECORDINGS).map_err(|error| StoreError::of(path, error))?;
+            let inserted = table.insert(recording.unix_ns, recording.encode().as_slice());
+            inserted.map_err(|error| StoreError::of(path, error))?;
+            Ok(())
+        })?;
+        self.unsynced = false;
+        Ok(())
+    }
+
+    /// Takes away what is beyond the retention: windows that ended too long before `now_unix_ns`, then the oldest until the rest is within
+    /// its bounds. What was appended is on the disk when this returns. How many windows and recordings were taken away.
+    ///
+    /// # Errors
+    /// The file cannot be read or written.
+    pub fn prune(&mut self, now_unix_ns: u64) -> Result<(u64, u64), StoreError> {
+        let (retention, since) = (self.retention, now_unix_ns.saturating_sub(self.retention.windows_ns));
+        let mut gone = (0, 0);
+        self.write(Durability::Immediate, |transaction, path| {
+            let fail = |error: redb::StorageError| StoreError::of(path, error);
+            let mut recordings = transaction.open_table(RECORDINGS).map_err(|error| StoreError::of(path, error))?;
+            let mut bytes = 0;
+            for entry in recordings.iter().map_err(fail)? {
+                bytes += entry.map_err(fail)?.1.value().len() as u64;
+            }
+            while recordings.len().map_err(fail)? > retention.recordings
+                || (bytes > retention.bytes / 2 && recordings.len().map_err(fail)? > 1)
+            {
+                let Some((_, value)) = recordings.pop_first().map_err(fail)? else { break };
+                bytes = bytes.saturating_sub(value.value().len() as u64);
+                gone.1 += 1;
+            }
+            let mut windows = transaction.open_table(WINDOWS).map_err(|error| StoreError::of(path, error))?;
+            let had = windows.len().map_err(fail)?;
+            windows.retain_in(..since, |_, _| false).map_err(fail)?;
+            let room = retention.bytes.saturating_sub(bytes) / WINDOW_BYTES;
+            while windows.len().map_err(fail)? > room {
+                windows.pop_first().map_err(fail)?;
+            }
+            gone.0 = had - windows.len().map_err(fail)?;
+            Ok(())
+        })?;
+        self.unsynced = false;
+        Ok(gone)
+    }
+
+    /// Everything that was appended is on the disk when this returns.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn sync(&mut self) -> Result<(), StoreError> {
+        if self.unsynced {
+            self.write(Durability::Immediate, |_, _| Ok(()))?;
+            self.unsynced = false;
+        }
+        Ok(())
+    }
+
+    fn write(
+        &self,
+        durability: Durability,
+        change: impl FnOnce(&redb::WriteTransaction, &Path) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        let fail = |error: redb::Error| StoreError::of(&self.path, error);
+        let mut transaction = self.database.begin_write().map_err(|error| fail(error.into()))?;
+        transaction.set_durability(durability).map_err(|error| fail(error.into()))?;
+        change(&transaction, &self.path)?;
+        transaction.commit().map_err(|error| fail(error.into()))
+    }
+}
+
+impl Drop for History {
+    fn drop(&mut self) {
+        // Who wants to know of a failure calls it before.
+        let _unsynced = self.sync();
+    }
+}
+
+pub(crate) fn builder() -> Builder {
+    let mut builder = Builder::new();
+    // A damaged file is then an error here, and none later.
+    builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
+    builder
+}
+
+/// Something is there.
+fn is_begun(path: &Path) -> Result<bool, StoreError> {
+    match std::fs::metadata(path) {
+        Ok(found) if !found.is_file() => {
+            Err(StoreError::Foreign { path: path.to_owned(), found: "it is no file".to_owned() })
+        }
+        Ok(found) => Ok(found.len() > 0),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(StoreError::io(path, error)),
+    }
+}
+
+/// It begins as every such file does.
+pub(crate) fn check_magic(path: &Path) -> Result<(), StoreError> {
+    let mut found = Vec::new();
+    let file = File::open(path).map_err(|error| StoreError::io(path, error))?;
+    file.take(MAGIC.len() as u64).read_to_end(&mut found).map_err(|error| StoreError::io(path, error))?;
+    if found != MAGIC {
+        let found = "it does not begin as one".to_owned();
+        return Err(StoreError::Foreign { path: path.to_owned(), found });
+    }
+    Ok(())
+}
+
+/// Makes an empty history beside its place and puts it there whole: a kill leaves no half of one.
+fn begin(path: &Path, device: &str) -> Result<(), StoreError> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let new = PathBuf::from(new);
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(StoreError::io(&new, error)),
+        _ => {}
+    }
+    let database = builder().create(&new).map_err(|error| StoreError::opening(&new, error))?;
+    let fail = |error: redb::Error| StoreError::of(&new, error);
+    let transaction = database.begin_write().map_err(|error| fail(error.into()))?;
+    {
+        let mut meta = transaction.open_table(META).map_err(|error| fail(error.into()))?;
+        let (format, schema) = (FORMAT.to_le_bytes(), SCHEMA_VERSION.to_le_bytes());
+        for (key, value) in [(FORMAT_KEY, &format[..]), (SCHEMA_KEY, &schema), (DEVICE_KEY, device.as_bytes())] {
+            meta.insert(key, value).map_err(|error| fail(error.into()))?;
+        }
+        transaction.open_table(WINDOWS).map_err(|error| fail(error.into()))?;
+        transaction.open_table(RECORDINGS).map_err(|error| fail(error.into()))?;
+    }
+    transaction.commit().map_err(|error| fail(error.into()))?;
+    database.close().map_err(|error| fail(error.into()))?;
+    std::fs::rename(&new, path).map_err(|error| StoreError::io(path, error))
+}

@@ -1,0 +1,90 @@
+//! What is made of records, the same whether they come from a living device or from a file.
+
+use warmswap_predict::{Feature, Grain, Record};
+
+/// What was seen of one grain.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    count: u64,
+    missed: u64,
+    latest: Option<Record>,
+}
+
+impl Seen {
+    fn take(&mut self, record: &Record) {
+        // Numbers begin anew where the program does.
+        let skipped = self.latest.and_then(|latest| record.number.checked_sub(latest.number)?.checked_sub(1));
+        self.missed += skipped.unwrap_or(0);
+        self.count += 1;
+        self.latest = Some(*record);
+    }
+}
+
+/// Takes every record of one device in its order.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Consumer {
+    ticks: Seen,
+    windows: Seen,
+}
+
+impl Consumer {
+    /// Takes the next record.
+    pub(crate) fn feed(&mut self, record: &Record) {
+        match record.grain {
+            Grain::Tick => self.ticks.take(record),
+            Grain::Window => self.windows.take(record),
+        }
+    }
+
+    fn seen(&self, grain: Grain) -> &Seen {
+        match grain {
+            Grain::Tick => &self.ticks,
+            Grain::Window => &self.windows,
+        }
+    }
+
+    /// Records of that grain so far.
+    pub(crate) fn count(&self, grain: Grain) -> u64 {
+        self.seen(grain).count
+    }
+
+    /// Records of that grain that never came, by their numbers.
+    pub(crate) fn missed(&self, grain: Grain) -> u64 {
+        self.seen(grain).missed
+    }
+
+    /// The last record of that grain.
+    pub(crate) fn latest(&self, grain: Grain) -> Option<&Record> {
+        self.seen(grain).latest.as_ref()
+    }
+
+    /// A feature as it was last measured: by the last tick, or by the last window where a tick does not have it.
+    pub(crate) fn value(&self, feature: Feature) -> Option<f32> {
+        let of = |grain| self.latest(grain).and_then(|record| record.get(feature));
+        of(Grain::Tick).or_else(|| of(Grain::Window))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_are_counted_and_the_latest_values_kept() {
+        let mut consumer = Consumer::default();
+        let mut feed = |grain, number, rss: Option<f32>| {
+            let mut record = Record::new(grain, number, 1, 0, 0);
+            record.set(Feature::Rss, rss);
+            consumer.feed(&record);
+        };
+        feed(Grain::Tick, 0, Some(1.0));
+        feed(Grain::Tick, 1, Some(2.0));
+        feed(Grain::Window, 0, Some(3.0));
+        feed(Grain::Tick, 5, None);
+        // A program that was started again.
+        feed(Grain::Tick, 0, None);
+        assert_eq!((consumer.count(Grain::Tick), consumer.missed(Grain::Tick)), (4, 3));
+        assert_eq!((consumer.count(Grain::Window), consumer.missed(Grain::Window)), (1, 0));
+        assert_eq!((consumer.value(Feature::Rss), consumer.value(Feature::Cpu)), (Some(3.0), None));
+    }
+}

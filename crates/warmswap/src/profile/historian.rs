@@ -1,0 +1,462 @@
+//! The historian: a thread that keeps what profiles were. The last minutes tick by tick and the last windows in memory, and, where there
+//! is a directory for it, windows and recordings on disk.
+//!
+//! Who hands records over never waits: what finds no room is counted. Who asks holds a lock for as long as a copy takes, and reads from
+//! disk without it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use warmswap_core::Entry;
+use warmswap_predict::{Grain, Record};
+use warmswap_store::{FlightRecorder, History, Reader, Recording, Retention, StoreError};
+
+use super::consumer::Consumer;
+use crate::journal::JournalSender;
+
+/// Notes on their way to the historian: more than a minute of one device.
+const QUEUE_MAX: usize = 1_024;
+/// Windows of many devices end at the same time, each with its last tick.
+const QUEUE_PER_DEVICE: usize = 4;
+/// Windows of a device that are kept in memory.
+const WINDOWS_MAX: usize = 120;
+/// Recordings of a device that are kept in memory.
+const RECORDINGS_MAX: usize = 4;
+/// Records on their way to one who follows a device: half a minute.
+const FOLLOWED_MAX: usize = 320;
+/// Windows go to the disk this often.
+const FLUSH_EVERY: Duration = Duration::from_secs(10);
+/// Of so many times, once it is made sure that they are there, and what is too old goes.
+const FLUSHES_PER_PRUNE: u32 = 6;
+/// What is too old goes at least this often, in flushes: of a device at rest nothing is written.
+const FLUSHES_PER_PRUNE_MAX: u32 = 360;
+
+/// Path of a device's history in a directory of histories.
+pub(crate) fn history_path(dir: &Path, device: &str) -> PathBuf {
+    dir.join(format!("{device}.redb"))
+}
+
+/// What the historian is to know.
+#[derive(Debug)]
+pub(crate) enum Noted {
+    /// A tick of a device.
+    Tick(Arc<str>, Record),
+    /// A window of a device.
+    Window(Arc<str>, Record),
+    /// Keep the last minutes of a device: why, and when in nanoseconds since the Unix epoch.
+    Freeze(Arc<str>, String, u64),
+}
+
+/// The sampler's end.
+#[derive(Clone, Debug)]
+pub(crate) struct Notes {
+    queue: Sender<Noted>,
+    lost: Arc<AtomicU64>,
+}
+
+impl Notes {
+    /// What found no room so far.
+    pub(crate) fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// Hands something over; never waits. Says whether there was room; what finds none is counted.
+    pub(crate) fn send(&self, noted: Noted) -> bool {
+        let sent = self.queue.try_send(noted).is_ok();
+        if !sent {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+        sent
+    }
+}
+
+/// Where histories are kept, and how much of them.
+#[derive(Clone, Debug)]
+pub(crate) struct StoreConfig {
+    /// Directory, made if need be.
+    pub(crate) dir: PathBuf,
+    /// What is kept of each device.
+    pub(crate) retention: Retention,
+}
+
+/// One who follows a device.
+#[derive(Debug)]
+struct Follower {
+    queue: Sender<Record>,
+    lost: Arc<AtomicU64>,
+}
+
+/// What is kept of a device in memory.
+#[derive(Debug, Default)]
+struct Device {
+    recorder: FlightRecorder,
+    windows: VecDeque<Record>,
+    recordings: VecDeque<Recording>,
+    consumer: Consumer,
+    followers: Vec<Follower>,
+    /// What is kept on disk.
+    reader: Option<Reader>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    devices: Mutex<BTreeMap<Arc<str>, Device>>,
+    ended: AtomicBool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Device>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The asking end.
+#[derive(Clone, Debug)]
+pub(crate) struct HistoryHandle {
+    shared: Arc<Shared>,
+    lost: Arc<AtomicU64>,
+}
+
+/// What one who follows a device receives.
+#[derive(Debug)]
+pub(crate) struct Followed {
+    pub(crate) records: Receiver<Record>,
+    lost: Arc<AtomicU64>,
+}
+
+impl Followed {
+    /// Records that found no room since the last time.
+    pub(crate) fn lost(&self) -> u64 {
+        self.lost.swap(0, Ordering::Relaxed)
+    }
+}
+
+impl HistoryHandle {
+    fn of<T: Default>(&self, device: &str, what: impl FnOnce(&Device) -> T) -> T {
+        self.shared.lock().get(device).map(what).unwrap_or_default()
+    }
+
+    /// Records that the historian never got.
+    pub(crate) fn records_lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// The last windows, the oldest first.
+    pub(crate) fn last_windows(&self, device: &str, count: usize) -> Vec<Record> {
+        self.of(device, |device| {
+            let skip = device.windows.len().saturating_sub(count);
+            device.windows.iter().skip(skip).copied().collect()
+        })
+    }
+
+    /// The last tick, exactly.
+    pub(crate) fn last_tick(&self, device: &str) -> Option<Record> {
+        self.of(device, |device| device.consumer.latest(Grain::Tick).copied())
+    }
+
+    /// The ticks of the last minutes, the oldest first, as the flight recorder has them.
+    pub(crate) fn last_ticks(&self, device: &str) -> Vec<Record> {
+        // Decoded without the lock.
+        let recorder = self.of(device, |device| Some(device.recorder.clone()));
+        recorder.map(|recorder| recorder.ticks().collect()).unwrap_or_default()
+    }
+
+    /// Calls `each` with every window that ended from `from_unix_ns` to `to_unix_ns`, the oldest first: those on disk, and those that are
+    /// only in memory yet. Ends with the first error.
+    ///
+    /// # Errors
+    /// The history cannot be read, or what `each` says.
+    pub(crate) fn windows<E: From<StoreError>>(
+        &self,
+        device: &str,
+        (from_unix_ns, to_unix_ns): (u64, u64),
+        each: &mut dyn FnMut(&Record) -> Result<(), E>,
+    ) -> Result<(), E> {
+        // Memory first: a window goes to the disk long before it goes from memory.
+        let (newest, reader) = {
+            let devices = self.shared.lock();
+            let Some(device) = devices.get(device) else { return Ok(()) };
+            (device.windows.clone(), device.reader.clone())
+        };
+        let mut last = None;
+        if let Some(reader) = reader {
+            for window in reader.range(from_unix_ns, to_unix_ns)? {
+                let window = window?;
+                last = Some(window.end_unix_ns);
+                each(&window)?;
+            }
+        }
+        let asked = |end: u64| (from_unix_ns..=to_unix_ns).contains(&end);
+        newest.iter().filter(|it| asked(it.end_unix_ns) && Some(it.end_unix_ns) > last).try_for_each(each)
+    }
+
+    /// The same of ticks: those of recordings, and those of the last minutes.
+    ///
+    /// # Errors
+    /// As [`HistoryHandle::windows`].
+    pub(crate) fn ticks<E: From<StoreError>>(
+        &self,
+        device: &str,
+        (from_unix_ns, to_unix_ns): (u64, u64),
+        each: &mut dyn FnMut(&Record) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let newest = self.last_ticks(device);
+        let mut last = None;
+        let mut give = |tick: &Record| {
+            // Recordings overlap.
+            if !(from_unix_ns..=to_unix_ns).contains(&tick.end_unix_ns) || Some(tick.end_unix_ns) <= last {
+                return Ok(());
+            }
+            last = Some(tick.end_unix_ns);
+            each(tick)
+        };
+        for unix_ns in self.recordings(device)?.into_iter().filter(|it| *it >= from_unix_ns) {
+            let Some(recording) = self.recording(device, unix_ns)? else { continue };
+            // What lies behind damage is not known; what lies before it is.
+            recording.ticks().map_while(Result::ok).try_for_each(|tick| give(&tick))?;
+        }
+        newest.iter().try_for_each(give)
+    }
+
+    /// Times of the recordings, the oldest first.
+    ///
+    /// # Errors
+    /// The history cannot be read.
+    pub(crate) fn recordings(&self, device: &str) -> Result<Vec<u64>, StoreError> {
+        let (mut times, reader) = self.of(device, |device| {
+            let times: Vec<u64> = device.recordings.iter().map(|recording| recording.unix_ns).collect();
+            (times, device.reader.clone())
+        });
+        if let Some(reader) = reader {
+            times.extend(reader.recordings()?);
+        }
+        times.sort_unstable();
+        times.dedup();
+        Ok(times)
+    }
+
+    /// The recording of that time, if there is one.
+    ///
+    /// # Errors
+    /// The history cannot be read.
+    pub(crate) fn recording(&self, device: &str, unix_ns: u64) -> Result<Option<Recording>, StoreError> {
+        let (found, reader) = self.of(device, |device| {
+            let found = device.recordings.iter().find(|recording| recording.unix_ns == unix_ns).cloned();
+            (found, device.reader.clone())
+        });
+        match (found, reader) {
+            (Some(found), _) => Ok(Some(found)),
+            (None, Some(reader)) => reader.recording(unix_ns),
+            (None, None) => Ok(None),
+        }
+    }
+
+    /// Every record of a device from now on. `None` if there is no such device, or the historian has ended.
+    pub(crate) fn follow(&self, device: &str) -> Option<Followed> {
+        let (queue, records) = crossbeam_channel::bounded(FOLLOWED_MAX);
+        let lost = Arc::new(AtomicU64::new(0));
+        let mut devices = self.shared.lock();
+        // Looked at under the lock under which the last followers are let go.
+        if self.shared.ended.load(Ordering::Acquire) {
+            return None;
+        }
+        devices.get_mut(device)?.followers.push(Follower { queue, lost: Arc::clone(&lost) });
+        Some(Followed { records, lost })
+    }
+}
+
+/// The historian's thread, to be waited for once every [`Notes`] is gone.
+#[derive(Debug)]
+pub(crate) struct HistorianThread(std::thread::JoinHandle<()>);
+
+impl HistorianThread {
+    pub(crate) fn join(self) {
+        // One that panicked has said so on stderr.
+        let _panicked = self.0.join();
+    }
+}
+
+/// What goes to a device's file; gone after the first error.
+#[derive(Debug)]
+struct Kept {
+    history: History,
+    /// Windows that are not in it yet.
+    pending: Vec<Record>,
+    flushes: u32,
+    appended: bool,
+}
+
+struct Historian {
+    shared: Arc<Shared>,
+    store: Option<StoreConfig>,
+    kept: BTreeMap<Arc<str>, Kept>,
+    journal: JournalSender,
+}
+
+/// Starts the historian's thread for these devices. Histories are opened by it: one that cannot be is said to the journal, and the device's
+/// profile is then kept in memory alone. The thread keeps to `cpus`, if any are named.
+pub(crate) fn start(
+    devices: &[Arc<str>],
+    store: Option<StoreConfig>,
+    journal: JournalSender,
+    cpus: Vec<usize>,
+) -> std::io::Result<(Notes, HistoryHandle, HistorianThread)> {
+    let (queue, notes) = crossbeam_channel::bounded(QUEUE_MAX.max(QUEUE_PER_DEVICE * devices.len()));
+    let (shared, lost) = (Arc::new(Shared::default()), Arc::new(AtomicU64::new(0)));
+    shared.lock().extend(devices.iter().map(|name| (Arc::clone(name), Device::default())));
+    let historian = Historian { shared: Arc::clone(&shared), store, kept: BTreeMap::new(), journal };
+    let thread = std::thread::Builder::new().name("historian".to_owned()).spawn(move || {
+        super::keep_to(&cpus);
+        historian.run(&notes);
+    })?;
+    Ok((Notes { queue, lost: Arc::clone(&lost) }, HistoryHandle { shared, lost }, HistorianThread(thread)))
+}
+
+impl Historian {
+    fn run(mut self, notes: &Receiver<Noted>) {
+        let devices: Vec<Arc<str>> = self.shared.lock().keys().cloned().collect();
+        devices.iter().for_each(|device| self.open(device));
+        let mut due = Instant::now() + FLUSH_EVERY;
+        loop {
+            match notes.recv_deadline(due) {
+                Ok(noted) => self.take(noted),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            if Instant::now() >= due {
+                self.flush_all(false);
+                due = Instant::now() + FLUSH_EVERY;
+            }
+        }
+        self.flush_all(true);
+        let mut devices = self.shared.lock();
+        self.shared.ended.store(true, Ordering::Release);
+        for device in devices.values_mut() {
+            device.followers.clear();
+            // The file is closed when the last one who reads it is done.
+            device.reader = None;
+        }
+    }
+
+    fn open(&mut self, device: &Arc<str>) {
+        let Some(store) = &self.store else { return };
+        let path = history_path(&store.dir, device);
+        let opened = std::fs::create_dir_all(&store.dir)
+            .map_err(|source| StoreError::Io { path: store.dir.clone(), source })
+            .and_then(|()| History::open(&path, device, store.retention))
+            .and_then(|history| Ok((history.reader()?, history)));
+        match opened {
+            Ok((reader, history)) => {
+                let kept = Kept { history, pending: Vec::new(), flushes: 0, appended: false };
+                self.kept.insert(Arc::clone(device), kept);
+                if let Some(device) = self.shared.lock().get_mut(device) {
+                    device.reader = Some(reader);
+                }
+            }
+            Err(error) => self.give_up(device, &error),
+        }
+    }
+
+    /// Says why a history is not written any more.
+    fn give_up(&self, device: &str, error: &StoreError) {
+        let next = "its profile is kept in memory only, until the program is started again";
+        let entry = Entry::warning("HistoryGivenUp").with("reason", error.to_string()).with("next", next);
+        self.journal.entry(device, entry);
+    }
+
+    fn take(&mut self, noted: Noted) {
+        match noted {
+            Noted::Tick(device, record) => self.record(&device, &record),
+            Noted::Window(device, record) => {
+                self.record(&device, &record);
+                if let Some(kept) = self.kept.get_mut(&device) {
+                    kept.pending.push(record);
+                }
+            }
+            Noted::Freeze(device, reason, unix_ns) => self.freeze(&device, &reason, unix_ns),
+        }
+    }
+
+    fn record(&self, name: &Arc<str>, record: &Record) {
+        let mut devices = self.shared.lock();
+        let device = devices.entry(Arc::clone(name)).or_default();
+        device.consumer.feed(record);
+        match record.grain {
+            Grain::Tick => device.recorder.push(record),
+            Grain::Window => {
+                if device.windows.len() == WINDOWS_MAX {
+                    device.windows.pop_front();
+                }
+                device.windows.push_back(*record);
+            }
+        }
+        device.followers.retain(|follower| match follower.queue.try_send(*record) {
+            Ok(()) => true,
+            Err(crossbeam_channel::TrySendError::Full(_)) => {
+                follower.lost.fetch_add(1, Ordering::Relaxed);
+                true
+            }
+            Err(crossbeam_channel::TrySendError::Disconnected(_)) => false,
+        });
+    }
+
+    fn freeze(&mut self, name: &Arc<str>, reason: &str, unix_ns: u64) {
+        let recording = {
+            let mut devices = self.shared.lock();
+            let device = devices.entry(Arc::clone(name)).or_default();
+            let recording = device.recorder.freeze(reason, unix_ns);
+            if device.recordings.len() == RECORDINGS_MAX {
+                device.recordings.pop_front();
+            }
+            device.recordings.push_back(recording.clone());
+            recording
+        };
+        // The windows before it belong to it.
+        self.flush(name, false, Some(&recording));
+    }
+
+    fn flush_all(&mut self, last: bool) {
+        let devices: Vec<Arc<str>> = self.kept.keys().cloned().collect();
+        devices.iter().for_each(|device| self.flush(device, last, None));
+    }
+
+    /// Writes what there is to be written of a device. The first error ends its history on disk.
+    fn flush(&mut self, device: &Arc<str>, last: bool, recording: Option<&Recording>) {
+        let Some(kept) = self.kept.get_mut(device) else { return };
+        if let Err(error) = kept.flush(last, recording) {
+            self.kept.remove(device);
+            if let Some(device) = self.shared.lock().get_mut(device) {
+                device.reader = None;
+            }
+            self.give_up(device, &error);
+        }
+    }
+}
+
+impl Kept {
+    fn flush(&mut self, last: bool, recording: Option<&Recording>) -> Result<(), StoreError> {
+        let history = &mut self.history;
+        self.appended |= history.append(&std::mem::take(&mut self.pending))? > 0;
+        if let Some(recording) = recording {
+            return history.record(recording);
+        }
+        self.flushes += 1;
+        if last {
+            return history.sync();
+        }
+        if self.flushes >= FLUSHES_PER_PRUNE_MAX || (self.flushes >= FLUSHES_PER_PRUNE && self.appended) {
+            (self.flushes, self.appended) = (0, false);
+            history.prune(unix_ns())?;
+        }
+        Ok(())
+    }
+}
+
+fn unix_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
