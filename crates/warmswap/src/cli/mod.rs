@@ -3,14 +3,17 @@
 //! Exit codes: 0 done, 1 failed, 2 usage, 3 refused, 4 no warmswap answers, 5 not protected (`status --check`).
 
 mod blk;
+mod device;
 mod example;
 mod export;
 mod failover;
 mod guard;
+mod profile;
 mod record;
 mod schema;
 mod show;
 mod time;
+mod top;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -50,6 +53,11 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Show everything that is known of one device: its status and its whole profile
+    Show(device::Args),
+    /// Watch devices on a terminal: load, latency and resources as they change
+    #[command(after_help = top::LEGEND)]
+    Top(top::Args),
     /// Print the journal
     Events {
         /// Only this device
@@ -149,6 +157,8 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
         Verb::Guard(args) => guard::run(args),
         Verb::Blk(args) => blk::run(args),
         Verb::Status { names, check, control, json } => show::status(&names, check, &control, json),
+        Verb::Show(args) => device::run(&args),
+        Verb::Top(args) => top::run(&args),
         Verb::Events { name, follow, control, json } => show::events(name, follow, &control, json),
         Verb::Failover(args) => failover::run(&args),
         Verb::Export(args) => export::run(&args),

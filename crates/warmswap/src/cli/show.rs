@@ -12,7 +12,7 @@ use crate::control::{Client, ClientError, devices_in, socket_path};
 use crate::journal::span;
 
 /// A broker that does not answer a question within this is taken for stopped.
-const ANSWER_MAX: Duration = Duration::from_secs(5);
+pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 /// What `--help` says below the options of `status`.
 pub(super) const LEGEND: &str = "\
@@ -56,16 +56,17 @@ pub(super) fn names(asked: &[String], dir: &Path) -> Result<Vec<String>, Failure
     }
 }
 
-/// What is shown of one device, and whether its broker answered.
-fn ask(dir: &Path, name: &str) -> (Value, bool) {
+/// What is shown of one device, and the connection on which its broker answered.
+pub(super) fn ask(dir: &Path, name: &str) -> (Value, Option<Client>) {
     let path = socket_path(dir, name);
-    let absent = |state: &str, message: String| (json!({"name": name, "state": state, "message": message}), false);
+    let absent = |state: &str, message: String| (json!({"name": name, "state": state, "message": message}), None);
     let answer = Client::connect(&path).and_then(|mut client| {
         client.set_patience(Some(ANSWER_MAX)).map_err(ClientError::Ended)?;
-        client.status()
+        let status = client.status()?;
+        Ok((status, client))
     });
     match answer {
-        Ok(mut answer) if answer["devices"][0].is_object() => (answer["devices"][0].take(), true),
+        Ok((mut answer, client)) if answer["devices"][0].is_object() => (answer["devices"][0].take(), Some(client)),
         Ok(_) => absent("silent", "its broker names no device".to_owned()),
         Err(ClientError::Unreachable { source, .. }) if is_dead(&source) => {
             let text = "no broker answers: it ended without cleaning up. Start it again, or remove";
@@ -82,7 +83,13 @@ fn is_dead(error: &std::io::Error) -> bool {
 /// `warmswap status`.
 pub(super) fn status(asked: &[String], check: bool, control: &Control, json: bool) -> Result<u8, Failure> {
     let dir = control.dir();
-    let (devices, answered): (Vec<Value>, Vec<bool>) = names(asked, &dir)?.iter().map(|name| ask(&dir, name)).unzip();
+    let (devices, answered): (Vec<Value>, Vec<bool>) = names(asked, &dir)?
+        .iter()
+        .map(|name| {
+            let (device, client) = ask(&dir, name);
+            (device, client.is_some())
+        })
+        .unzip();
     let mut out = std::io::stdout().lock();
     if json {
         writeln!(out, "{}", json!({ "devices": devices }))?;
@@ -96,7 +103,7 @@ pub(super) fn status(asked: &[String], check: bool, control: &Control, json: boo
     })
 }
 
-fn table(out: &mut dyn Write, devices: &[Value]) -> std::io::Result<()> {
+pub(super) fn table(out: &mut dyn Write, devices: &[Value]) -> std::io::Result<()> {
     let row = |out: &mut dyn Write, cells: [&str; 8]| {
         let [name, state, vmm, primary, shadow, recovery, fence, failovers] = cells;
         writeln!(
@@ -164,7 +171,7 @@ fn backend(value: &Value) -> String {
 }
 
 /// How many, and the last one.
-fn failovers(device: &Value) -> String {
+pub(super) fn failovers(device: &Value) -> String {
     let (counts, last) = (&device["failovers"], &device["last_failover"]);
     let mut text = counts["settled"].as_u64().unwrap_or(0).to_string();
     for other in ["refused", "halted"] {
