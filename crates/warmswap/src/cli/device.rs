@@ -95,7 +95,7 @@ fn print(out: &mut dyn Write, answer: Option<&Value>) -> std::io::Result<()> {
     }
     match window.map_or(0, |window| window.unknown) {
         0 => Ok(()),
-        unknown => writeln!(out, "\n{unknown} values of the window are unknown to this version; --json has them"),
+        unknown => writeln!(out, "\nvalues of the window that this version does not know: {unknown}; --json has them"),
     }
 }
 

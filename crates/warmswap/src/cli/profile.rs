@@ -112,14 +112,15 @@ fn scaled(value: f64, base: f64, prefixes: &[&str]) -> String {
         value /= base;
         prefix += 1;
     }
-    let number = match value.abs() {
-        // Whole numbers need no digits behind the point, and what would be shown as nothing is none.
-        size if size < 0.005 => "0".to_owned(),
-        size if size.fract() == 0.0 => format!("{value:.0}"),
-        size if size < 0.995 => format!("{value:.2}"),
-        size if size < 9.95 => format!("{value:.1}"),
-        _ => format!("{value:.0}"),
+    let digits = match value.abs() {
+        size if size < 0.995 => 2,
+        size if size < 9.95 => 1,
+        _ => 0,
     };
+    let number = format!("{value:.digits$}");
+    let number = if digits > 0 { number.trim_end_matches('0').trim_end_matches('.') } else { &number };
+    // What would be shown as nothing is none, whatever its sign.
+    let number = if number == "-0" { "0" } else { number };
     format!("{number} {}", prefixes[prefix]).trim_end().to_owned()
 }
 
@@ -179,7 +180,7 @@ mod tests {
         check(Unit::Micros, &[(0.0, "0"), (250.0, "250 us"), (1_300.0, "1.3 ms"), (2_100_000.0, "2.1 s")]);
         check(Unit::Share, &[(0.0, "0 %"), (0.123, "12 %"), (1.0, "100 %")]);
         check(Unit::Cores, &[(0.534, "0.53"), (12.0, "12.00")]);
-        check(Unit::Count, &[(17.0, "17"), (0.001, "0"), (1_048_576.0, "1 M")]);
+        check(Unit::Count, &[(17.0, "17"), (9.97, "10"), (0.001, "0"), (-0.001, "0"), (1_048_576.0, "1 M")]);
         assert_eq!(amount(None, Unit::Bytes), "-");
     }
 

@@ -37,12 +37,12 @@ fn width(column: Column, name: u16) -> u16 {
     match column {
         Column::Name => name,
         Column::State => 12,
-        Column::Primary | Column::P50 | Column::P99 | Column::Max | Column::Oldest => 8,
         Column::Shadow => 11,
-        Column::Requests | Column::Errors => 7,
-        Column::Bytes | Column::Memory => 9,
-        Column::Depth | Column::Cpu | Column::Risk => 6,
-        Column::RequestsCourse | Column::P99Course => 12,
+        Column::Primary | Column::Bytes | Column::Memory => 8,
+        Column::P50 | Column::P99 | Column::Max | Column::Oldest => 7,
+        Column::Requests => 6,
+        Column::Depth | Column::Errors | Column::Cpu | Column::Risk => 5,
+        Column::RequestsCourse | Column::P99Course => 8,
     }
 }
 
@@ -84,7 +84,7 @@ fn is_text(column: Column) -> bool {
 /// Draws the page.
 pub(super) fn draw(scene: &Scene<'_>, area: Rect, buffer: &mut Buffer) {
     let longest = scene.devices.iter().map(|device| device.name.chars().count()).max().unwrap_or(0);
-    let columns = columns(area.width, u16::try_from(longest.clamp(8, 20)).unwrap_or(20));
+    let columns = columns(area.width, u16::try_from(longest.clamp(7, 20)).unwrap_or(20));
     let aligned = |column: Column, text: String| {
         let line = Line::from(text);
         if is_text(column) { line } else { line.right_aligned() }

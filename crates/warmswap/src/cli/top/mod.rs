@@ -11,6 +11,8 @@ mod fetch;
 mod list;
 mod model;
 mod terminal;
+#[cfg(test)]
+mod tests;
 mod view;
 
 use std::collections::BTreeMap;
@@ -39,7 +41,7 @@ KEYS  up, down, j, k: select, or scroll a page · Enter: the page of a device ·
   previous column · g, G: to the first, to the last · ?: help · q: quit
 REQ/S to OLDEST tell of the last window that the broker measured of the primary; - is what it did not measure. P50, P99, MAX:
   latency from a request's submission to its completion · CPU: processors kept busy · OLDEST: age of the oldest request in
-  flight · RISK: how likely a failure is held to be · COURSE: the last windows, each a part of the greatest
+  flight · RISK: how likely a failure is held to be · ▂▅█: the last windows, each a part of the greatest
 STATE  as in `warmswap status --help`
 
 --once draws 80 columns and 24 lines, or as many as COLUMNS and LINES say. Exit code 4 if no broker answers";
@@ -298,7 +300,7 @@ const HELP: [&str; 12] = [
     "CPU            processors kept busy",
     "OLDEST         age of the oldest request in flight",
     "RISK           how likely a failure is held to be",
-    "COURSE         the last windows, beside the greatest",
+    "▂▅█            the last windows, beside the greatest",
 ];
 
 fn help(area: Rect, buffer: &mut Buffer) {

@@ -250,8 +250,8 @@ impl Column {
             Column::Memory => "MEMORY",
             Column::Oldest => "OLDEST",
             Column::Risk => "RISK",
-            Column::RequestsCourse => "REQ/S COURSE",
-            Column::P99Course => "P99 COURSE",
+            Column::RequestsCourse => "REQ ▂▅█",
+            Column::P99Course => "P99 ▂▅█",
         }
     }
 
