@@ -111,7 +111,7 @@ mod tests {
         for hostile in [json!(1), json!([]), json!({"windows": {}, "tick": 3}), json!({"windows": [7]})] {
             let profile = &to_json("disk", &status, Some(&hostile))["profile"];
             assert_eq!((&profile["window"], &profile["tick"]), (&Value::Null, &Value::Null), "{hostile}");
-            assert!(print(&mut Vec::new(), Some(&hostile)).is_ok());
+            print(&mut Vec::new(), Some(&hostile)).expect("memory takes everything");
         }
         let one =
             json!({"schema_version": 1, "windows": [{"number": 1}, {"number": 2}], "tick": {}, "records_lost": 3});

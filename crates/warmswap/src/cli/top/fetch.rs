@@ -123,7 +123,7 @@ impl Asker {
             Err(error) => return silent(&error),
         };
         if let Some(events) = events {
-            match last_events(&mut client) {
+            match last_events(&mut client, name) {
                 Ok(read) => *events = read,
                 Err(error) => return silent(&error),
             }
@@ -132,8 +132,20 @@ impl Asker {
     }
 }
 
+/// A line of the journal without the day and the device, which the page has.
+fn short(line: &str, name: &str) -> String {
+    let parts = line.split_once(' ').and_then(|(time, rest)| {
+        let time = time.split_once('T')?.1.get(..TIME.len())?;
+        Some((time, rest.strip_prefix(name)?))
+    });
+    parts.map_or_else(|| clean(line), |(time, rest)| clean(&format!("{time}{rest}")))
+}
+
+/// What is left of a time.
+const TIME: &str = "12:34:56.789";
+
 /// The last lines of the journal.
-fn last_events(client: &mut Client) -> Result<Vec<String>, ClientError> {
+fn last_events(client: &mut Client, name: &str) -> Result<Vec<String>, ClientError> {
     client.tell(&json!({"verb": "events", "follow": false, "text": true}))?;
     let mut kept = std::collections::VecDeque::new();
     for _ in 0..LINES_MAX {
@@ -150,8 +162,28 @@ fn last_events(client: &mut Client) -> Result<Vec<String>, ClientError> {
             if kept.len() == EVENTS_MAX {
                 kept.pop_front();
             }
-            kept.push_back(clean(text));
+            kept.push_back(short(text, name));
         }
     }
     Ok(kept.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_the_journal_are_shortened_if_they_have_its_form() {
+        let line = |text: &str| short(text, "disk");
+        assert_eq!(
+            line("2026-01-01T10:11:12.123456Z disk ShadowReady took=1 ms"),
+            "10:11:12.123 ShadowReady took=1 ms"
+        );
+        assert_eq!(line("2026-01-01T10:11:12.123456Z disk warning: Late"), "10:11:12.123 warning: Late");
+        for other in
+            ["", "x", "x y", "T disk", "2026-01-01T10:11:1é.123456Z disk X", "2026-01-01T10:11:12.123456Z other X"]
+        {
+            assert_eq!(line(other), other);
+        }
+    }
 }

@@ -40,7 +40,7 @@ fn profile() -> Value {
 
 fn devices() -> Vec<Device> {
     let mut busy = Device::read("disk0", &status("protected"), Some(&profile()));
-    busy.events = vec!["2026-01-01T00:00:00.000000Z disk0 ShadowReady generation=4".to_owned()];
+    busy.events = vec!["10:11:12.123 ShadowReady generation=4".to_owned()];
     let mut without = status("unprotected");
     without["shadow"] = Value::Null;
     without["shadow_note"] = json!("it ended with exit status: 7; the next start is in 2 s");
@@ -176,69 +176,69 @@ fn device_page() {
         &[Key::Enter],
         (120, 62),
         &expect![[r#"
-         warmswap top  3 devices, 1 protected, 1 warning, 1 error  /run/warmswap
-        disk0  protected  risk -
-        device    blk, VMM connected, socket /run/disk0.sock
-        primary   active, process 1234, generation 3
-        shadow    ready, process 1240, generation 4
-        crash     recovery exact, fence reaped, phase idle
-        failovers 2; last 70 s ago: planned 0.8 ms
-                  a new version
-        ring 0    256 entries, 7 in flight, observer exact
-        ┌ requests 6.2 k/s ────────────────────┐┌ latency p50 475 us p99 2.05 ms ──────┐┌ depth 7.5 ───────────────────────────┐
-        │12 k/s│                      ⣼    ⢠⡇  ││4.1 ms│                      ⣼    ⢠⡇  ││15│                         ⣼     ⣼   │
-        │      │                     ⡸⠘⡄  ⢀⠇⡇  ││      │                     ⡸⠘⡄  ⢀⠇⡇  ││  │                        ⡸⠘⡄   ⡸⢸   │
-        │      │                    ⡰⠁ ⡇ ⢀⠎ ⢇  ││      │                    ⡰⠁ ⡇ ⢀⠎ ⢇  ││  │                       ⡰⠁ ⡇ ⢀⠎ ⠸⡀  │
-        │      │                   ⢠⠃  ⡇ ⡜  ⢸ ⡜││      │                   ⢠⠃  ⡇ ⡜  ⢸ ⡜││  │                      ⡔⠁  ⡇ ⡜   ⡇ ⡜│
-        │      │                  ⢠⠃   ⢸⡜   ⢸⡜ ││      │                  ⢠⠃ ⣀⢤⢸⡜ ⢀⡠⢸⡜ ││  │                     ⡜    ⢸⡜    ⣧⠊ │
-        │0     │                  ⠃    ⠘    ⠘  ││0     │                  ⠃⠒⠉  ⠘⠔⠊⠁ ⠘⠔⠊││0 │                    ⠘     ⠘     ⠃  │
-        └──────────────────────────────────────┘└──────────────────────────────────────┘└──────────────────────────────────────┘
-        ┌ processors 0.35 ─────────────────────┐┌ memory 34 MiB ───────────────────────┐
-        │0.70│                       ⢠⡇    ⣼   ││34 MiB│                  ⠉⠉⠉⠉⠉⠉⠉⠉⠉⠉⠉⠉⠉│
-        │    │                      ⢀⠇⢣   ⡸⠘⡄  ││      │                               │
-        │    │                     ⢀⠎ ⢸  ⡰⠁ ⡇  ││      │                               │
-        │    │                     ⡜  ⢸ ⢠⠃  ⡇ ⡜││      │                               │
-        │    │                    ⡜    ⣧⠃   ⢸⡜ ││      │                               │
-        │0   │                   ⠘     ⠃    ⠘  ││0     │                               │
-        └──────────────────────────────────────┘└──────────────────────────────────────┘
+             warmswap top  3 devices, 1 protected, 1 warning, 1 error  /run/warmswap
+            disk0  protected  risk -
+            device    blk, VMM connected, socket /run/disk0.sock
+            primary   active, process 1234, generation 3
+            shadow    ready, process 1240, generation 4
+            crash     recovery exact, fence reaped, phase idle
+            failovers 2; last 70 s ago: planned 0.8 ms
+                      a new version
+            ring 0    256 entries, 7 in flight, observer exact
+            ┌ requests 6.2 k/s ────────────────────┐┌ latency p50 475 us p99 2.05 ms ──────┐┌ depth 7.5 ───────────────────────────┐
+            │12 k/s│                      ⣼    ⢠⡇  ││4.1 ms│                      ⣼    ⢠⡇  ││15│                         ⣼     ⣼   │
+            │      │                     ⡸⠘⡄  ⢀⠇⡇  ││      │                     ⡸⠘⡄  ⢀⠇⡇  ││  │                        ⡸⠘⡄   ⡸⢸   │
+            │      │                    ⡰⠁ ⡇ ⢀⠎ ⢇  ││      │                    ⡰⠁ ⡇ ⢀⠎ ⢇  ││  │                       ⡰⠁ ⡇ ⢀⠎ ⠸⡀  │
+            │      │                   ⢠⠃  ⡇ ⡜  ⢸ ⡜││      │                   ⢠⠃  ⡇ ⡜  ⢸ ⡜││  │                      ⡔⠁  ⡇ ⡜   ⡇ ⡜│
+            │      │                  ⢠⠃   ⢸⡜   ⢸⡜ ││      │                  ⢠⠃ ⣀⢤⢸⡜ ⢀⡠⢸⡜ ││  │                     ⡜    ⢸⡜    ⣧⠊ │
+            │0     │                  ⠃    ⠘    ⠘  ││0     │                  ⠃⠒⠉  ⠘⠔⠊⠁ ⠘⠔⠊││0 │                    ⠘     ⠘     ⠃  │
+            └──────────────────────────────────────┘└──────────────────────────────────────┘└──────────────────────────────────────┘
+            ┌ processors 0.35 ─────────────────────┐┌ memory 34 MiB ───────────────────────┐
+            │0.70│                       ⢠⡇    ⣼   ││34 MiB│                  ⠉⠉⠉⠉⠉⠉⠉⠉⠉⠉⠉⠉⠉│
+            │    │                      ⢀⠇⢣   ⡸⠘⡄  ││      │                               │
+            │    │                     ⢀⠎ ⢸  ⡰⠁ ⡇  ││      │                               │
+            │    │                     ⡜  ⢸ ⢠⠃  ⡇ ⡜││      │                               │
+            │    │                    ⡜    ⣧⠃   ⢸⡜ ││      │                               │
+            │0   │                   ⠘     ⠃    ⠘  ││0     │                               │
+            └──────────────────────────────────────┘└──────────────────────────────────────┘
 
-        EVENTS
-        2026-01-01T00:00:00.000000Z disk0 ShadowReady generation=4
+            EVENTS
+            10:11:12.123 ShadowReady generation=4
 
-        CONTEXT
-        arrivals_per_s                  6 k/s   discard_share                       -   page_locality_share                 -
-        completions_per_s             6.2 k/s   sequential_share                    -   device_write_share                  -
-        depth_mean                        7.5   rings_busy                          -   host_cpu_pressure_share             -
-        depth_max                           -   kick_due_share                      -   host_memory_pressure_share          -
-        bytes_per_s                  24 MiB/s   kicks_per_s                         -   host_io_pressure_share              -
-        size_mean_bytes                     -   call_due_share                      -   disk_busy_share                     -
-        read_share                       70 %   calls_suppressed_per_s              -   disk_depth_mean                     -
-        write_share                         -   working_set_pages                   -
-        flush_share                         -   page_reuse                          -
+            CONTEXT
+            arrivals_per_s                  6 k/s   discard_share                       -   page_locality_share                 -
+            completions_per_s             6.2 k/s   sequential_share                    -   device_write_share                  -
+            depth_mean                        7.5   rings_busy                          -   host_cpu_pressure_share             -
+            depth_max                           -   kick_due_share                      -   host_memory_pressure_share          -
+            bytes_per_s                  24 MiB/s   kicks_per_s                         -   host_io_pressure_share              -
+            size_mean_bytes                     -   call_due_share                      -   disk_busy_share                     -
+            read_share                       70 %   calls_suppressed_per_s              -   disk_depth_mean                     -
+            write_share                         -   working_set_pages                   -
+            flush_share                         -   page_reuse                          -
 
-        OUTCOME
-        latency_mean_us                     -   error_share                         -   involuntary_switches_per_s          -
-        latency_p50_us                 475 us   errors_per_s                      0/s   cpu_throttled_share                 -
-        latency_p90_us                      -   retries_per_s                       -   wakes_per_s                         -
-        latency_p99_us                2.05 ms   malformed_per_s                     -   polls_per_s                         -
-        latency_p999_us                     -   calls_per_s                         -   referenced_bytes                    -
-        latency_max_us                12.5 ms   call_reaction_us                    -   minor_faults_per_s                  -
-        read_latency_p50_us                 -   call_reaction_max_us                -   major_faults_per_s                  -
-        read_latency_p99_us                 -   call_overdue_us                     -   storage_read_bytes_per_s            -
-        write_latency_p50_us                -   kick_overdue_us                     -   storage_write_bytes_per_s           -
-        write_latency_p99_us                -   cpu_cores                        0.35   group_cpu_pressure_share            -
-        flush_latency_p50_us                -   cpu_system_cores                    -   group_memory_pressure_share          -
-        flush_latency_p99_us                -   cpu_per_request_us                  -   group_io_pressure_share             -
-        oldest_age_us                  812 us   run_delay_share                     -   disk_wait_us                        -
-        completion_gap_max_us               -   busiest_thread_cores                -   control_round_trip_us               -
-        pickup_us                           -   voluntary_switches_per_s            -   canary_us                           -
+            OUTCOME
+            latency_mean_us                     -   error_share                         -   involuntary_switches_per_s          -
+            latency_p50_us                 475 us   errors_per_s                      0/s   cpu_throttled_share                 -
+            latency_p90_us                      -   retries_per_s                       -   wakes_per_s                         -
+            latency_p99_us                2.05 ms   malformed_per_s                     -   polls_per_s                         -
+            latency_p999_us                     -   calls_per_s                         -   referenced_bytes                    -
+            latency_max_us                12.5 ms   call_reaction_us                    -   minor_faults_per_s                  -
+            read_latency_p50_us                 -   call_reaction_max_us                -   major_faults_per_s                  -
+            read_latency_p99_us                 -   call_overdue_us                     -   storage_read_bytes_per_s            -
+            write_latency_p50_us                -   kick_overdue_us                     -   storage_write_bytes_per_s           -
+            write_latency_p99_us                -   cpu_cores                        0.35   group_cpu_pressure_share            -
+            flush_latency_p50_us                -   cpu_system_cores                    -   group_memory_pressure_share          -
+            flush_latency_p99_us                -   cpu_per_request_us                  -   group_io_pressure_share             -
+            oldest_age_us                  812 us   run_delay_share                     -   disk_wait_us                        -
+            completion_gap_max_us               -   busiest_thread_cores                -   control_round_trip_us               -
+            pickup_us                           -   voluntary_switches_per_s            -   canary_us                           -
 
-        LIMIT
-        rss_bytes                      34 MiB   memory_limit_share                  -   thread_limit_share                  -
-        rss_anon_bytes                      -   descriptors                         -   ring_used_share                  12 %
-        pss_bytes                           -   descriptor_limit_share              -   store_free_bytes                    -
-         q quit  ? help  ↑↓ scroll  Esc back
-    "#]],
+            LIMIT
+            rss_bytes                      34 MiB   memory_limit_share                  -   thread_limit_share                  -
+            rss_anon_bytes                      -   descriptors                         -   ring_used_share                  12 %
+            pss_bytes                           -   descriptor_limit_share              -   store_free_bytes                    -
+             q quit  ? help  ↑↓ scroll  Esc back
+        "#]],
     );
 }
 
