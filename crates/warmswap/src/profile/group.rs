@@ -101,7 +101,7 @@ impl Group {
         held.add(Feature::Throttled, throttled.reduce(|one, two| if two.0 > one.0 { two } else { one }));
         for (feature, file, rate) in &mut found.pressures {
             let seen = file.read(buffer).and_then(text::pressure).and_then(|micros| rate.since(micros, time));
-            held.add_scaled(*feature, seen, 1e6);
+            held.add_scaled(*feature, seen.map(|(micros, seconds)| (micros.min(seconds * 1e6), seconds)), 1e6);
         }
         Some(())
     }
@@ -162,10 +162,11 @@ impl Found {
         let mounts = std::fs::read(root.join("proc/self/mountinfo")).unwrap_or_default();
         let mounts: Vec<Mount<'_>> = mounts.split(|byte| *byte == b'\n').filter_map(Mount::parse).collect();
         let levels = |controller: &[u8]| levels(root, &mounts, membership, controller);
-        let unified = match own.map(|own| (own, mounts.iter().find(|mount| mount.controllers.is_none()))) {
-            Some((own, Some(mount))) if own.starts_with(&mount.point) => up(own, &mount.point),
-            _ => levels(b""),
-        };
+        let own = own.and_then(|own| {
+            let mount = mounts.iter().find(|mount| mount.controllers.is_none() && own.starts_with(&mount.point))?;
+            Some(up(own, &mount.point))
+        });
+        let unified = own.unwrap_or_else(|| levels(b""));
         let of = |controller: &[u8]| Some(levels(controller)).filter(|it| !it.is_empty()).unwrap_or(unified.clone());
         let mut found = Found { memory: of(b"memory"), tasks: of(b"pids"), ..Found::default() };
         found.throttled.extend(of(b"cpu").iter().filter_map(|group| Throttled::open(group, buffer)));
@@ -430,6 +431,32 @@ mod tests {
         let measure = measured(&mut group, 1.0, Effort::Deep);
         let shares = [Feature::MemoryShare, Feature::ThreadShare].map(|feature| measure.value(feature));
         assert!(shares.into_iter().flatten().all(|share| (0.0..10.0).contains(&share)), "{shares:?}");
+    }
+
+    #[test]
+    fn the_pressure_of_a_group_of_its_own_is_told_where_the_kernel_does() {
+        let (janitor, thread) = crate::cgroup::Janitor::start().expect("a thread");
+        let name = format!("profile-{}", std::process::id());
+        // Not everybody may make groups, and not every kernel tells their pressure.
+        if let Ok(cgroup) = crate::cgroup::Cgroup::create(&name, &janitor)
+            && cgroup.path().join("cpu.pressure").exists()
+        {
+            let mut child = Sleeper::busy();
+            fs::write(cgroup.path().join("cgroup.procs"), child.pid().to_string()).expect("it is ours");
+            let mut subject = Arc::into_inner(subject_of(child.pid())).expect("nobody else has it");
+            subject.group = Some(cgroup.path().to_path_buf());
+            let mut group = Group::new(Arc::new(subject));
+            let _first = measured(&mut group, 1.0, Effort::Full);
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            let measure = measured(&mut group, 1.0, Effort::Full);
+            let features = [Feature::GroupCpuPressure, Feature::GroupMemoryPressure, Feature::GroupIoPressure];
+            for share in features.map(|feature| measure.value(feature)) {
+                assert!(share.is_some_and(|share| (0.0..=1.0).contains(&share)), "{share:?}");
+            }
+            child.kill();
+        }
+        drop(janitor);
+        thread.join().expect("it ends with its last user");
     }
 
     proptest! {

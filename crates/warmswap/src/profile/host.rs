@@ -79,6 +79,8 @@ pub(crate) struct Store {
     /// Images that take room in a file system, by their place in the subject.
     files: Vec<usize>,
     time: Time,
+    /// When the disks were read last.
+    read_s: f64,
     room: Due,
     buffer: Buffer,
 }
@@ -114,7 +116,15 @@ impl Store {
             let disk = disk.filter(|disk| !disks.iter().any(|it| it.directory == disk.directory));
             disks.extend(disk);
         }
-        Store { subject, disks, files, time: Time::default(), room: Due::default(), buffer: Buffer::default() }
+        Store {
+            subject,
+            disks,
+            files,
+            time: Time::default(),
+            read_s: 0.0,
+            room: Due::default(),
+            buffer: Buffer::default(),
+        }
     }
 
     fn ask_for_room(&self, into: &mut Measure) {
@@ -140,25 +150,28 @@ impl Source for Store {
             return;
         }
         let (time, buffer) = (self.time, &mut self.buffer);
-        let mut busiest: Option<(f64, f64)> = None;
+        let seconds = time.now_s() - std::mem::replace(&mut self.read_s, time.now_s());
         // Of several disks everything waits for the busiest; queues add up.
-        let mut depth: Option<(f64, f64)> = None;
+        let (mut busy, mut depth) = (None, None);
         for disk in &mut self.disks {
             let Some(seen) = disk.stat.read(buffer).and_then(DiskStat::parse) else { continue };
-            if let Some((ms, seconds)) = disk.busy.since(seen.busy_ms, time) {
-                let busy = (ms / 1e3).min(seconds);
-                busiest = Some(busiest.filter(|most| most.0 >= busy).unwrap_or((busy, seconds)));
+            let share = |(ms, seconds): (f64, f64)| ms / 1e3 / seconds;
+            if let Some(share) = disk.busy.since(seen.busy_ms, time).map(share) {
+                busy = Some(busy.map_or(share, |most: f64| most.max(share)).min(1.0));
             }
-            if let Some((ms, seconds)) = disk.queued.since(seen.queued_ms, time) {
-                depth = Some((depth.map_or(0.0, |depth| depth.0) + ms / 1e3, seconds));
+            if let Some(share) = disk.queued.since(seen.queued_ms, time).map(share) {
+                depth = Some(depth.unwrap_or(0.0) + share);
             }
             let (waited, done) = (disk.waited.since(seen.waited_ms, time), disk.done.since(seen.done, time));
             if let (Some((ms, _)), Some((done, _))) = (waited, done) {
                 into.add(Feature::DiskWait, ms * 1e3, done);
             }
         }
-        busiest.into_iter().for_each(|(busy, seconds)| into.add(Feature::DiskBusy, busy, seconds));
-        depth.into_iter().for_each(|(queued, seconds)| into.add(Feature::DiskDepth, queued, seconds));
+        for (feature, share) in [(Feature::DiskBusy, busy), (Feature::DiskDepth, depth)] {
+            if let Some(share) = share {
+                into.add(feature, share * seconds, seconds);
+            }
+        }
         if effort == Effort::Deep || self.room.is_due(time) {
             self.room.in_s(time, ROOM_S);
             self.ask_for_room(into);

@@ -19,6 +19,8 @@ const REQUESTS_MAX_PER_S: f64 = 1e9;
 const BYTES_MAX_PER_S: f64 = 1e13;
 /// The first search for a page is followed by another one after a second, then ever more rarely.
 const SEARCH_MAX_S: f64 = 60.0;
+/// A page that stands still for so long may not be the one that is written any more.
+const STILL_MAX_S: f64 = 60.0;
 /// A page that makes no sense so often is dropped.
 const ABSURD_MAX: u32 = 3;
 /// A page that could not be read for so long tells nothing about that time: others have been asked meanwhile.
@@ -38,6 +40,8 @@ pub(crate) struct Page {
     /// The last reading, and when it was.
     last: Vec<QueueSnapshot>,
     read_s: Option<f64>,
+    /// When it was seen to change.
+    moved_s: f64,
     now: Vec<QueueSnapshot>,
     absurd: u32,
     /// Calls to let pass, and how many it were the last time.
@@ -57,6 +61,7 @@ impl Page {
             time: Time::default(),
             last: Vec::new(),
             read_s: None,
+            moved_s: 0.0,
             now: Vec::new(),
             absurd: 0,
             pass: 0,
@@ -79,7 +84,8 @@ impl Page {
         // One that has no page, or does not let itself be looked into, has none.
         let file = warmswap_telemetry::find_in_process(self.subject.pid).ok().flatten();
         let reader = file.and_then(|file| Reader::open(file).ok()).filter(|page| page.header().queues <= QUEUES_MAX);
-        if !self.subject.has_ended() {
+        let same = reader.as_ref().map(Reader::header) == self.reader.as_ref().map(Reader::header);
+        if !same && !self.subject.has_ended() {
             self.take(reader);
         }
     }
@@ -123,7 +129,7 @@ impl Source for Page {
         if effort == Effort::Light || self.ended {
             return;
         }
-        if self.reader.is_none() {
+        if self.reader.is_none() || self.time.now_s() - self.moved_s > STILL_MAX_S {
             self.search();
         }
         if self.pass > 0 {
@@ -151,6 +157,9 @@ impl Source for Page {
         }
         if let Some(ns) = age_ns(&self.now, now_ns()) {
             into.note(Feature::Backlog, ns as f64 / 1e3);
+        }
+        if !self.last.iter().map(|queue| queue.sequence).eq(self.now.iter().map(|queue| queue.sequence)) {
+            self.moved_s = self.time.now_s();
         }
         std::mem::swap(&mut self.last, &mut self.now);
         if self.absurd >= ABSURD_MAX {
@@ -512,6 +521,22 @@ mod tests {
         assert_eq!(measured(&mut page, 1.0, Effort::Full), Measure::default());
         assert!(!page.has_latencies());
         assert_eq!(measured(&mut page, 100.0, Effort::Deep), Measure::default());
+    }
+
+    #[test]
+    fn the_page_that_a_backend_makes_in_place_of_another_is_found() {
+        let mut child = Told::start();
+        child.tell("page", 1);
+        let mut page = Page::new(subject_of(child.pid()));
+        let _first = measured(&mut page, 1.0, Effort::Full);
+        child.tell("page", 2);
+        child.tell("serve", 9);
+        assert_eq!(measured(&mut page, 1.0, Effort::Full).value(Feature::Bytes), Some(0.0), "the old one");
+        for _ in 0..10 {
+            let _still = measured(&mut page, STILL_MAX_S, Effort::Full);
+        }
+        child.tell("serve", 10);
+        assert_eq!(measured(&mut page, 1.0, Effort::Full).value(Feature::Bytes), Some(5_120.0));
     }
 
     #[test]

@@ -32,6 +32,8 @@ use super::threads::Threads;
 const DESCRIPTORS_MAX: usize = 65_536;
 /// Walking through the page tables may take this part of the time at most.
 const WALK_SHARE: f64 = 1e-3;
+/// Most resident memory that is walked through: beyond it takes so long that ticks would be lost.
+const WALKED_MAX_BYTES: f64 = 4.0 * 1024.0 * 1024.0 * 1024.0;
 /// Most resident memory of a process whose pages are marked as unused to see which are used again: this holds up its own page faults.
 const AGED_MAX_BYTES: f64 = 256.0 * 1024.0 * 1024.0;
 
@@ -102,12 +104,17 @@ impl Files {
         if !count {
             return None;
         }
-        let mut counted = 0_u32;
-        for entry in Dir::read_from(directory).ok()?.take(DESCRIPTORS_MAX + 2) {
-            counted += u32::from(entry.ok()?.file_name().to_bytes().first()?.is_ascii_digit());
-        }
-        (counted as usize <= DESCRIPTORS_MAX).then(|| counted.into())
+        self::count(directory).map(f64::from)
     }
+}
+
+/// Number of entries of a directory that are numbers.
+fn count(directory: &OwnedFd) -> Option<u32> {
+    let mut count = 0;
+    for entry in Dir::read_from(directory).ok()?.take(DESCRIPTORS_MAX + 2) {
+        count += u32::from(text::number(entry.ok()?.file_name().to_bytes()).is_some());
+    }
+    (count as usize <= DESCRIPTORS_MAX).then_some(count)
 }
 
 /// What is taken from `/proc/PID/stat`.
@@ -239,9 +246,11 @@ impl Process {
     fn look_slowly(&mut self, effort: Effort) {
         let Process { files: Some(files), time, buffer, held, threads, .. } = self else { return };
         let time = *time;
+        let mut resident = None;
         if let Some(text) = files.status.as_ref().and_then(|status| status.read(buffer)) {
             let bytes = text::values(text, [b"VmRSS:".as_slice(), b"RssAnon:"]).map(kilobytes);
-            held.note(Feature::Rss, bytes[0]);
+            resident = bytes[0];
+            held.note(Feature::Rss, resident);
             held.note(Feature::RssAnon, bytes[1]);
         }
         if let Some(switches) = threads.switches(time, &files.directory, buffer) {
@@ -262,26 +271,26 @@ impl Process {
             held.note(Feature::Descriptors, Some(descriptors));
             held.note(Feature::DescriptorShare, self.limit.map(|limit| descriptors / limit as f64));
         }
-        if deep && self.walk.is_due(time) {
-            self.walk();
+        if let Some(resident) = resident.filter(|bytes| deep && *bytes <= WALKED_MAX_BYTES && self.walk.is_due(time)) {
+            self.walk(resident);
         }
     }
 
     /// Has the kernel walk through the page tables.
-    fn walk(&mut self) {
+    fn walk(&mut self, resident_bytes: f64) {
         let Process { files: Some(files), buffer, held, .. } = self else { return };
         let began = Instant::now();
         // It belongs to the memory that the process had when it was opened, and an exec gives it another.
         let rollup = Reread::open(&files.directory, "smaps_rollup");
         let Some(text) = rollup.as_ref().and_then(|rollup| rollup.read(buffer)) else { return };
-        let names = [b"Rss:".as_slice(), b"Pss:", b"Referenced:", b"Swap:"];
-        let [resident, pss, referenced, swap] = text::values(text, names).map(kilobytes);
+        let names = [b"Pss:".as_slice(), b"Referenced:", b"Swap:"];
+        let [pss, referenced, swap] = text::values(text, names).map(kilobytes);
         held.note(Feature::Pss, pss);
         held.note(Feature::Swap, swap);
         if std::mem::take(&mut self.aged) {
             held.note(Feature::Referenced, referenced);
         }
-        if self.may_age && resident.is_some_and(|bytes| bytes <= AGED_MAX_BYTES) {
+        if self.may_age && resident_bytes <= AGED_MAX_BYTES {
             self.aged = age(&files.directory).is_ok();
         }
         self.walk.in_s(self.time, began.elapsed().as_secs_f64() / WALK_SHARE);
@@ -438,7 +447,8 @@ pub(super) mod tests {
                 // Threads that come and go, each of which runs for 5 ms.
                 "burn" => (0..much).for_each(|_| std::thread::spawn(burn).join().expect("it runs")),
                 "page" => {
-                    let identity = warmswap_telemetry::Identity { device_type: 2, instance: 0, started_ns: 0 };
+                    let identity =
+                        warmswap_telemetry::Identity { device_type: 2, instance: 0, started_ns: much as u64 };
                     page = Some(warmswap_telemetry::Page::create(1, identity).expect("a page"));
                 }
                 "serve" => {
@@ -624,6 +634,35 @@ pub(super) mod tests {
                 assert_eq!(measured(&mut Process::new(subject, true), 1.0, Effort::Deep), Measure::default());
             }
         }
+    }
+
+    #[test]
+    fn another_process_that_has_the_number_is_not_measured() {
+        let mut child = Sleeper::start();
+        let pidfd = rustix::process::pidfd_open(pid_of(child.pid()), PidfdFlags::empty()).expect("it lives");
+        child.kill();
+        let subject = Arc::new(Subject { pid: std::process::id(), pidfd, group: None, images: Vec::new() });
+        let mut sources: [Box<dyn Source>; 3] = [
+            Box::new(Process::new(Arc::clone(&subject), true)),
+            Box::new(crate::profile::group::Group::new(Arc::clone(&subject))),
+            Box::new(crate::profile::page::Page::new(subject)),
+        ];
+        let mut measure = Measure::default();
+        for source in &mut sources {
+            source.measure(1.0, Effort::Full, &mut measure);
+            source.measure(1.0, Effort::Deep, &mut measure);
+        }
+        assert_eq!(measure, Measure::default());
+    }
+
+    #[test]
+    fn descriptors_are_counted_where_their_number_is_not_told() {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let child = Sleeper::start();
+        let directory = rustix::fs::open(format!("/proc/{}/fd", child.pid()), flags, Mode::empty()).expect("it lives");
+        stop(child.pid());
+        let listed = std::fs::read_dir(format!("/proc/{}/fd", child.pid())).expect("it lives").count();
+        assert_eq!(count(&directory).map(|count| count as usize), Some(listed));
     }
 
     #[test]
