@@ -36,7 +36,9 @@ pub(super) fn run(args: &Args) -> Result<u8, Failure> {
         writeln!(out, "{}", to_json(&args.name, &status, profile.as_ref()))?;
     } else {
         show::table(&mut out, std::slice::from_ref(&status))?;
-        print(&mut out, profile.as_ref())?;
+        if answered {
+            print(&mut out, profile.as_ref())?;
+        }
     }
     Ok(if answered { 0 } else { 4 })
 }

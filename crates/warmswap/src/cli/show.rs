@@ -72,7 +72,17 @@ pub(super) fn ask(dir: &Path, name: &str) -> (Value, Option<Client>) {
             let text = "no broker answers: it ended without cleaning up. Start it again, or remove";
             absent("dead", format!("{text} {}", path.display()))
         }
-        Err(error) => absent("silent", error.to_string()),
+        Err(error) => absent("silent", silence(&error)),
+    }
+}
+
+/// Why a broker that is there has told nothing.
+pub(super) fn silence(error: &ClientError) -> String {
+    match error {
+        ClientError::Ended(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+            format!("its broker has not answered within {} s", ANSWER_MAX.as_secs())
+        }
+        _ => error.to_string(),
     }
 }
 

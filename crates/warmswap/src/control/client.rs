@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+/// Longest answer, in bytes.
+const ANSWER_MAX: u64 = 16 * 1024 * 1024;
+
 /// Why a command was not carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -86,7 +89,9 @@ impl Client {
     /// As [`Client::ask`].
     pub fn line_as_sent(&mut self) -> Result<(Value, String), ClientError> {
         let mut line = String::new();
-        let read = self.reader.read_line(&mut line).map_err(ClientError::Ended)?;
+        // What is cut is no JSON.
+        let mut reader = std::io::Read::take(&mut self.reader, ANSWER_MAX);
+        let read = reader.read_line(&mut line).map_err(ClientError::Ended)?;
         if read == 0 {
             return Err(ClientError::Ended(std::io::ErrorKind::UnexpectedEof.into()));
         }

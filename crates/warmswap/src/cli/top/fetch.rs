@@ -117,7 +117,7 @@ impl Asker {
         }
         let (status, client) = show::ask(&self.dir, name);
         let Some(mut client) = client else { return Device::read(name, &status, None) };
-        let silent = |error: &ClientError| Device::absent(name, "silent", &error.to_string());
+        let silent = |error: &ClientError| Device::absent(name, "silent", &show::silence(error));
         let profile = match profile::ask(&mut client) {
             Ok(profile) => profile,
             Err(error) => return silent(&error),
@@ -181,7 +181,7 @@ mod tests {
         );
         assert_eq!(line("2026-01-01T10:11:12.123456Z disk warning: Late"), "10:11:12.123 warning: Late");
         for other in
-            ["", "x", "x y", "T disk", "2026-01-01T10:11:1é.123456Z disk X", "2026-01-01T10:11:12.123456Z other X"]
+            ["", "x", "x y", "T disk", "2026-01-01T10:11:12.12é Z disk X", "2026-01-01T10:11:12.123456Z other X"]
         {
             assert_eq!(line(other), other);
         }

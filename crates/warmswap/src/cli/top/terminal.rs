@@ -46,7 +46,13 @@ impl Drop for GiveBack {
     }
 }
 
+/// Whether the terminal is ours. Giving it back twice would put the cursor where it was, over what was said since.
+static OURS: AtomicBool = AtomicBool::new(false);
+
 fn give_back() {
+    if !OURS.swap(false, Ordering::AcqRel) {
+        return;
+    }
     // A terminal that is gone needs nothing back.
     let _gone = disable_raw_mode();
     let _gone = execute!(stdout(), LeaveAlternateScreen, cursor::Show);
@@ -74,6 +80,7 @@ impl Screen {
             before(panic);
         }));
         let given_back = GiveBack;
+        OURS.store(true, Ordering::Release);
         enable_raw_mode()?;
         execute!(stdout(), EnterAlternateScreen, cursor::Hide)?;
         let terminal = Terminal::new(CrosstermBackend::new(stdout()))?;
