@@ -105,6 +105,30 @@ fn where_nobody_answers_top_and_show_end_with_4() {
 }
 
 #[test]
+fn brokers_that_hang_or_talk_nonsense_hide_nobody() {
+    let scratch = Scratch::new("top-bad");
+    serve(
+        &scratch,
+        "disk",
+        Some(json!({"windows": [{"values": {"cpu_cores": "all", "rss_bytes": 1e308}}], "tick": 7})),
+    );
+    let _hangs = UnixListener::bind(scratch.path("hangs.ctl")).expect("a socket");
+    let nonsense = UnixListener::bind(scratch.path("nonsense.ctl")).expect("a socket");
+    std::thread::spawn(move || {
+        for mut stream in nonsense.incoming().flatten() {
+            let _gone = stream.write_all(b"\x1b[2J{]\n");
+        }
+    });
+    let output = top(&scratch, &["--once"], "120");
+    let text = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert_line(&text, "disk ", &["protected", " - "]);
+    assert_line(&text, "hangs ", &["silent"]);
+    assert_line(&text, "nonsense ", &["silent"]);
+    assert!(!text.contains('\u{1b}'), "{text}");
+}
+
+#[test]
 fn without_a_terminal_top_says_what_to_do() {
     let scratch = Scratch::new("top-pipe");
     serve(&scratch, "disk", None);
