@@ -76,16 +76,6 @@ pub enum StoreError {
         /// How.
         source: RecordingError,
     },
-    /// The file is too large to be read at once.
-    #[error("{path} has {bytes} bytes, more than the {bytes_max} of any profile history that this program keeps")]
-    Large {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        bytes: u64,
-        /// Most that is read.
-        bytes_max: u64,
-    },
     /// The system says no.
     #[error("{path}: {source}")]
     Io {

@@ -72,17 +72,18 @@ impl History {
     /// The file is something else, damaged, of another format or device, in use, or cannot be read and written.
     pub fn open(path: &Path, device: &str, retention: Retention) -> Result<Self, StoreError> {
         if is_begun(path)? {
-            check_magic(path)?;
+            // What is refused is left as it is.
+            let reader = Reader::open(path)?;
+            if reader.device() != device {
+                let (found, expected) = (reader.device().to_owned(), device.to_owned());
+                return Err(StoreError::Device { path: path.to_owned(), found, expected });
+            }
         } else {
             begin(path, device)?;
         }
         let database = builder().open(path).map_err(|error| StoreError::opening(path, error))?;
         let database = Arc::new(database);
         let reader = Reader::new(path, &database)?;
-        if reader.device() != device {
-            let (found, expected) = (reader.device().to_owned(), device.to_owned());
-            return Err(StoreError::Device { path: path.to_owned(), found, expected });
-        }
         // One that cannot be read is no reason to refuse the others.
         let stored = reader.last_window().unwrap_or(None);
         Ok(History { path: path.to_owned(), database, retention, stored, unsynced: false })

@@ -13,6 +13,7 @@ mod error;
 mod flight;
 mod history;
 mod idle;
+mod overlay;
 mod reader;
 mod recording;
 

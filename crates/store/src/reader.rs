@@ -1,21 +1,17 @@
 //! Reading a history.
 
 use std::fs::{File, TryLockError};
-use std::io::Read;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use redb::backends::InMemoryBackend;
-use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageBackend};
+use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, ReadableTableMetadata};
 use warmswap_predict::{Record, SCHEMA_VERSION};
 
 use crate::error::StoreError;
 use crate::history::{DEVICE_KEY, FORMAT, FORMAT_KEY, META, RECORDINGS, SCHEMA_KEY, WINDOWS, builder, check_magic};
+use crate::overlay::Overlay;
 use crate::recording::Recording;
-
-/// Longest file that is read: what is kept is bounded well below.
-const FILE_MAX: u64 = 4 << 30;
 
 /// Reads a history, from any thread, while it is written or after.
 #[derive(Clone, Debug)]
@@ -60,8 +56,8 @@ impl Reader {
         Ok(reader)
     }
 
-    /// Opens the history that a process has left. The file itself is not touched: what is to be repaired after a kill is repaired in a copy
-    /// of it in memory.
+    /// Opens the history that a process has left. All of the file is checked first. It is not written to: what is to be repaired after a
+    /// kill is repaired in memory. While it is read nobody can write to it.
     ///
     /// # Errors
     /// As [`History::open`](crate::History::open).
@@ -77,17 +73,9 @@ impl Reader {
         if !found.is_file() {
             return Err(StoreError::Foreign { path: path.to_owned(), found: "it is no file".to_owned() });
         }
-        if found.len() > FILE_MAX {
-            return Err(StoreError::Large { path: path.to_owned(), bytes: found.len(), bytes_max: FILE_MAX });
-        }
         check_magic(path)?;
-        let mut bytes = Vec::new();
-        file.take(FILE_MAX).read_to_end(&mut bytes).map_err(fail)?;
-        let copy = InMemoryBackend::new();
-        let copied = copy.set_len(bytes.len() as u64).and_then(|()| copy.write(0, &bytes));
-        copied.map_err(|error| StoreError::io(path, std::io::Error::other(error.to_string())))?;
-        drop(bytes);
-        let database = builder().create_with_backend(copy).map_err(|error| StoreError::opening(path, error))?;
+        let overlay = Overlay::new(file).map_err(fail)?;
+        let database = builder().create_with_backend(overlay).map_err(|error| StoreError::opening(path, error))?;
         Reader::new(path, &Arc::new(database))
     }
 

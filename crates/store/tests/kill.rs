@@ -75,6 +75,7 @@ fn a_kill_at_any_moment_loses_nothing_that_was_on_the_disk() {
             let recording = left.recording(unix_ns).expect("it can be read").expect("it is there");
             assert!(recording.ticks().all(|tick| tick.is_ok()));
         }
+        drop(left);
         drop(History::open(&path, "disk", Retention::default()).expect("it opens again"));
     }
     let left = Reader::open(&path).and_then(|reader| reader.windows()).expect("it can be read");

@@ -117,7 +117,7 @@ impl Source {
             return Ok(Source::Running(Client::connect(&socket_path(&dir, &args.name))?));
         };
         let path = if path.is_dir() { history_path(path, &args.name) } else { path.clone() };
-        let reader = Reader::open(&path).map_err(|error| Failure::new(1, format!("--store: {error}")))?;
+        let reader = Reader::open(&path)?;
         if reader.device() != args.name {
             let text = format!("--store {} is of device {}, not of {}", path.display(), reader.device(), args.name);
             return Err(Failure::new(1, text));
@@ -129,7 +129,7 @@ impl Source {
         match (self, args.grain) {
             (Source::Running(client), grain) => from_running(client, args, asked, grain, each),
             (Source::Left(reader), AskedGrain::Window) => {
-                for window in reader.range(asked.0, asked.1).map_err(left)? {
+                for window in reader.range(asked.0, asked.1)? {
                     match window {
                         Ok(window) => each(&window)?,
                         // It says that the others can be read.
@@ -141,10 +141,6 @@ impl Source {
             (Source::Left(reader), AskedGrain::Tick) => recorded_ticks(&reader, asked, each),
         }
     }
-}
-
-fn left(error: warmswap_store::StoreError) -> Failure {
-    Failure::new(1, error.to_string())
 }
 
 fn from_running(
@@ -176,7 +172,7 @@ fn from_running(
 /// The ticks of every recording. Recordings overlap: no tick comes twice.
 fn recorded_ticks(reader: &Reader, (from, to): (u64, u64), each: Each<'_>) -> Result<(), Failure> {
     let mut last = None;
-    for unix_ns in reader.recordings().map_err(left)?.into_iter().filter(|it| *it >= from) {
+    for unix_ns in reader.recordings()?.into_iter().filter(|it| *it >= from) {
         let recording = match reader.recording(unix_ns) {
             Ok(Some(recording)) => recording,
             Ok(None) => continue,

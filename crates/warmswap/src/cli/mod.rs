@@ -211,6 +211,12 @@ impl From<std::io::Error> for Failure {
     }
 }
 
+impl From<warmswap_store::StoreError> for Failure {
+    fn from(error: warmswap_store::StoreError) -> Self {
+        Failure::new(1, error.to_string())
+    }
+}
+
 impl From<crate::control::ClientError> for Failure {
     fn from(error: crate::control::ClientError) -> Self {
         use crate::control::ClientError;

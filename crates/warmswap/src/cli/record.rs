@@ -133,10 +133,13 @@ fn row(window: &Record) -> String {
 
 /// Runs `warmswap replay`.
 pub(super) fn replay(path: &Path, json: bool) -> Result<u8, Failure> {
+    replay_to(&mut std::io::BufWriter::new(std::io::stdout().lock()), path, json)
+}
+
+fn replay_to(out: &mut dyn Write, path: &Path, json: bool) -> Result<u8, Failure> {
     let fail = |what: &dyn std::fmt::Display| Failure::new(1, format!("{}: {what}", path.display()));
     let file = File::open(path).map_err(|error| fail(&error))?;
     let mut stream = StreamReader::open(file).map_err(|error| fail(&error))?;
-    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     if !json {
         writeln!(out, "{}", head())?;
     }
@@ -203,14 +206,21 @@ mod tests {
         assert!(counts[0].0 > 20 && counts[1].0 > 2, "{counts:?}");
         assert_eq!((counts[0].1, counts[1].1), (0, 0));
         assert!(records.iter().all(|it| *it == testing::record(it.grain, it.number)));
-        assert_eq!(replay(&output, false).expect("it is whole"), 0);
+        let (mut text, mut lines) = (Vec::new(), Vec::new());
+        assert_eq!(replay_to(&mut text, &output, false).expect("it is whole"), 0);
+        let text = String::from_utf8(text).expect("it is text");
+        assert_eq!(text.lines().count() as u64, counts[1].0 + 2, "{text}");
+        assert!(text.contains(&format!("disk: {} ticks (0 missed), {} windows", counts[0].0, counts[1].0)), "{text}");
 
         File::options()
             .append(true)
             .open(&output)
             .and_then(|mut file| file.write_all(b"half"))
             .expect("it can be written");
-        assert_eq!(replay(&output, true).expect("it can be read"), 1);
+        assert_eq!(replay_to(&mut lines, &output, true).expect("it can be read"), 1);
+        let parsed = lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+        let parsed = parsed.map(|line| serde_json::from_slice::<serde_json::Value>(line).expect("it is JSON"));
+        assert_eq!(parsed.count(), records.len());
         let error = replay(&served.dir.join("nothing"), false).expect_err("there is none");
         assert!(error.message.contains("nothing"), "{}", error.message);
     }
@@ -218,6 +228,8 @@ mod tests {
     #[test]
     fn windows_are_rows_for_people() {
         let text = format!("{}\n{}", head(), row(&testing::record(Grain::Window, 3)));
-        expect_test::expect![[r#""#]].assert_eq(&text);
+        expect_test::expect![[r#"
+            END                           NUMBER BACKEND   SPAN MS  ARRIVALS/S       DEPTH      P50 US      P99 US         CPU      RSS MB
+            2026-01-01T00:00:04.000000Z        3       3    1000.0      103.00           -           -       37.50        0.25           -"#]].assert_eq(&text);
     }
 }

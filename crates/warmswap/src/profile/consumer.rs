@@ -1,6 +1,6 @@
 //! What is made of records, the same whether they come from a living device or from a file.
 
-use warmswap_predict::{Feature, Grain, Record};
+use warmswap_predict::{Grain, Record};
 
 /// What was seen of one grain.
 #[derive(Clone, Copy, Debug, Default)]
@@ -57,17 +57,12 @@ impl Consumer {
     pub(crate) fn latest(&self, grain: Grain) -> Option<&Record> {
         self.seen(grain).latest.as_ref()
     }
-
-    /// A feature as it was last measured: by the last tick, or by the last window where a tick does not have it.
-    pub(crate) fn value(&self, feature: Feature) -> Option<f32> {
-        let of = |grain| self.latest(grain).and_then(|record| record.get(feature));
-        of(Grain::Tick).or_else(|| of(Grain::Window))
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use warmswap_predict::Feature;
 
     #[test]
     fn records_are_counted_and_the_latest_values_kept() {
@@ -85,6 +80,7 @@ mod tests {
         feed(Grain::Tick, 0, None);
         assert_eq!((consumer.count(Grain::Tick), consumer.missed(Grain::Tick)), (4, 3));
         assert_eq!((consumer.count(Grain::Window), consumer.missed(Grain::Window)), (1, 0));
-        assert_eq!((consumer.value(Feature::Rss), consumer.value(Feature::Cpu)), (Some(3.0), None));
+        let rss = |grain| consumer.latest(grain).map(|record| record.get(Feature::Rss));
+        assert_eq!((rss(Grain::Tick), rss(Grain::Window)), (Some(None), Some(Some(3.0))));
     }
 }

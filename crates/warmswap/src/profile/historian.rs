@@ -24,6 +24,8 @@ const QUEUE_MAX: usize = 1_024;
 const QUEUE_PER_DEVICE: usize = 4;
 /// Windows of a device that are kept in memory.
 const WINDOWS_MAX: usize = 120;
+/// Windows that wait for the disk: well before they go from memory they are there.
+const PENDING_MAX: usize = WINDOWS_MAX / 2;
 /// Recordings of a device that are kept in memory.
 const RECORDINGS_MAX: usize = 4;
 /// Records on their way to one who follows a device: half a minute.
@@ -42,6 +44,7 @@ pub(crate) fn history_path(dir: &Path, device: &str) -> PathBuf {
 
 /// What the historian is to know.
 #[derive(Debug)]
+#[allow(dead_code, reason = "the sampler makes them")]
 pub(crate) enum Noted {
     /// A tick of a device.
     Tick(Arc<str>, Record),
@@ -294,6 +297,8 @@ struct Historian {
     shared: Arc<Shared>,
     store: Option<StoreConfig>,
     kept: BTreeMap<Arc<str>, Kept>,
+    /// Devices whose file somebody else reads at the moment.
+    waiting: Vec<Arc<str>>,
     journal: JournalSender,
 }
 
@@ -308,11 +313,17 @@ pub(crate) fn start(
     let (queue, notes) = crossbeam_channel::bounded(QUEUE_MAX.max(QUEUE_PER_DEVICE * devices.len()));
     let (shared, lost) = (Arc::new(Shared::default()), Arc::new(AtomicU64::new(0)));
     shared.lock().extend(devices.iter().map(|name| (Arc::clone(name), Device::default())));
+<<<<<<< HEAD
     let historian = Historian { shared: Arc::clone(&shared), store, kept: BTreeMap::new(), journal };
     let thread = std::thread::Builder::new().name("historian".to_owned()).spawn(move || {
         super::keep_to(&cpus);
         historian.run(&notes);
     })?;
+=======
+    let historian =
+        Historian { shared: Arc::clone(&shared), store, kept: BTreeMap::new(), waiting: Vec::new(), journal };
+    let thread = std::thread::Builder::new().name("historian".to_owned()).spawn(move || historian.run(&notes))?;
+>>>>>>> d79f4fc (export, record, replay, schema: profiles as tables and streams)
     Ok((Notes { queue, lost: Arc::clone(&lost) }, HistoryHandle { shared, lost }, HistorianThread(thread)))
 }
 
@@ -353,17 +364,30 @@ impl Historian {
             Ok((reader, history)) => {
                 let kept = Kept { history, pending: Vec::new(), flushes: 0, appended: false };
                 self.kept.insert(Arc::clone(device), kept);
+                self.waiting.retain(|waiting| waiting != device);
                 if let Some(device) = self.shared.lock().get_mut(device) {
                     device.reader = Some(reader);
                 }
             }
-            Err(error) => self.give_up(device, &error),
+            Err(error @ StoreError::InUse { .. }) => {
+                if !self.waiting.contains(device) {
+                    self.waiting.push(Arc::clone(device));
+                    self.say(device, &error, "its profile is kept in memory only until then");
+                }
+            }
+            Err(error) => {
+                self.waiting.retain(|waiting| waiting != device);
+                self.give_up(device, &error);
+            }
         }
     }
 
     /// Says why a history is not written any more.
     fn give_up(&self, device: &str, error: &StoreError) {
-        let next = "its profile is kept in memory only, until the program is started again";
+        self.say(device, error, "its profile is kept in memory only, until the program is started again");
+    }
+
+    fn say(&self, device: &str, error: &StoreError, next: &str) {
         let entry = Entry::warning("HistoryGivenUp").with("reason", error.to_string()).with("next", next);
         self.journal.entry(device, entry);
     }
@@ -375,6 +399,9 @@ impl Historian {
                 self.record(&device, &record);
                 if let Some(kept) = self.kept.get_mut(&device) {
                     kept.pending.push(record);
+                    if kept.pending.len() == PENDING_MAX {
+                        self.flush(&device, false, None);
+                    }
                 }
             }
             Noted::Freeze(device, reason, unix_ns) => self.freeze(&device, &reason, unix_ns),
@@ -420,6 +447,9 @@ impl Historian {
     }
 
     fn flush_all(&mut self, last: bool) {
+        for device in self.waiting.clone() {
+            self.open(&device);
+        }
         let devices: Vec<Arc<str>> = self.kept.keys().cloned().collect();
         devices.iter().for_each(|device| self.flush(device, last, None));
     }
