@@ -359,7 +359,10 @@ mod tests {
         for whole in 0..=512_u16 {
             assert_eq!(value(code(f32::from(whole))), f32::from(whole));
         }
-        assert_eq!((value(code(f32::MAX)), value(code(-3.5)), value(code(-0.0))), (value(CODE_MAX as i32), -3.5, 0.0));
+        assert_eq!(
+            (value(code(f32::MAX)), value(code(-3.5)), value(code(-0.0))),
+            (value(CODE_MAX.cast_signed()), -3.5, 0.0)
+        );
         assert!(value(code(f32::MAX)).is_finite());
     }
 
