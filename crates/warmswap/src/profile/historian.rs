@@ -313,17 +313,12 @@ pub(crate) fn start(
     let (queue, notes) = crossbeam_channel::bounded(QUEUE_MAX.max(QUEUE_PER_DEVICE * devices.len()));
     let (shared, lost) = (Arc::new(Shared::default()), Arc::new(AtomicU64::new(0)));
     shared.lock().extend(devices.iter().map(|name| (Arc::clone(name), Device::default())));
-<<<<<<< HEAD
-    let historian = Historian { shared: Arc::clone(&shared), store, kept: BTreeMap::new(), journal };
+    let historian =
+        Historian { shared: Arc::clone(&shared), store, kept: BTreeMap::new(), waiting: Vec::new(), journal };
     let thread = std::thread::Builder::new().name("historian".to_owned()).spawn(move || {
         super::keep_to(&cpus);
         historian.run(&notes);
     })?;
-=======
-    let historian =
-        Historian { shared: Arc::clone(&shared), store, kept: BTreeMap::new(), waiting: Vec::new(), journal };
-    let thread = std::thread::Builder::new().name("historian".to_owned()).spawn(move || historian.run(&notes))?;
->>>>>>> d79f4fc (export, record, replay, schema: profiles as tables and streams)
     Ok((Notes { queue, lost: Arc::clone(&lost) }, HistoryHandle { shared, lost }, HistorianThread(thread)))
 }
 
