@@ -29,8 +29,8 @@ pub(crate) const FORMAT: u16 = 1;
 pub(crate) const MAGIC: [u8; 9] = [b'r', b'e', b'd', b'b', 0x1a, 0x0a, 0xa9, 0x0d, 0x0a];
 /// Memory for pages of the file. Little is ever read twice.
 const CACHE: usize = 512 * 1024;
-/// What a window takes of the file, with its share of what holds it together.
-pub(crate) const WINDOW_BYTES: u64 = (RECORD_BYTES as u64 + 8) * 5 / 4;
+/// What a window takes of the file: pages that are filled in order are split when they are full, and stay half empty.
+const WINDOW_BYTES: u64 = (RECORD_BYTES as u64 + 8) * 2;
 /// Of idle windows one is stored in this time.
 const IDLE_EVERY_NS: u64 = 60_000_000_000;
 
@@ -41,14 +41,14 @@ pub struct Retention {
     pub windows_ns: u64,
     /// Recordings.
     pub recordings: u64,
-    /// Bytes of all of them. The file itself takes up to half as much again, for what is replaced is freed later.
+    /// Bytes of all of them in the file, which takes a little more: what is replaced is freed later.
     pub bytes: u64,
 }
 
 impl Default for Retention {
-    /// A day of windows, 32 recordings, 64 MiB.
+    /// A day of windows, 32 recordings, 80 MiB.
     fn default() -> Self {
-        Retention { windows_ns: 24 * 3_600 * 1_000_000_000, recordings: 32, bytes: 64 << 20 }
+        Retention { windows_ns: 24 * 3_600 * 1_000_000_000, recordings: 32, bytes: 80 << 20 }
     }
 }
 

@@ -259,6 +259,25 @@ mod tests {
     }
 
     #[test]
+    fn a_history_that_somebody_reads_is_waited_for() {
+        let mut served = Served::start("waits", Some("store".as_ref()));
+        served.note(Grain::Window, 0..5);
+        served.end();
+        let path = crate::profile::historian::history_path(&served.dir.join("store"), "disk");
+        let reader = warmswap_store::Reader::open(&path).expect("it was closed");
+        let mut again = Served::start("waits-again", Some(&served.dir.join("store")));
+        wait_for("the journal", || again.journal().contains("HistoryWaits"));
+        again.note(Grain::Window, 5..8);
+        drop(reader);
+        wait_for("the history", || warmswap_store::Reader::open(&path).is_err());
+        again.note(Grain::Window, 8..10);
+        again.end();
+        let windows = warmswap_store::Reader::open(&path).and_then(|reader| reader.range(0, u64::MAX));
+        let numbers = windows.expect("it can be read").map(|window| window.expect("it is whole").number);
+        assert_eq!(numbers.collect::<Vec<u64>>(), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    }
+
+    #[test]
     fn one_who_does_not_read_delays_nobody_and_is_told_what_it_missed() {
         let served = Served::start("slow", None);
         let followed = served.history.follow("disk").expect("it has not ended");
@@ -294,5 +313,8 @@ mod tests {
         assert!(again.journal().contains("is no profile history"), "{}", again.journal());
         assert_eq!(again.history.last_windows("disk", 9).len(), 5);
         assert_eq!(std::fs::read(&path).expect("it is there"), b"no history");
+
+        let nowhere = Served::start("kept-nowhere", Some(&path));
+        wait_for("the journal", || nowhere.journal().contains("HistoryGivenUp"));
     }
 }

@@ -1,6 +1,8 @@
 //! The historian: a thread that keeps what profiles were. The last minutes tick by tick and the last windows in memory, and, where there
 //! is a directory for it, windows and recordings on disk.
 //!
+//! Times are those of the records. Where the clock is set forward by more than it remembers, the flight recorder begins anew.
+//!
 //! Who hands records over never waits: what finds no room is counted. Who asks holds a lock for as long as a copy takes, and reads from
 //! disk without it.
 
@@ -32,6 +34,8 @@ const RECORDINGS_MAX: usize = 4;
 const FOLLOWED_MAX: usize = 320;
 /// Windows go to the disk this often.
 const FLUSH_EVERY: Duration = Duration::from_secs(10);
+/// A history that somebody else reads is tried again this often.
+const RETRY_EVERY: Duration = Duration::from_secs(1);
 /// Of so many times, once it is made sure that they are there, and what is too old goes.
 const FLUSHES_PER_PRUNE: u32 = 6;
 /// What is too old goes at least this often, in flushes: of a device at rest nothing is written.
@@ -327,15 +331,22 @@ impl Historian {
         let devices: Vec<Arc<str>> = self.shared.lock().keys().cloned().collect();
         devices.iter().for_each(|device| self.open(device));
         let mut due = Instant::now() + FLUSH_EVERY;
+        let mut retry = Instant::now() + RETRY_EVERY;
         loop {
-            match notes.recv_deadline(due) {
+            let next = if self.waiting.is_empty() { due } else { due.min(retry) };
+            match notes.recv_deadline(next) {
                 Ok(noted) => self.take(noted),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            if Instant::now() >= due {
+            let now = Instant::now();
+            if now >= retry {
+                self.waiting.clone().iter().for_each(|device| self.open(device));
+                retry = now + RETRY_EVERY;
+            }
+            if now >= due {
                 self.flush_all(false);
-                due = Instant::now() + FLUSH_EVERY;
+                due = now + FLUSH_EVERY;
             }
         }
         self.flush_all(true);
@@ -367,7 +378,8 @@ impl Historian {
             Err(error @ StoreError::InUse { .. }) => {
                 if !self.waiting.contains(device) {
                     self.waiting.push(Arc::clone(device));
-                    self.say(device, &error, "its profile is kept in memory only until then");
+                    let next = "its profile is kept in memory only until then; tried again every second";
+                    self.say("HistoryWaits", device, &error, next);
                 }
             }
             Err(error) => {
@@ -379,11 +391,12 @@ impl Historian {
 
     /// Says why a history is not written any more.
     fn give_up(&self, device: &str, error: &StoreError) {
-        self.say(device, error, "its profile is kept in memory only, until the program is started again");
+        let next = "its profile is kept in memory only, until the program is started again";
+        self.say("HistoryGivenUp", device, error, next);
     }
 
-    fn say(&self, device: &str, error: &StoreError, next: &str) {
-        let entry = Entry::warning("HistoryGivenUp").with("reason", error.to_string()).with("next", next);
+    fn say(&self, event: &'static str, device: &str, error: &StoreError, next: &str) {
+        let entry = Entry::warning(event).with("reason", error.to_string()).with("next", next);
         self.journal.entry(device, entry);
     }
 
@@ -442,9 +455,6 @@ impl Historian {
     }
 
     fn flush_all(&mut self, last: bool) {
-        for device in self.waiting.clone() {
-            self.open(&device);
-        }
         let devices: Vec<Arc<str>> = self.kept.keys().cloned().collect();
         devices.iter().for_each(|device| self.flush(device, last, None));
     }
