@@ -25,6 +25,8 @@ pub struct Reader {
 pub struct Windows {
     path: PathBuf,
     range: redb::Range<'static, u64, &'static [u8]>,
+    /// Closed, it could not be read on.
+    _database: Arc<Database>,
 }
 
 impl std::fmt::Debug for Windows {
@@ -119,7 +121,8 @@ impl Reader {
         let bounds = (Bound::Included(from_unix_ns), Bound::Included(to_unix_ns));
         let empty = (Bound::Included(0), Bound::Excluded(0));
         let range = table.range::<u64>(if from_unix_ns > to_unix_ns { empty } else { bounds });
-        Ok(Windows { path: self.path.clone(), range: range.map_err(|error| StoreError::of(&self.path, error))? })
+        let range = range.map_err(|error| StoreError::of(&self.path, error))?;
+        Ok(Windows { path: self.path.clone(), range, _database: Arc::clone(&self.database) })
     }
 
     pub(crate) fn last_window(&self) -> Result<Option<Record>, StoreError> {

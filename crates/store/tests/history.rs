@@ -40,6 +40,8 @@ fn what_was_appended_is_there_again_and_only_what_was_asked_for() {
     assert_eq!(windows(&reader, made[10].end_unix_ns, made[20].end_unix_ns), made[10..=20]);
     assert_eq!(windows(&reader, 10, 5), []);
     drop(reader);
+    let outlives = Reader::open(&path).and_then(|reader| reader.range(0, u64::MAX)).expect("nobody has it open");
+    assert_eq!(outlives.filter_map(Result::ok).count(), 100);
     let left = Reader::open(&path).expect("nobody has it open");
     assert_eq!((left.device(), windows(&left, 0, u64::MAX)), ("disk", made));
 }
