@@ -125,7 +125,11 @@ impl Reader {
         Ok(Windows { path: self.path.clone(), range, _database: Arc::clone(&self.database) })
     }
 
-    pub(crate) fn last_window(&self) -> Result<Option<Record>, StoreError> {
+    /// The last window that is stored, unless it is damaged.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn last_window(&self) -> Result<Option<Record>, StoreError> {
         let table = self.transaction()?.open_table(WINDOWS).map_err(|error| StoreError::of(&self.path, error))?;
         let last = table.last().map_err(|error| StoreError::of(&self.path, error))?;
         Ok(last.and_then(|(_, value)| Record::decode(value.value()).ok()))

@@ -365,15 +365,21 @@ impl Historian {
         let opened = std::fs::create_dir_all(&store.dir)
             .map_err(|source| StoreError::Io { path: store.dir.clone(), source })
             .and_then(|()| History::open(&path, device, store.retention))
-            .and_then(|history| Ok((history.reader()?, history)));
+            .and_then(|history| {
+                let reader = history.reader()?;
+                Ok((reader.last_window()?, reader, history))
+            });
         match opened {
-            Ok((reader, history)) => {
-                let kept = Kept { history, pending: Vec::new(), flushes: 0, appended: false };
-                self.kept.insert(Arc::clone(device), kept);
-                self.waiting.retain(|waiting| waiting != device);
+            Ok((last, reader, history)) => {
+                let last = last.map(|last| last.end_unix_ns);
+                let mut pending = Vec::new();
                 if let Some(device) = self.shared.lock().get_mut(device) {
+                    // What has come while it was waited for.
+                    pending.extend(device.windows.iter().filter(|window| Some(window.end_unix_ns) > last));
                     device.reader = Some(reader);
                 }
+                self.kept.insert(Arc::clone(device), Kept { history, pending, flushes: 0, appended: false });
+                self.waiting.retain(|waiting| waiting != device);
             }
             Err(error @ StoreError::InUse { .. }) => {
                 if !self.waiting.contains(device) {
@@ -407,7 +413,7 @@ impl Historian {
                 self.record(&device, &record);
                 if let Some(kept) = self.kept.get_mut(&device) {
                     kept.pending.push(record);
-                    if kept.pending.len() == PENDING_MAX {
+                    if kept.pending.len() >= PENDING_MAX {
                         self.flush(&device, false, None);
                     }
                 }
