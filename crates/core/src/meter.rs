@@ -27,9 +27,10 @@ pub struct RingMeter {
     pub inexact_ns: u64,
     /// Requests in flight, at the last look.
     pub outstanding: u16,
-    /// When the oldest request in flight was submitted, at the last look, where that is known.
+    /// For how long at least the oldest request in flight has been it, at the last look, where that is known.
     pub oldest: Option<Nanos>,
-    /// Time without a completion while requests were in flight: up to the last look, or the one that the last look saw end.
+    /// Time in which at least nothing was completed while requests were in flight: up to the last look, or the one that the last look saw
+    /// end.
     pub gap: Nanos,
     /// From this latency on every request is in [`RingMeter::long`], as of the last look.
     pub long_floor: Nanos,
@@ -68,10 +69,12 @@ impl RingMeter {
         if observer.knowledge() != Knowledge::Exact {
             self.inexact_ns += elapsed;
         }
+        // What completed may have done so right after the look before; what has not has not until now.
+        let until = if seen.completed > 0 { Nanos(now.0.saturating_sub(observer.look_width().0)) } else { now };
         let waited = self.outstanding > 0 || seen.completed > 0 || outstanding > 0;
-        self.gap = if waited { now.since(progressed) } else { Nanos(0) };
+        self.gap = if waited { until.since(progressed) } else { Nanos(0) };
         self.outstanding = outstanding;
-        self.oldest = observer.oldest();
+        self.oldest = observer.oldest_age();
         self.long_floor = observer.long_floor();
         let [long, woken] = observer.take_latencies();
         long.for_each(|latency| self.long.record(latency.0));

@@ -516,8 +516,8 @@ impl Observer {
         self.times.to = now;
     }
 
-    /// When the request that has been in flight longest was submitted, if that is known.
-    pub fn oldest(&mut self) -> Option<Nanos> {
+    /// For how long at least the request has been in flight that has been it longest, at the last look, if that is known.
+    pub fn oldest_age(&mut self) -> Option<Nanos> {
         if self.outstanding() == 0 || self.knowledge() != Knowledge::Exact {
             self.times.oldest = None;
             return None;
@@ -535,7 +535,15 @@ impl Observer {
             heads.min().map(|(number, head)| (head, number))
         })?;
         self.times.oldest = Some((head, self.submission[usize::from(head)]));
-        Some(self.times.submitted[usize::from(head)])
+        // It was submitted at any time between two looks: what it has been since the later of them is sure.
+        let times = &self.times;
+        Some(times.to.since(times.submitted[usize::from(head)] + Nanos(times.width().0 / 2)))
+    }
+
+    /// Between the last look and the one before.
+    #[must_use]
+    pub fn look_width(&self) -> Nanos {
+        self.times.width()
     }
 
     /// From this latency on, as the last look was, every one is told by [`Observer::take_latencies`].

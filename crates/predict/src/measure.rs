@@ -122,8 +122,9 @@ impl Measure {
         let at = feature as usize;
         match feature.spec().summary {
             Summary::Quantile(kind, millionths) => {
-                let ns = self.latencies[kind as usize].estimate(f64::from(millionths) / 1e6)?;
-                Some(ns / 1e3)
+                let us = self.latencies[kind as usize].estimate(f64::from(millionths) / 1e6)? / 1e3;
+                // A bucket is wider than what is known of the longest.
+                Some(self.value(Feature::LatencyMax).map_or(us, |max| us.min(max)))
             }
             _ if feature == Feature::LatencySamples => Some(self.samples as f64),
             _ if self.below[at] <= 0.0 => None,

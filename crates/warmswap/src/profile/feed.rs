@@ -18,8 +18,8 @@ pub(crate) struct RingFeed {
     metered_ns: AtomicU64,
     inexact_ns: AtomicU64,
     outstanding: AtomicU32,
-    /// 0: none, or not known.
-    oldest_ns: AtomicU64,
+    /// An age and one more; 0: none, or not known.
+    oldest_max_ns: AtomicU64,
     depth_max: AtomicU32,
     gap_max_ns: AtomicU64,
     floor_max_ns: AtomicU64,
@@ -40,7 +40,7 @@ pub(crate) struct RingReading {
     pub(crate) metered_ns: u64,
     pub(crate) inexact_ns: u64,
     pub(crate) outstanding: u32,
-    pub(crate) oldest: Option<Nanos>,
+    pub(crate) oldest_max: Option<Nanos>,
     pub(crate) depth_max: u32,
     pub(crate) gap_max: Nanos,
     pub(crate) floor_max: Nanos,
@@ -61,7 +61,7 @@ impl Default for RingFeed {
             metered_ns: AtomicU64::new(0),
             inexact_ns: AtomicU64::new(0),
             outstanding: AtomicU32::new(0),
-            oldest_ns: AtomicU64::new(0),
+            oldest_max_ns: AtomicU64::new(0),
             depth_max: AtomicU32::new(0),
             gap_max_ns: AtomicU64::new(0),
             floor_max_ns: AtomicU64::new(0),
@@ -86,7 +86,7 @@ impl RingFeed {
         self.metered_ns.store(meter.metered_ns, Ordering::Relaxed);
         self.inexact_ns.store(meter.inexact_ns, Ordering::Relaxed);
         self.outstanding.store(depth, Ordering::Relaxed);
-        self.oldest_ns.store(meter.oldest.map_or(0, |at| at.0), Ordering::Relaxed);
+        self.oldest_max_ns.fetch_max(meter.oldest.map_or(0, |age| age.0 + 1), Ordering::Relaxed);
         self.depth_max.fetch_max(depth, Ordering::Relaxed);
         self.gap_max_ns.fetch_max(meter.gap.0, Ordering::Relaxed);
         self.floor_max_ns.fetch_max(meter.long_floor.0, Ordering::Relaxed);
@@ -120,7 +120,7 @@ impl RingFeed {
             metered_ns: self.metered_ns.load(Ordering::Relaxed),
             inexact_ns: self.inexact_ns.load(Ordering::Relaxed),
             outstanding,
-            oldest: Some(Nanos(self.oldest_ns.load(Ordering::Relaxed))).filter(|at| at.0 > 0),
+            oldest_max: self.oldest_max_ns.swap(0, Ordering::Relaxed).checked_sub(1).map(Nanos),
             depth_max: self.depth_max.swap(outstanding, Ordering::Relaxed).max(outstanding),
             gap_max: Nanos(self.gap_max_ns.swap(0, Ordering::Relaxed)),
             floor_max: Nanos(self.floor_max_ns.swap(0, Ordering::Relaxed)),
@@ -155,7 +155,7 @@ mod tests {
         feed.publish(&meter);
         let reading = feed.take();
         assert_eq!((reading.submitted, reading.completed, reading.depth_max, reading.gap_max), (20, 17, 3, Nanos(500)));
-        assert_eq!((reading.outstanding, reading.oldest, reading.size), (1, Some(Nanos(40)), 256));
+        assert_eq!((reading.outstanding, reading.oldest_max, reading.size), (1, Some(Nanos(40)), 256));
         let again = feed.take();
         assert_eq!((again.depth_max, again.gap_max), (1, Nanos(0)));
         let totals = |latencies: [Histogram; 2]| latencies.map(|it| it.total());

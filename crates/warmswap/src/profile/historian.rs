@@ -15,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use warmswap_core::Entry;
 use warmswap_predict::{Grain, Record};
-use warmswap_store::{FlightRecorder, History, Reader, Recording, Retention, StoreError};
+use warmswap_store::{FLIGHT_BYTES_MAX, FLIGHT_KEEP_NS, FlightRecorder, History, Reader, Recording, Retention, StoreError};
 
 use super::consumer::Consumer;
 use crate::journal::JournalSender;
@@ -24,6 +24,10 @@ use crate::journal::JournalSender;
 const QUEUE_MAX: usize = 1_024;
 /// Windows of many devices end at the same time, each with its last tick.
 const QUEUE_PER_DEVICE: usize = 4;
+/// Bytes of flight recorders of all devices together, as long as each gets what is enough for an idle one and a minute of a busy one.
+const FLIGHT_BYTES_ALL: usize = 16 << 20;
+/// Bytes of one, at most: two minutes of a device of which everything changes at every tick.
+const FLIGHT_BYTES_ONE: usize = 160 << 10;
 /// Windows of a device that are kept in memory.
 const WINDOWS_MAX: usize = 120;
 /// Windows that wait for the disk: well before they go from memory they are there.
@@ -306,6 +310,11 @@ struct Historian {
     journal: JournalSender,
 }
 
+/// Bytes of each of so many flight recorders.
+fn flight_bytes(devices: usize) -> usize {
+    (FLIGHT_BYTES_ALL / devices.max(1)).clamp(FLIGHT_BYTES_MAX, FLIGHT_BYTES_ONE)
+}
+
 /// Starts the historian's thread for these devices. Histories are opened by it: one that cannot be is said to the journal, and the device's
 /// profile is then kept in memory alone. The thread keeps to `cpus`, if any are named.
 pub(crate) fn start(
@@ -316,7 +325,9 @@ pub(crate) fn start(
 ) -> std::io::Result<(Notes, HistoryHandle, HistorianThread)> {
     let (queue, notes) = crossbeam_channel::bounded(QUEUE_MAX.max(QUEUE_PER_DEVICE * devices.len()));
     let (shared, lost) = (Arc::new(Shared::default()), Arc::new(AtomicU64::new(0)));
-    shared.lock().extend(devices.iter().map(|name| (Arc::clone(name), Device::default())));
+    let recorder = FlightRecorder::new(FLIGHT_KEEP_NS, flight_bytes(devices.len()));
+    let device = |name| (Arc::clone(name), Device { recorder: recorder.clone(), ..Device::default() });
+    shared.lock().extend(devices.iter().map(device));
     let historian =
         Historian { shared: Arc::clone(&shared), store, kept: BTreeMap::new(), waiting: Vec::new(), journal };
     let thread = std::thread::Builder::new().name("historian".to_owned()).spawn(move || {

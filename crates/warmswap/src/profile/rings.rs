@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use warmswap_core::{Asked, Nanos, Sampled};
+use warmswap_core::{Asked, Nanos, RingReader, Sampled};
 use warmswap_histogram::{BUCKETS, Histogram, bucket_bounds, bucket_of};
 use warmswap_predict::{Counter, Feature, LatencyKind, Measure, Pages};
 use warmswap_wire::DeviceType;
+use warmswap_wire::ring::crosses_event;
 
 use super::feed::{RingFeed, RingReading};
 
@@ -30,6 +31,8 @@ pub(crate) struct Ring {
     /// Requests completed in it.
     pub(crate) completions: u64,
     pub(crate) outstanding: u32,
+    /// Since when a kick, and an interrupt, was due without effect, and what would show one.
+    overdue: [Option<(Nanos, [u16; 3])>; 2],
 }
 
 impl Ring {
@@ -47,6 +50,26 @@ impl Ring {
             arrivals: 0,
             completions: 0,
             outstanding: 0,
+            overdue: [None; 2],
+        }
+    }
+
+    /// Looks for notifications that were due and have had no effect since the last look. Only event indices tell who wants which.
+    fn look_for_overdue(&mut self, memory: &dyn RingReader, now: Nanos, into: &mut Measure) {
+        let Some(layout) = memory.layout(self.index) else { return };
+        let (used, avail) = (memory.used_idx(self.index), memory.avail_idx(self.index));
+        let (avail_event, used_event) = (memory.avail_event(self.index), memory.used_event(self.index));
+        // Neither side has moved since the other should have been told.
+        let kick_due = avail != used && crosses_event(avail_event, avail, used);
+        let call_due = (1..=layout.size()).contains(&used.wrapping_sub(used_event));
+        let dues = [
+            (Feature::KickOverdue, kick_due, [used, avail_event, 0]),
+            (Feature::CallOverdue, call_due, [used, used_event, avail]),
+        ];
+        for ((feature, due, sign), overdue) in dues.into_iter().zip(&mut self.overdue) {
+            let known = overdue.filter(|(_, then)| due && *then == sign);
+            *overdue = due.then(|| known.unwrap_or((now, sign)));
+            into.note(feature, overdue.map_or(0.0, |(since, _)| now.since(since).as_micros()));
         }
     }
 }
@@ -79,16 +102,16 @@ impl Rings {
         self.rings.iter().all(|ring| ring.outstanding == 0 && ring.feed.looks() == ring.looks)
     }
 
+    /// Looks for notifications without effect, where event indices tell which were due.
+    pub(crate) fn look_for_overdue(&mut self, memory: &dyn RingReader, now: Nanos, into: &mut Measure) {
+        let device = self.device;
+        let rings = self.rings.iter_mut().filter(|ring| device.carries_requests(ring.index));
+        rings.for_each(|ring| ring.look_for_overdue(memory, now, into));
+    }
+
     /// Adds what came since the last tick. `page_tells`: the backend's own page has told latencies, kinds and bytes, which is better than
     /// samples.
-    pub(crate) fn measure(
-        &mut self,
-        span_s: f64,
-        now: Nanos,
-        sampled: &mut Sampled,
-        page_tells: bool,
-        into: &mut Measure,
-    ) {
+    pub(crate) fn measure(&mut self, span_s: f64, sampled: &mut Sampled, page_tells: bool, into: &mut Measure) {
         let (mut completed, mut submitted, mut busy) = (0, 0, 0);
         let mut depth_ns = Some(0);
         for ring in &mut self.rings {
@@ -96,7 +119,7 @@ impl Rings {
             ring.looks = reading.looks;
             ring.outstanding = reading.outstanding;
             let requests = self.device.carries_requests(ring.index);
-            let depth = ring.measure(&reading, requests, now, into);
+            let depth = ring.measure(&reading, requests, into);
             if requests {
                 depth_ns = depth_ns.zip(depth).map(|(sum, depth)| sum + depth);
                 completed += ring.completions;
@@ -200,7 +223,7 @@ impl Rings {
 impl Ring {
     /// The exact part.
     /// Returns the requests in flight times nanoseconds, unless the ring was only just heard of.
-    fn measure(&mut self, reading: &RingReading, requests: bool, now: Nanos, into: &mut Measure) -> Option<u64> {
+    fn measure(&mut self, reading: &RingReading, requests: bool, into: &mut Measure) -> Option<u64> {
         // A ring that was only just heard of has no past: what it had counted before is nobody's.
         self.arrivals = self.submitted.since(reading.submitted).unwrap_or(0);
         self.completions = self.completed.since(reading.completed).unwrap_or(0);
@@ -221,9 +244,8 @@ impl Ring {
             into.note(Feature::RingShare, f64::from(reading.depth_max) / f64::from(reading.size));
         }
         into.note(Feature::Gap, reading.gap_max.as_micros());
-        let age = reading.oldest.map_or(Nanos(0), |oldest| now.since(oldest));
-        if reading.oldest.is_some() || reading.outstanding == 0 {
-            into.note(Feature::OldestAge, age.as_micros());
+        if reading.oldest_max.is_some() || (reading.outstanding == 0 && reading.depth_max == 0) {
+            into.note(Feature::OldestAge, reading.oldest_max.unwrap_or_default().as_micros());
         }
         depth
     }
@@ -267,7 +289,7 @@ impl Latencies {
         }
         into.sampled(LatencyKind::All, &short, of_short);
         into.sampled(LatencyKind::All, &long, of_long);
-        let longest = long.counts.iter().rposition(|count| *count > 0).map_or(0, |at| *bucket_bounds(at).start());
+        let longest = long.counts.iter().rposition(|count| *count > 0).map_or(0, |at| *bucket_bounds(at).end());
         into.note(Feature::LatencyMax, longest.max(self.longest_ns) as f64 / 1e3);
         let kinds = [(LatencyKind::Reads, 1), (LatencyKind::Writes, 2), (LatencyKind::Flushes, 3)];
         for (kind, at) in kinds {
@@ -275,5 +297,108 @@ impl Latencies {
             into.sampled(kind, latencies, u64::try_from(latencies.total()).unwrap_or(0));
         }
         *self = Latencies::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use warmswap_core::RingMeter;
+
+    use super::*;
+
+    /// A disk with one ring, and the meter that the control thread would publish of it.
+    struct Disk {
+        rings: Rings,
+        feed: Arc<RingFeed>,
+        meter: RingMeter,
+    }
+
+    impl Disk {
+        fn new() -> Self {
+            let feed = Arc::new(RingFeed::default());
+            let mut rings = Rings::new(DeviceType::Blk);
+            rings.rings.push(Ring::new(0, Arc::clone(&feed)));
+            let mut disk = Disk { rings, feed, meter: RingMeter::default() };
+            disk.meter.size = 256;
+            // Nothing is known of what was before the first tick.
+            disk.tick(0, &mut Sampled::default());
+            disk
+        }
+
+        /// A tick of 100 ms in which `completed` requests came and went.
+        fn tick(&mut self, completed: u64, sampled: &mut Sampled) -> Measure {
+            self.meter.looks += 1;
+            self.meter.submitted += completed;
+            self.meter.completed += completed;
+            self.feed.publish(&self.meter);
+            let mut measure = Measure::default();
+            self.rings.measure(0.1, sampled, false, &mut measure);
+            measure
+        }
+    }
+
+    fn sampled(ns: u64, count: u64) -> Sampled {
+        let mut sampled = Sampled { requests: count, longest: ns, ..Sampled::default() };
+        sampled.asked[Asked::Read as usize] = count;
+        sampled.bytes = 4096 * count;
+        sampled.latencies.iter_mut().take(2).for_each(|it| it.record_many(ns, count));
+        sampled
+    }
+
+    #[test]
+    fn samples_stand_for_all_that_were_not_long_and_long_ones_for_themselves() {
+        let mut disk = Disk::new();
+        disk.meter.long_floor = Nanos::from_millis(4);
+        disk.meter.long.record_many(20_000_000, 5);
+        let measure = disk.tick(1_000, &mut sampled(100_000, 10));
+        let value = |feature| measure.value(feature).expect("it was measured");
+        assert!((90.0..130.0).contains(&value(Feature::LatencyP50)), "{}", value(Feature::LatencyP50));
+        assert!(value(Feature::LatencyP99) < 130.0, "5 of 1000 are less than 1 %");
+        assert!(value(Feature::LatencyP999) > 16_000.0, "and more than 0.1 %");
+        assert_eq!(
+            (value(Feature::Arrivals), value(Feature::ReadShare), value(Feature::Size)),
+            (10_000.0, 1.0, 4096.0)
+        );
+        assert_eq!(value(Feature::Bytes), 4096.0 * 10_000.0);
+    }
+
+    #[test]
+    fn long_latencies_alone_are_never_taken_for_all() {
+        let mut disk = Disk::new();
+        disk.meter.long_floor = Nanos::from_millis(4);
+        disk.meter.long.record_many(20_000_000, 5);
+        let measure = disk.tick(1_000, &mut Sampled::default());
+        assert_eq!(measure.value(Feature::LatencyP50), None, "nobody knows how long the others took");
+        let measure = disk.tick(0, &mut sampled(100_000, 10));
+        let p999 = measure.value(Feature::LatencyP999).expect("now it is known");
+        assert!(p999 > 16_000.0, "{p999}");
+    }
+
+    #[test]
+    fn what_a_page_tells_is_not_sampled_as_well() {
+        let mut disk = Disk::new();
+        disk.meter.looks += 1;
+        disk.meter.completed += 10;
+        disk.feed.publish(&disk.meter);
+        let mut measure = Measure::default();
+        disk.rings.measure(0.1, &mut sampled(100_000, 10), true, &mut measure);
+        let values =
+            [Feature::LatencyP50, Feature::ReadShare, Feature::Bytes, Feature::Kicks].map(|it| measure.value(it));
+        assert_eq!(values, [None; 4]);
+        assert_eq!(measure.value(Feature::Completions), Some(100.0));
+    }
+
+    #[test]
+    fn a_ring_that_is_only_just_known_has_no_past() {
+        let feed = Arc::new(RingFeed::default());
+        let mut meter = RingMeter::default();
+        (meter.looks, meter.submitted, meter.completed) = (9, 1_000_000, 1_000_000);
+        feed.publish(&meter);
+        let mut rings = Rings::new(DeviceType::Blk);
+        rings.rings.push(Ring::new(0, feed));
+        let mut measure = Measure::default();
+        rings.measure(0.1, &mut Sampled::default(), false, &mut measure);
+        assert_eq!(measure.value(Feature::Arrivals), Some(0.0));
+        assert_eq!(measure.value(Feature::Depth), None);
     }
 }

@@ -374,11 +374,13 @@ impl Component {
         let deep = self.age % DEEP_TICKS < self.ticks;
         let effort = if deep { Effort::Deep } else { Effort::Full };
         let page_tells = self.served.as_mut().is_some_and(|served| served.measure(span_s, effort, &mut self.measure));
-        if self.view.as_ref().is_some_and(|view| !view.is_whole()) {
+        match &self.view {
             // Guest memory has vanished: what was sampled there may be made of nothing.
-            self.sampled = Sampled::default();
+            Some(view) if !view.is_whole() => self.sampled = Sampled::default(),
+            Some(view) if self.event_idx => self.rings.look_for_overdue(view, now, &mut self.measure),
+            _ => {}
         }
-        self.rings.measure(span_s, now, &mut self.sampled, page_tells, &mut self.measure);
+        self.rings.measure(span_s, &mut self.sampled, page_tells, &mut self.measure);
         pressure.add(&mut self.measure);
         self.add_own(late, notes);
         let span_us = u32::try_from(span.0 / 1_000).unwrap_or(u32::MAX);
