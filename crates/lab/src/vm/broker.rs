@@ -177,6 +177,11 @@ impl Broker {
         Status::read(&self.ask(&["status", NAME, "--json"])?)
     }
 
+    /// What somebody sees who watches the disk with `warmswap top`, as one frame.
+    pub(crate) fn picture(&self) -> anyhow::Result<String> {
+        self.ask(&["top", NAME, "--once"])
+    }
+
     /// Starts a planned failover; its end shows in the status.
     pub(crate) fn fail_over(&self) -> anyhow::Result<Failover> {
         let text = self.ask(&["failover", NAME, "--reason", "lab vm", "--json"])?;
@@ -204,6 +209,8 @@ impl Broker {
     fn ask(&self, words: &[&str]) -> anyhow::Result<String> {
         let mut command = warmswap(words[0]);
         command.args(&words[1..]).arg("--control").arg(&self.control);
+        // The size of what is drawn.
+        command.env("COLUMNS", "110").env("LINES", "46");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut asking = Process::start("the question to the broker", &mut command)?;
         let status = asking.wait(ANSWER_MAX).with_context(|| format!("the broker does not answer {}", words[0]))?;

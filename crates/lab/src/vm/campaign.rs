@@ -245,6 +245,9 @@ impl Campaign<'_> {
     fn inject(&mut self, number: usize, step: Step) -> anyhow::Result<()> {
         self.await_status("a new shadow", REPROTECT_MAX, |status| status.ready)?;
         self.listen_for(step.gap)?;
+        if number == 1 {
+            self.show_picture()?;
+        }
         let at = Instant::now();
         let failover = match &mut self.disk {
             Disk::Bare(bare) => {
@@ -390,6 +393,16 @@ impl Campaign<'_> {
         let Some(tick) = self.watch.account.ticks.last().filter(|_| self.settings.live) else { return };
         let bar = "#".repeat(usize::try_from(tick.iops / 200).unwrap_or(0).min(40));
         self.say(&format!("{:>6} IOPS  worst {:>9.1} ms  {bar}", tick.iops, to_ms(tick.worst_us)));
+    }
+
+    /// What the broker makes of the same seconds, from outside, beside what the guest has just counted.
+    fn show_picture(&self) -> anyhow::Result<()> {
+        let (Disk::Guarded(broker), Some(tick)) = (&self.disk, self.watch.account.ticks.last()) else { return Ok(()) };
+        if self.settings.live {
+            self.say(&format!("the guest counts {} requests per second; this is `warmswap top`:", tick.iops));
+            eprintln!("\n{}", broker.picture()?);
+        }
+        Ok(())
     }
 
     fn say(&self, what: &str) {

@@ -15,7 +15,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use warmswap_core::Entry;
 use warmswap_predict::{Grain, Record};
-use warmswap_store::{FLIGHT_BYTES_MAX, FLIGHT_KEEP_NS, FlightRecorder, History, Reader, Recording, Retention, StoreError};
+use warmswap_store::{
+    FLIGHT_BYTES_MAX, FLIGHT_KEEP_NS, FlightRecorder, History, Reader, Recording, Retention, StoreError,
+};
 
 use super::consumer::Consumer;
 use crate::journal::JournalSender;

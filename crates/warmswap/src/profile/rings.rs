@@ -284,8 +284,15 @@ impl Latencies {
         short.counts[first..].fill(0);
         let of_long = u64::try_from(long.total()).unwrap_or(u64::MAX);
         let of_short = self.completed.saturating_sub(of_long);
-        if self.completed == 0 || (of_short > 0 && short.total() == 0) {
+        if self.completed == 0 {
             return;
+        }
+        if of_short > 0 && short.total() == 0 {
+            if of_short * 2 >= self.completed {
+                return;
+            }
+            // The median and what is above it lie among the long ones, wherever below the floor these few are.
+            short.record_many(self.floor.0, of_short);
         }
         into.sampled(LatencyKind::All, &short, of_short);
         into.sampled(LatencyKind::All, &long, of_long);
@@ -372,6 +379,16 @@ mod tests {
         let measure = disk.tick(0, &mut sampled(100_000, 10));
         let p999 = measure.value(Feature::LatencyP999).expect("now it is known");
         assert!(p999 > 16_000.0, "{p999}");
+    }
+
+    #[test]
+    fn few_short_ones_that_nobody_sampled_do_not_hide_the_many_long_ones() {
+        let mut disk = Disk::new();
+        disk.meter.long_floor = Nanos::from_millis(4);
+        disk.meter.long.record_many(20_000_000, 900);
+        let measure = disk.tick(1_000, &mut Sampled::default());
+        let median = measure.value(Feature::LatencyP50).expect("nine in ten are long");
+        assert!((16_000.0..21_000.0).contains(&median), "{median}");
     }
 
     #[test]
