@@ -1,12 +1,14 @@
 //! `cargo xtask test`: everything a change must pass.
 
 use std::io::{BufRead as _, BufReader, Read};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Instant;
 
 use anyhow::Context as _;
 
+use super::parts::Part;
 use super::{setup, shell};
 
 /// Short runs of the instruments, with real processes: the words after `lab`.
@@ -31,22 +33,18 @@ struct Tally {
 /// Runs every check; goes on after a failure. Returns whether all passed.
 pub(crate) fn run() -> anyhow::Result<bool> {
     setup::run(false)?;
+    let rng = other_backend();
     let mut tally = Tally::default();
     tally.step(&mut shell::cargo(&["fmt", "--all", "--check"]))?;
     tally.step(&mut shell::cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
     // What is shipped is built without the laboratory's switches.
     tally.step(&mut shell::cargo(&["clippy", "--package", "warmswap", "--quiet", "--", "-D", "warnings"]))?;
     if shell::output(&mut shell::cargo(&["nextest", "--version"])).is_some() {
-        tally.tests(&mut shell::cargo(&[
-            "nextest",
-            "run",
-            "--workspace",
-            "--no-fail-fast",
-            "--status-level",
-            "fail",
-        ]))?;
+        let words = ["nextest", "run", "--workspace", "--no-fail-fast", "--status-level", "fail"];
+        tally.tests(shell::cargo(&words).envs(rng))?;
     } else {
-        tally.tests(&mut shell::cargo(&["test", "--workspace", "--bins", "--lib", "--tests", "--no-fail-fast"]))?;
+        let words = ["test", "--workspace", "--bins", "--lib", "--tests", "--no-fail-fast"];
+        tally.tests(shell::cargo(&words).envs(rng))?;
     }
     tally.tests(&mut shell::cargo(&["test", "--workspace", "--doc", "--quiet"]))?;
     for words in INSTRUMENTS {
@@ -54,6 +52,20 @@ pub(crate) fn run() -> anyhow::Result<bool> {
         tally.step(command.args(words))?;
     }
     Ok(tally.conclude())
+}
+
+/// Tells the tests where a backend is that others have written, building it if need be. Where it cannot be had they say that they are
+/// skipped.
+fn other_backend() -> Option<(&'static str, PathBuf)> {
+    let part = Part::Rng;
+    if !part.present() {
+        println!("test: building {}, once", part.name());
+        if let Err(error) = part.make() {
+            println!("test: there is no {}, and what needs it is skipped: {error:#}", part.name());
+            return None;
+        }
+    }
+    Some(("WARMSWAP_RNG_BACKEND", part.directory().join("bin").join(part.name())))
 }
 
 impl Tally {

@@ -283,13 +283,19 @@ impl Vmm {
     }
 
     pub(crate) fn start(&mut self, disk: &Disk) -> Result<(), Ended> {
+        // Flush.
+        self.start_with(disk, 1 << 9)
+    }
+
+    /// The same for a device that offers these features of its own.
+    pub(crate) fn start_with(&mut self, disk: &Disk, own: u64) -> Result<(), Ended> {
         let Reply::U64(features) = self.ask(&Request::GetFeatures, &[])? else { panic!("features") };
         let Reply::U64(protocol) = self.ask(&Request::GetProtocolFeatures, &[])? else { panic!("protocol features") };
         let state = |value| VringState { index: 0, value };
         let ring = |slot| VringFd { index: 0, fd: Some(FdSlot(slot)) };
-        // Protocol features, version 1, flush.
-        let wanted = 1 << 30 | 1 << 32 | 1 << 9;
-        assert_eq!(features & wanted, wanted, "a block device offers them");
+        // Protocol features, version 1.
+        let wanted = 1 << 30 | 1 << 32 | own;
+        assert_eq!(features & wanted, wanted, "such a device offers them");
         let fds = [disk.memory.as_fd(), disk.kick.as_fd(), disk.call.as_fd()];
         for request in [
             Request::SetProtocolFeatures(protocol),

@@ -1,0 +1,98 @@
+//! A device that is no disk, served by a backend that others have written (rust-vmm's `vhost-device-rng`): its profile is measured as that
+//! of any other, without a line of code for it.
+//!
+//! `cargo xtask test` says where the backend is; without that there is nothing to test.
+
+mod support;
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use support::{AVAILABLE, Broker, DESCRIPTORS, Disk, RING_SIZE, Scratch, USED, Vmm, wait_for};
+use warmswap_wire::ring::{DESC_F_WRITE, Descriptor, Layout};
+
+/// The variable that names the backend's program.
+const PROGRAM: &str = "WARMSWAP_RNG_BACKEND";
+/// Bytes that are asked for at a time.
+const BYTES: u32 = 256;
+/// Buffers, each in a page of its own.
+const PAGES: u16 = 16;
+const BUFFERS: u64 = 0x1_0000;
+
+/// A process of the test's own. Killed on drop.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _gone = self.0.kill();
+        let _reaped = self.0.wait();
+    }
+}
+
+fn unix_ms() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_secs_f64() * 1e3
+}
+
+/// Asks for random bytes again and again, and notes when each came.
+fn load(device: &Disk, seconds: f64) -> Vec<f64> {
+    let layout = Layout::new(RING_SIZE).expect("a power of two");
+    let began = Instant::now();
+    let (mut next, mut came) = (0_u16, Vec::new());
+    while began.elapsed().as_secs_f64() < seconds {
+        let head = next % PAGES;
+        let addr = BUFFERS + u64::from(head) * 4096;
+        let descriptor = Descriptor { addr, len: BYTES, flags: DESC_F_WRITE, next: 0 };
+        device.put(DESCRIPTORS + 16 * u64::from(head), &descriptor.to_le_bytes());
+        device.put(AVAILABLE + layout.available_slot(layout.slot(next)), &head.to_le_bytes());
+        next = next.wrapping_add(1);
+        device.put(AVAILABLE + 2, &next.to_le_bytes());
+        device.kick();
+        wait_for("random bytes", || u16::from_le_bytes(device.get(USED + 2)) == next);
+        came.push(unix_ms());
+    }
+    assert_ne!(device.get::<16>(BUFFERS), [0; 16], "they are random");
+    came
+}
+
+#[test]
+fn a_device_that_is_no_disk_has_a_profile() {
+    let Some(program) = std::env::var_os(PROGRAM) else {
+        eprintln!("skipped: {PROGRAM} does not say where vhost-device-rng is");
+        return;
+    };
+    let scratch = Scratch::new("rng");
+    let socket = scratch.path("rng.sock");
+    let mut backend = Command::new(program);
+    backend.arg("--socket-path").arg(&socket).stdin(Stdio::null());
+    let _backend = Running(backend.spawn().expect("it starts"));
+    // It serves several sockets, and numbers them.
+    let first = scratch.path("rng.sock0");
+    wait_for("the backend's socket", || first.exists());
+    let options = ["--type", "rng", "--primary-socket", first.to_str().expect("plain text")];
+    let broker = Broker::start(&scratch, &options, &[]);
+    let mut vmm = Vmm::connect(&broker.socket);
+    let device = Disk::new();
+    vmm.start_with(&device, 0).expect("a VMM that keeps the rules is served");
+    let came = load(&device, 4.0);
+    std::thread::sleep(Duration::from_millis(100));
+    let shown = broker.ask(&["show", "disk", "--json"]);
+    let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).expect("JSON");
+    let window = &shown["profile"]["window"];
+    let value = |name: &str| window["values"][name].as_f64().unwrap_or_else(|| panic!("{name} is missing: {window}"));
+    let (end, span) = (window["end_unix_ms"].as_f64().expect("a time"), window["span_ms"].as_f64().expect("a time"));
+    let truth = came.iter().filter(|at| (end - span..end).contains(*at)).count() as f64 / span * 1e3;
+    assert!(truth > 100.0, "the window lies in the load: {truth} per second, {window}");
+    let told = value("completions_per_s");
+    assert!((told / truth - 1.0).abs() < 0.1, "{told} per second, {truth} in truth");
+    // The backend writes into every buffer, and nothing else.
+    assert_eq!(
+        (value("read_share"), value("device_write_share"), value("size_mean_bytes")),
+        (1.0, 1.0, f64::from(BYTES))
+    );
+    let pages = value("working_set_pages");
+    assert!((10.0..=20.0).contains(&pages), "{pages} pages, {PAGES} in truth");
+    for name in ["latency_mean_us", "latency_p50_us", "kick_due_share", "cpu_cores", "rss_bytes", "descriptors"] {
+        assert!(value(name) > 0.0, "{name}");
+    }
+    assert!(window["values"]["error_share"].is_null(), "such requests have no status");
+}
