@@ -342,7 +342,8 @@ impl Component {
         self.served = subject.map(|subject| {
             let subject = Arc::new(subject);
             Served {
-                process: Process::new(Arc::clone(&subject), true),
+                // Marking pages as unused makes the backend fault: it is not for us to slow it.
+                process: Process::new(Arc::clone(&subject), false),
                 group: Group::new(Arc::clone(&subject)),
                 store: Store::new(Arc::clone(&subject)),
                 page: Page::new(subject),
