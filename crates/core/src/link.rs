@@ -122,7 +122,9 @@ pub(crate) struct Link {
     pub(crate) warming_at: Nanos,
     pub(crate) heard_at: Nanos,
     pub(crate) pinged_at: Option<Nanos>,
-    /// How long it took to give its last sign of life that was asked for.
+    /// When the first sign of life was asked for that has not come.
+    asked_at: Option<Nanos>,
+    /// How long it took to give the last one that came.
     pub(crate) round_trip: Option<Nanos>,
     /// It has been given a ring once: it may have touched guest memory.
     pub(crate) touched: bool,
@@ -178,6 +180,7 @@ impl Link {
             warming_at: now,
             heard_at: now,
             pinged_at: None,
+            asked_at: None,
             round_trip: None,
             touched: false,
             region: Region::None,
@@ -355,7 +358,8 @@ impl Link {
         let reply = if barrier { Reply::U64(0) } else { reply };
         match pending.purpose {
             Purpose::Ping => {
-                self.round_trip = self.pinged_at.take().map(|at| now.since(at));
+                self.pinged_at = None;
+                self.round_trip = self.asked_at.take().map(|at| now.since(at)).or(self.round_trip);
                 Ok(Answered::Nothing)
             }
             Purpose::Nobody => Ok(Answered::Nothing),
@@ -453,6 +457,7 @@ impl Link {
     pub(crate) fn ping(&mut self, now: Nanos, out: &mut Actions) {
         if self.pinged_at.is_none() {
             self.pinged_at = Some(now);
+            self.asked_at.get_or_insert(now);
             self.ask(&Request::GetFeatures, Purpose::Ping, out);
         }
     }

@@ -8,10 +8,13 @@ use warmswap_histogram::Histogram;
 use crate::observer::{Knowledge, Observation, Observer};
 use crate::time::Nanos;
 
+/// A ring that had nothing in flight for longer than this was at rest: what is in flight now has only just come.
+const REST: Nanos = Nanos::from_millis(20);
+
 /// Counters of one ring since its pair was made; and, where said, how it was at the last look.
 #[derive(Clone, Debug, Default)]
 pub struct RingMeter {
-    /// Looks: it changes when anything here does.
+    /// Looks, starts and stops: it changes when anything here does.
     pub looks: u64,
     /// Entries of the ring, at the last look.
     pub size: u16,
@@ -32,7 +35,7 @@ pub struct RingMeter {
     /// Time in which at least nothing was completed while requests were in flight: up to the last look, or the one that the last look saw
     /// end.
     pub gap: Nanos,
-    /// From this latency on every request is in [`RingMeter::long`], as of the last look.
+    /// From this latency on every request that the last look saw completed is in [`RingMeter::long`]. Zero if it saw none.
     pub long_floor: Nanos,
     /// Latencies of all requests that took at least [`RingMeter::long_floor`].
     pub long: Histogram,
@@ -44,13 +47,22 @@ pub struct RingMeter {
 impl RingMeter {
     /// The ring is started: nothing is reckoned for the time before.
     pub(crate) fn start(&mut self, now: Nanos) {
+        self.stop();
         self.metered_at = now;
-        self.outstanding = 0;
-        self.oldest = None;
+    }
+
+    /// The ring is stopped: whatever it owes is nobody's now.
+    pub(crate) fn stop(&mut self) {
+        self.looks += 1;
+        (self.outstanding, self.oldest, self.gap, self.long_floor) = (0, None, Nanos(0), Nanos(0));
     }
 
     /// A kick has woken the ring: until now nothing was in flight.
     pub(crate) fn woken(&mut self, now: Nanos) {
+        if self.outstanding > 0 {
+            // Somebody has looked before the kick was seen.
+            return;
+        }
         self.metered_ns += now.since(self.metered_at).0;
         self.metered_at = now;
     }
@@ -64,18 +76,19 @@ impl RingMeter {
         self.size = observer.layout().size();
         self.submitted += u64::from(seen.submitted);
         self.completed += u64::from(seen.completed);
-        self.depth_ns += (u64::from(self.outstanding) + u64::from(outstanding)) * elapsed / 2;
+        if self.outstanding > 0 || elapsed <= REST.0 {
+            self.depth_ns += (u64::from(self.outstanding) + u64::from(outstanding)) * elapsed / 2;
+        }
         self.metered_ns += elapsed;
         if observer.knowledge() != Knowledge::Exact {
             self.inexact_ns += elapsed;
         }
         // What completed may have done so right after the look before; what has not has not until now.
         let until = if seen.completed > 0 { Nanos(now.0.saturating_sub(observer.look_width().0)) } else { now };
-        let waited = self.outstanding > 0 || seen.completed > 0 || outstanding > 0;
-        self.gap = if waited { until.since(progressed) } else { Nanos(0) };
+        self.gap = if self.outstanding > 0 { until.since(progressed) } else { Nanos(0) };
         self.outstanding = outstanding;
         self.oldest = observer.oldest_age();
-        self.long_floor = observer.long_floor();
+        self.long_floor = if seen.completed > 0 { observer.long_floor() } else { Nanos(0) };
         let [long, woken] = observer.take_latencies();
         long.for_each(|latency| self.long.record(latency.0));
         woken.for_each(|latency| self.woken.record(latency.0));
@@ -123,5 +136,31 @@ mod tests {
         meter.start(Nanos(0));
         meter.woken(Nanos(1_000));
         assert_eq!((meter.metered_ns, meter.depth_ns), (1_000, 0));
+    }
+
+    #[test]
+    fn rest_is_no_gap_and_no_depth_and_a_stopped_ring_owes_nothing() {
+        let ring = PlainRing::new(8, 0);
+        let mut memory = PlainMemory { rings: HashMap::from([(0, ring)]), ..PlainMemory::default() };
+        let mut observer = Observer::new(Layout::new(8).expect("a power of two"), 0, Nanos(0));
+        let mut meter = RingMeter::default();
+        meter.start(Nanos(0));
+        observer.observe(Nanos(1), 0, &mut memory);
+        observer.remember(0, &memory);
+        // A look after half a minute of rest, just as a request has come.
+        let now = Nanos::from_millis(30_000);
+        memory.ring(0).submit(3);
+        let seen = observer.observe(now, 0, &mut memory);
+        meter.look(&mut observer, &seen, Nanos(1), now);
+        assert_eq!((meter.gap, meter.depth_ns, meter.outstanding), (Nanos(0), 0, 1));
+        // It has been waited for since then.
+        let later = now + Nanos::from_millis(40);
+        let seen = observer.observe(later, 0, &mut memory);
+        meter.look(&mut observer, &seen, now, later);
+        assert_eq!((meter.gap, meter.depth_ns), (Nanos::from_millis(40), 40_000_000));
+        assert_eq!(meter.oldest, Some(Nanos::from_millis(40)));
+        let looks = meter.looks;
+        meter.stop();
+        assert!(meter.looks > looks && meter.outstanding == 0 && meter.oldest.is_none());
     }
 }

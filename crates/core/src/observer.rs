@@ -177,7 +177,9 @@ pub struct Observer {
 struct Times {
     /// Middle of the time in which the request in flight was submitted, per head.
     submitted: Vec<Nanos>,
-    /// That time is known as well as a kick tells it.
+    /// The look in which it was seen first: it was submitted before.
+    seen: Vec<Nanos>,
+    /// Its time is known as well as a kick tells it.
     precise: Vec<bool>,
     /// Everything new in this look happened between these two.
     from: Nanos,
@@ -236,6 +238,7 @@ impl Observer {
             rest: None,
             times: Times {
                 submitted: vec![now; usize::from(layout.size())],
+                seen: vec![now; usize::from(layout.size())],
                 precise: vec![false; usize::from(layout.size())],
                 from: now,
                 to: now,
@@ -467,6 +470,7 @@ impl Observer {
         // A head may come up several times: it was completed in between, which the used ring is about to tell.
         if self.balance[at] <= 0 {
             self.times.submitted[at] = self.times.middle();
+            self.times.seen[at] = self.times.to;
             self.times.precise[at] = self.times.width() <= PRECISE_MAX;
         }
         self.shift(at, 1);
@@ -501,8 +505,13 @@ impl Observer {
         let (submitted, completed) = (times.submitted[at], times.middle());
         // Its head may be in flight again, since this look.
         times.submitted[at] = completed;
+        times.seen[at] = times.to;
         let precise = std::mem::replace(&mut times.precise[at], false);
         let latency = completed.since(submitted);
+        if times.width() == Nanos(0) {
+            // The look that a kick brought: what has come and gone since the kick took some time, and nobody knows which.
+            return;
+        }
         if latency >= times.long_floor() {
             times.long.push(latency);
         }
@@ -535,9 +544,7 @@ impl Observer {
             heads.min().map(|(number, head)| (head, number))
         })?;
         self.times.oldest = Some((head, self.submission[usize::from(head)]));
-        // It was submitted at any time between two looks: what it has been since the later of them is sure.
-        let times = &self.times;
-        Some(times.to.since(times.submitted[usize::from(head)] + Nanos(times.width().0 / 2)))
+        Some(self.times.to.since(self.times.seen[usize::from(head)]))
     }
 
     /// Between the last look and the one before.
@@ -553,7 +560,7 @@ impl Observer {
     }
 
     /// Latencies that ended since they were taken last: those that were long against the time between looks, and those of requests that
-    /// woke the ring. The latter are told within half of what they are.
+    /// woke the ring. The latter are told within half of what they are, as long as the next look comes no later.
     pub fn take_latencies(&mut self) -> [std::vec::Drain<'_, Nanos>; 2] {
         [self.times.long.drain(..), self.times.woken.drain(..)]
     }

@@ -27,6 +27,8 @@ use crate::time::Nanos;
 pub const FOLLOWED_MAX: usize = 32;
 /// A submission between two looks that are farther apart than this is not sampled.
 const PRECISE_MAX: Nanos = Nanos::from_micros(8);
+/// After the time in which it takes requests it looks without a pause for this long at most.
+const SPIN_MAX: Nanos = Nanos::from_micros(100);
 /// Descriptors of a chain that are read at most.
 const CHAIN_MAX: usize = 130;
 /// Longest distance of two looks while requests are followed.
@@ -244,13 +246,20 @@ impl Probe {
         }
         let pause = now.since(self.looked_at);
         let middle = Nanos(self.looked_at.0 + pause.0 / 2);
-        self.notice_kick(memory, avail, used, middle, now, sampled);
-        self.complete(memory, went, middle, pause, sampled);
+        let precise = pause <= PRECISE_MAX;
         let collecting = now < self.collect_until;
-        if came > 0 && collecting && pause <= PRECISE_MAX {
+        if precise {
+            self.notice_kick(memory, avail, used, middle, now, sampled);
+        }
+        self.complete(memory, went, middle, pause, sampled);
+        if came > 0 && collecting && precise {
             self.take(memory, came, middle, trail, sampled);
         }
-        self.notice_call(memory, avail, used, middle, now, sampled);
+        if precise {
+            self.notice_call(memory, avail, used, middle, now, sampled);
+        } else {
+            self.skip(memory);
+        }
         (self.avail, self.used, self.looked_at) = (avail, used, now);
         self.next(now, collecting)
     }
@@ -259,14 +268,14 @@ impl Probe {
         if collecting {
             return Next::Now;
         }
-        let waits = self.followed.iter().flatten().map(|it| it.submitted).chain(self.called.map(|it| it.0));
-        let Some(since) = waits.max() else { return Next::Done };
+        let Some(since) = self.followed.iter().flatten().map(|it| it.submitted).max() else { return Next::Done };
         if now.since(self.began) > FOLLOW_MAX {
             return Next::Done;
         }
         // The youngest decides: every latency is told within an eighth.
         let distance = Nanos(now.since(since).0 / 8).min(LOOK_MAX);
-        if distance < PRECISE_MAX { Next::Now } else { Next::At(now + distance) }
+        let spins = now < self.collect_until + SPIN_MAX;
+        if spins && distance < PRECISE_MAX { Next::Now } else { Next::At(now + distance.max(PRECISE_MAX)) }
     }
 
     /// New requests.
@@ -315,6 +324,15 @@ impl Probe {
                 sampled.errors += u64::from(status[0] != 0);
             }
         }
+    }
+
+    /// Remembers where both sides stand. What happened in a pause happened in an order that nobody knows.
+    fn skip(&mut self, memory: &dyn RingReader) {
+        (self.kicked, self.called) = (None, None);
+        self.avail_event = memory.avail_event(self.ring);
+        self.used_event = memory.used_event(self.ring);
+        self.avail_flags = memory.avail_flags(self.ring);
+        self.used_flags = memory.used_flags(self.ring);
     }
 
     fn notice_kick(
@@ -456,10 +474,14 @@ impl Probe {
             }
             trail.end = at.checked_add(request.bytes);
         }
+        // A request of any length is bounded in what it costs.
+        let mut room = PAGES_PER_REQUEST;
         for &(addr, len) in data.iter().filter(|(_, len)| *len > 0) {
             let (first, last) = (addr / PAGE, addr.saturating_add(u64::from(len) - 1) / PAGE);
-            // A buffer of any length is bounded in what it costs.
-            (first..=last).take(PAGES_PER_BUFFER).for_each(|page| sampled.pages.touch(page));
+            for page in (first..=last).take(room) {
+                sampled.pages.touch(page);
+                room -= 1;
+            }
             if let Some(page) = trail.page.replace(last) {
                 sampled.neighbours += 1;
                 sampled.local += u64::from(first == page || first == page + 1);
@@ -472,8 +494,8 @@ impl Probe {
 const HEADER_BYTES: u64 = 16;
 /// Bytes of a page of guest memory, as it is counted here.
 const PAGE: u64 = 4096;
-/// Pages of one buffer that are counted at most.
-const PAGES_PER_BUFFER: usize = 256;
+/// Pages of one request that are counted at most.
+const PAGES_PER_REQUEST: usize = 256;
 
 /// Walks a chain of descriptors, into an indirect table if there is one.
 struct Chain<'a> {

@@ -21,6 +21,8 @@ const RATE_WINDOW: Nanos = Nanos::from_micros(500);
 const RING_PART: f64 = 2.0;
 /// Shortest time between two looks while knowledge is on its way back.
 const RESYNC_MIN: Nanos = Nanos::from_micros(20);
+/// The first look after a kick comes after this part of the shortest time between two.
+const WOKEN_PART: u64 = 4;
 /// A hang is left alone for so many times the time it was found in, while it is not known what is owed.
 const PUT_OFF: u64 = 8;
 
@@ -136,7 +138,7 @@ impl Pair {
             ring.idle_since = None;
             if let (Some(woken), true) = (ring.woken_at, seen.outstanding > 0) {
                 // How long what woke it takes is told within a factor of two.
-                period = period.min(now.since(woken).max(limits.observe_min));
+                period = period.min(now.since(woken).max(Nanos(limits.observe_min.0 / WOKEN_PART)));
             } else {
                 ring.woken_at = None;
             }

@@ -338,6 +338,7 @@ impl Pair {
         let state = self.ring_state(index);
         state.abandoned = if unproved || old.halted { old.observer } else { old.abandoned };
         state.meter = old.meter;
+        state.meter.stop();
         self.session.ring_mut(index).started = false;
     }
 }
