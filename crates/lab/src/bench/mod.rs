@@ -19,6 +19,7 @@ mod cold;
 mod driver;
 mod guarded;
 mod load;
+mod many;
 mod observer;
 mod overhead;
 mod profile;
