@@ -40,6 +40,10 @@ fn main() -> std::process::ExitCode {
     if std::env::args_os().nth(1).is_some_and(|verb| verb == "warmswap") {
         return warmswap::cli::main(std::env::args_os().skip(1));
     }
+    // Many devices in one process: a file with the options of `guard` for each, a JSON array of words per line.
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == "guard") {
+        return common::together::main(std::env::args_os().nth(2));
+    }
     // And so is the backend: `lab blk …` is `warmswap blk …`.
     if std::env::args_os().nth(1).is_some_and(|verb| verb == "blk") {
         return warmswap::cli::main(std::env::args_os());

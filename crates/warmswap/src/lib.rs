@@ -20,3 +20,6 @@ mod process;
 mod profile;
 mod shm;
 mod storage;
+
+#[cfg(feature = "lab")]
+pub use cli::guard_together;

@@ -1,6 +1,7 @@
 //! A broker process and its control socket.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
@@ -10,6 +11,8 @@ use crate::common::lines::Lines;
 
 /// Name of the guarded device.
 const NAME: &str = "bench";
+/// How long its answer may take.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// Lines of its log in an error.
 const LOG_LINES: usize = 30;
 
@@ -61,6 +64,21 @@ impl Broker {
         let mut answer: Value = serde_json::from_str(&line).context("the broker's status")?;
         ensure!(answer["devices"][0].is_object(), "the broker has no device: {line}");
         Ok(Some(answer["devices"][0].take()))
+    }
+
+    /// What it has measured of the device: windows and the last tick.
+    pub(super) fn profile(&mut self) -> anyhow::Result<Value> {
+        self.status.send(&json!({"verb": "profile"}))?;
+        let deadline = Instant::now() + ANSWER_MAX;
+        loop {
+            if let Some(line) = self.status.next()? {
+                let answer: Value = serde_json::from_str(&line).context("the broker's profile")?;
+                ensure!(answer["windows"].is_array(), "the broker tells no profile: {line}");
+                return Ok(answer);
+            }
+            ensure!(Instant::now() < deadline, "the broker does not answer\n{}", self.last_words());
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// The end of its log, for the report of a failure.

@@ -6,7 +6,7 @@ use anyhow::{Context, bail, ensure};
 
 use super::load::{Load, Stream};
 use crate::common::rng::Rng;
-use crate::guest::{Acks, Completion, Guest, GuestMemory, Options, QueueShape, Slot, Status, Window, now_ns};
+use crate::guest::{Acks, BLOCK, Completion, Guest, GuestMemory, Options, QueueShape, Slot, Status, Window, now_ns};
 
 /// Data buffers per guest. They lie all over its memory and every request takes another one, as a page cache does.
 const BUFFERS_MAX: u64 = 4096;
@@ -44,6 +44,32 @@ impl Shape {
     }
 }
 
+/// An open loop: when requests are due, whatever has become of those before them.
+#[derive(Debug)]
+struct Pace {
+    /// Mean time between two.
+    interval_ns: f64,
+    next_ns: f64,
+    rng: Rng,
+}
+
+impl Pace {
+    fn new(rate: f64, rng: Rng, now: u64) -> Self {
+        Pace { interval_ns: 1e9 / rate, next_ns: now as f64, rng }
+    }
+
+    /// How many have become due, at most `most`. Times between them are anything up to twice the mean: a fixed beat might go along with
+    /// that of whoever looks on.
+    fn due(&mut self, now: u64, most: usize) -> usize {
+        let mut due = 0;
+        while due < most && self.next_ns <= now as f64 {
+            due += 1;
+            self.next_ns += self.interval_ns * 2.0 * self.rng.below(1 << 20) as f64 / f64::from(1 << 20);
+        }
+        due
+    }
+}
+
 /// A guest under load.
 #[derive(Debug)]
 pub(super) struct Driver {
@@ -53,8 +79,14 @@ pub(super) struct Driver {
     pub(super) busy: bool,
     /// Completions of requests that were not outstanding: done twice, where that is what is looked for.
     pub(super) duplicated: u64,
+    /// Kicks sent.
+    pub(super) kicks: u64,
+    /// Requests are sent at their times, not when others complete.
+    pace: Option<Pace>,
     /// Broken rings are counted, not fatal: there is no broker.
     tolerant: bool,
+    /// Requests may fail.
+    failing: bool,
     stream: Stream,
     buffers: Vec<Window>,
     idle: Vec<Vec<Slot>>,
@@ -88,7 +120,18 @@ impl Driver {
     fn on(guest: Guest, buffers: Vec<Window>, shape: &Shape, rng: Rng) -> anyhow::Result<Self> {
         let stream = Stream::new(shape.load, shape.queues, rng);
         let idle = vec![(0..shape.depth).collect(); shape.queues.into()];
-        let mut driver = Driver { guest, busy: false, duplicated: 0, tolerant: false, stream, buffers, idle };
+        let mut driver = Driver {
+            guest,
+            busy: false,
+            duplicated: 0,
+            kicks: 0,
+            pace: None,
+            tolerant: false,
+            failing: false,
+            stream,
+            buffers,
+            idle,
+        };
         driver.guest.connect()?;
         driver.start()?;
         Ok(driver)
@@ -97,6 +140,16 @@ impl Driver {
     /// Counts what breaks the rules instead of failing.
     pub(super) fn tolerate(&mut self) {
         self.tolerant = true;
+    }
+
+    /// Requests may fail, and are counted as any other.
+    pub(super) fn may_fail(&mut self) {
+        self.failing = true;
+    }
+
+    /// From now on `rate` requests per second are sent, on all queues in turn, as long as there are slots: an open loop.
+    pub(super) fn pace(&mut self, rate: f64, rng: Rng) {
+        self.pace = Some(Pace::new(rate, rng, now_ns()));
     }
 
     /// Makes the rings new and starts them: the guest was connected anew and what it had in flight is forgotten.
@@ -109,8 +162,22 @@ impl Driver {
         Ok(())
     }
 
+    /// When the next request of an open loop is due.
+    pub(super) fn next_due_ns(&self) -> Option<u64> {
+        self.pace.as_ref().map(|pace| pace.next_ns as u64)
+    }
+
+    /// As [`Driver::poll`], and tells the first page of each buffer as well.
+    pub(super) fn poll_with_pages(&mut self, seen: &mut impl FnMut(&Completion, u64)) -> anyhow::Result<usize> {
+        self.poll_queues(seen)
+    }
+
     /// Takes what completed and, if busy, submits as much. Returns the number of completions.
     pub(super) fn poll(&mut self, seen: &mut impl FnMut(&Completion)) -> anyhow::Result<usize> {
+        self.poll_queues(&mut |done, _| seen(done))
+    }
+
+    fn poll_queues(&mut self, seen: &mut impl FnMut(&Completion, u64)) -> anyhow::Result<usize> {
         let mut taken = 0;
         for index in 0..self.guest.queues.len() {
             taken += self.take(index, seen)?;
@@ -121,15 +188,17 @@ impl Driver {
         Ok(taken)
     }
 
-    fn take(&mut self, index: usize, seen: &mut impl FnMut(&Completion)) -> anyhow::Result<usize> {
+    fn take(&mut self, index: usize, seen: &mut impl FnMut(&Completion, u64)) -> anyhow::Result<usize> {
         let mut taken = 0;
         loop {
             match self.guest.queues[index].pop() {
                 Ok(None) => return Ok(taken),
                 Ok(Some(done)) => {
-                    ensure!(done.status == Status::OK, "{:?} ended with {}", done.request, done.status);
-                    ensure!(done.len == done.request.used_bytes(), "{:?} moved {} bytes", done.request, done.len);
-                    seen(&done);
+                    let failed = self.failing && done.status == Status::IO_ERROR;
+                    ensure!(failed || done.status == Status::OK, "{:?} ended with {}", done.request, done.status);
+                    let whole = done.len == done.request.used_bytes();
+                    ensure!(failed || whole, "{:?} moved {} bytes", done.request, done.len);
+                    seen(&done, self.guest.queues[index].data(done.slot).guest / BLOCK as u64);
                     self.idle[index].push(done.slot);
                     taken += 1;
                 }
@@ -146,8 +215,14 @@ impl Driver {
     }
 
     fn submit(&mut self, index: usize) {
+        let most = self.idle[index].len();
+        let due = self.pace.as_mut().map_or(most, |pace| pace.due(now_ns(), most));
+        if due == 0 {
+            return;
+        }
         let queue = &mut self.guest.queues[index];
-        while let Some(slot) = self.idle[index].pop() {
+        for _ in 0..due {
+            let slot = self.idle[index].pop().expect("no more are due than are idle");
             let (request, choice) = self.stream.next(index);
             let buffer = choice % self.buffers.len();
             let old = queue.replace_data(slot, self.buffers[buffer].clone());
@@ -155,7 +230,7 @@ impl Driver {
             // One descriptor per request: the ring is larger than the depth.
             assert!(queue.submit(slot, request), "the ring is full");
         }
-        queue.kick();
+        self.kicks += u64::from(queue.kick());
     }
 
     /// Runs the load for `nanoseconds`.
@@ -234,4 +309,19 @@ pub(super) fn scatter_buffers(memory: &mut GuestMemory, bytes: usize) -> anyhow:
     }
     ensure!(buffers.len() > 512, "only {} buffers fit into the guest's memory", buffers.len());
     Ok(buffers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pace_is_kept_in_the_mean_and_what_found_no_slot_is_sent_later() {
+        let mut pace = Pace::new(1_000.0, Rng::new(1, 1), 0);
+        let sent: usize = (0..10_000_u64).map(|ms| pace.due(ms * 1_000_000, 64)).sum();
+        assert!((9_500..10_500).contains(&sent), "{sent} in ten seconds");
+        let mut pace = Pace::new(1_000.0, Rng::new(1, 2), 0);
+        assert_eq!(pace.due(1_000_000_000, 3), 3, "more are due than there is room for");
+        assert_eq!(pace.due(1_000_000_000, 3), 3);
+    }
 }

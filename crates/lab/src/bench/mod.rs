@@ -5,8 +5,9 @@
 //! * `observer`: what the broker itself uses, and how fast it answers a VMM whose backend is stopped.
 //!
 //! * `blk`: our own backend beside QSD in its best mode, and beside what the storage gives without any of them.
+//! * `profile`: what is told of a device, held against what its driver measured.
 //!
-//! The first three drive real qemu-storage-daemons on a tmpfs with the user-space driver of [`crate::guest`]; times are its own
+//! All but `blk` drive real qemu-storage-daemons on a tmpfs with the user-space driver of [`crate::guest`]; times are its own
 //! readings of CLOCK_MONOTONIC. A failure anywhere (a status, a broken ring, a failover that does not settle) ends the bench.
 
 mod answers;
@@ -18,11 +19,14 @@ mod cold;
 mod driver;
 mod guarded;
 mod load;
+mod many;
 mod observer;
 mod overhead;
+mod profile;
 mod report;
 mod spread;
 mod throughput;
+mod truth;
 mod usage;
 mod wakeups;
 
@@ -44,6 +48,8 @@ enum Bench {
     Overhead(overhead::Args),
     /// What the broker uses, and how fast it answers while its backend is stopped.
     Observer(observer::Args),
+    /// What warmswap tells of a device, held against what its driver measured.
+    Profile(profile::Args),
     /// Our own backend beside QSD: requests per second, per second of processor time, and tail latency.
     Blk(blk::Args),
 }
@@ -68,6 +74,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Bench::Blackout(args) => blackout::run(args),
         Bench::Overhead(args) => overhead::run(args),
         Bench::Observer(args) => observer::run(args),
+        Bench::Profile(args) => profile::run(args),
         Bench::Blk(args) => blk::run(args),
     }
 }

@@ -5,6 +5,7 @@
 //!   with rings of several sizes: the longer a ring, the more rarely it has to be looked at. Beside each stands what as many
 //!   wake-ups cost a thread that does nothing ([`super::wakeups`]).
 //! * *Answers*: [`super::answers`].
+//! * *Cases*: what measuring costs, of one device and of many in one process: [`super::many`].
 //!
 //! Processor time is what the scheduler accounts to the threads of the broker's process, in nanoseconds.
 
@@ -17,6 +18,7 @@ use super::answers;
 use super::backend;
 use super::broker::Broker;
 use super::driver::{Driver, Shape};
+use super::many;
 use super::report::Report;
 use super::spread::{header, line, rounded};
 use super::throughput::{self, Waiting};
@@ -54,8 +56,31 @@ pub(super) struct Args {
     /// Times a backend is stopped and the VMM goes through its requests.
     #[arg(long, default_value_t = 30)]
     stops: u32,
+    /// Devices in one process, one number after the other; the first is to be 1, beside which the others are reckoned.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 100, 1_000])]
+    devices: Vec<usize>,
+    /// Seconds of each case of what measuring costs.
+    #[arg(long, default_value_t = 10.0)]
+    case_seconds: f64,
+    /// Pairs of runs with the profile and without.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pairs: u32,
+    /// Only the cases of what measuring costs: of one device, of the guest, of many devices.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only_cases: Vec<Cases>,
     #[command(flatten)]
     common: super::Common,
+}
+
+/// Groups of cases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Cases {
+    /// One device, idle and under load.
+    One,
+    /// What the guest notices.
+    Guest,
+    /// Many devices in one process.
+    Many,
 }
 
 fn ring_size(text: &str) -> Result<u16, String> {
@@ -104,13 +129,20 @@ impl Ring {
 
 /// Runs the bench.
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
+    ensure!(args.devices.first() == Some(&1), "--devices begins with 1");
+    ensure!(args.devices.iter().all(|count| *count > 0), "--devices takes numbers of devices");
     let workspace = Workspace::new(&args.common.image_dir, "bench")?;
+    let mut report = Report::new("observer", &args.common);
+    report.set("cases", &cases(args, &workspace)?)?;
+    if !args.only_cases.is_empty() {
+        report.print(args.common.json, || cases_table(&report.fields));
+        return Ok(());
+    }
     let (idle, rss_bytes) = idle(args, &workspace)?;
     eprintln!("idle: {idle} % of a core, {} KiB", rss_bytes / 1024);
     let busiest = busiest(args, &workspace)?;
     let chosen = busiest.rings.iter().find(|ring| ring.size == args.ring_size).context("it was measured")?;
     let answers = answers::measure(&workspace, args.stops, args.common.seed)?;
-    let mut report = Report::new("observer", &args.common);
     report.set("idle_core_percent", &idle)?;
     report.set("max_core_percent", &rounded(chosen.core_percent, 3))?;
     report.set("bare_wakeups_core_percent", &rounded(chosen.bare_percent(), 3))?;
@@ -126,6 +158,22 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     report.set("failovers_while_stopped", &answers.failovers)?;
     report.print(args.common.json, || table(&report.fields));
     Ok(())
+}
+
+fn cases(args: &Args, workspace: &Workspace) -> anyhow::Result<Vec<many::Case>> {
+    let wanted = |group| args.only_cases.is_empty() || args.only_cases.contains(&group);
+    let mut cases = Vec::new();
+    eprintln!("{}", many::header());
+    if wanted(Cases::One) {
+        cases.extend(many::one_device(workspace, args.case_seconds, args.common.seed)?);
+    }
+    if wanted(Cases::Guest) {
+        cases.extend(many::guest_ratios(workspace, args.pairs, 1.0, args.common.seed)?);
+    }
+    if wanted(Cases::Many) {
+        cases.extend(many::together(workspace, &args.devices, args.case_seconds, args.common.seed)?);
+    }
+    Ok(cases)
 }
 
 /// Per cent of a core, and resident bytes after it.
@@ -224,6 +272,15 @@ fn boot(broker: &Broker, (queues, depth): (u16, u16), ring: u16, seed: u64) -> a
     Driver::boot(&shape, Rng::new(seed, 2)).with_context(|| broker.last_words())
 }
 
+/// What measuring costs, for people.
+fn cases_table(report: &Value) -> String {
+    let mut text = many::header() + "\n";
+    for case in report["cases"].as_array().into_iter().flatten() {
+        text += &(many::row(case) + "\n");
+    }
+    text
+}
+
 /// The report for people.
 fn table(report: &Value) -> String {
     let mut text = format!(
@@ -243,5 +300,5 @@ fn table(report: &Value) -> String {
     for (request, spread) in report["control_answer_by_request_us"].as_object().into_iter().flatten() {
         text += &line(request, spread);
     }
-    text
+    text + &cases_table(report)
 }

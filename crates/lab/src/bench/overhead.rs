@@ -61,7 +61,7 @@ struct Direct {
 
 /// What is run in a pair.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Turn {
+pub(super) enum Turn {
     Direct,
     Again,
     Guarded,
@@ -69,17 +69,17 @@ enum Turn {
 
 /// One cell of the table.
 #[derive(Debug, Serialize)]
-struct Cell {
+pub(super) struct Cell {
     queues: u16,
     qd: u16,
-    iops_ratio: f64,
-    p999_ratio: f64,
-    iops_ratio_range: [f64; 2],
-    p999_ratio_range: [f64; 2],
-    same_iops_ratio: f64,
-    same_p999_ratio: f64,
+    pub(super) iops_ratio: f64,
+    pub(super) p999_ratio: f64,
+    pub(super) iops_ratio_range: [f64; 2],
+    pub(super) p999_ratio_range: [f64; 2],
+    pub(super) same_iops_ratio: f64,
+    pub(super) same_p999_ratio: f64,
     iops_direct: f64,
-    iops_warmswap: f64,
+    pub(super) iops_warmswap: f64,
     p999_direct_us: f64,
     p999_warmswap_us: f64,
     pairs: u32,
@@ -87,7 +87,7 @@ struct Cell {
 
 /// Samples of a cell.
 #[derive(Default)]
-struct Pairs {
+pub(super) struct Pairs {
     iops_ratio: Samples,
     p999_ratio: Samples,
     same_iops_ratio: Samples,
@@ -179,7 +179,8 @@ impl Direct {
 }
 
 impl Pairs {
-    fn add(&mut self, runs: &[Run; 3]) {
+    /// Adds the runs of a pair, in the order of [`Turn`].
+    pub(super) fn add(&mut self, runs: &[Run; 3]) {
         let [direct, again, guarded] = [Turn::Direct, Turn::Again, Turn::Guarded].map(|turn| runs[turn as usize]);
         self.iops_ratio.push(guarded.iops / direct.iops);
         self.p999_ratio.push(guarded.p999_us / direct.p999_us);
@@ -191,7 +192,8 @@ impl Pairs {
         }
     }
 
-    fn cell(&self, queues: u16, qd: u16, pairs: u32) -> Cell {
+    /// What they come to.
+    pub(super) fn cell(&self, queues: u16, qd: u16, pairs: u32) -> Cell {
         let range = |samples: &Samples| [samples.range().0, samples.range().1].map(|ratio| rounded(ratio, 4));
         Cell {
             queues,

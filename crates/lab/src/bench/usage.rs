@@ -15,6 +15,28 @@ pub(super) fn processor_ns(pid: u32) -> anyhow::Result<u64> {
     Ok(sum)
 }
 
+/// The same of its threads of these names. An error if there is none of them.
+pub(super) fn threads_ns(pid: u32, names: &[&str]) -> anyhow::Result<u64> {
+    let (mut sum, mut found) = (0, false);
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let task = task?.path();
+        // Threads may end meanwhile.
+        let Ok(name) = std::fs::read_to_string(task.join("comm")) else { continue };
+        if names.contains(&name.trim()) {
+            found = true;
+            let text = std::fs::read_to_string(task.join("schedstat"))?;
+            sum += text.split_whitespace().next().context("schedstat is empty")?.parse::<u64>()?;
+        }
+    }
+    ensure!(found, "process {pid} has no thread named {}", names.join(" or "));
+    Ok(sum)
+}
+
+/// Open descriptors.
+pub(super) fn descriptors(pid: u32) -> anyhow::Result<u64> {
+    Ok(std::fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64)
+}
+
 /// Processor time of the whole process so far, in nanoseconds, by its own clock: threads that have ended are in it, and so are
 /// the workers of its io_urings, which are threads of it. What the kernel does elsewhere for it (interrupts, its own threads)
 /// is not.

@@ -9,4 +9,5 @@ pub(crate) mod lines;
 pub(crate) mod process;
 pub(crate) mod qsd;
 pub(crate) mod rng;
+pub(crate) mod together;
 pub(crate) mod workspace;

@@ -23,7 +23,13 @@ impl EventFd {
 
     /// Takes what was signalled: whether there was anything.
     pub(crate) fn take(&self) -> bool {
-        rustix::io::read(&self.0, &mut [0; 8]).is_ok()
+        self.take_count() > 0
+    }
+
+    /// Takes what was signalled: how often it was.
+    pub(crate) fn take_count(&self) -> u64 {
+        let mut count = [0; 8];
+        if rustix::io::read(&self.0, &mut count).is_ok() { u64::from_ne_bytes(count) } else { 0 }
     }
 
     /// Waits until it is signalled, at most `timeout`. Does not take the signal.

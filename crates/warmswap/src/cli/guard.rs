@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use warmswap_blk::image::Identity;
 use warmswap_core::{DrainMethod, Entry, FenceLevel, Limits, Nanos, PairConfig, RegionUse, Survivors};
@@ -14,7 +16,7 @@ use crate::cgroup::Janitor;
 use crate::config::{DeviceConfig, Source};
 use crate::control;
 use crate::driver::{Driver, Ended, listen, take_signals};
-use crate::journal::Journal;
+use crate::journal::{Journal, JournalSender};
 use crate::profile::historian::{self, StoreConfig};
 use crate::profile::sampler::{self, Pace};
 
@@ -176,45 +178,80 @@ fn region(name: &str) -> Result<RegionUse, String> {
     }
 }
 
+/// What all devices of one process share.
+struct Shared {
+    journal: Option<PathBuf>,
+    quiet: bool,
+    store: Option<StoreConfig>,
+    pace: Pace,
+    profile: bool,
+    cpus: Vec<usize>,
+}
+
+impl Shared {
+    fn of(args: &Args) -> Self {
+        Shared {
+            journal: args.journal.clone(),
+            quiet: args.quiet,
+            store: args.store.clone().map(|dir| StoreConfig { dir, retention: Retention::default() }),
+            pace: Pace { tick: Nanos::from_millis(args.tick_ms), window: args.window_ms.div_ceil(args.tick_ms) as u32 },
+            profile: !args.no_profile,
+            cpus: args.offload_cpus.clone().map_or_else(Vec::new, |cpus| cpus.0),
+        }
+    }
+}
+
 /// Runs until a signal.
 pub(super) fn run(args: Args) -> Result<u8, Failure> {
-    let journal_file = args.journal.clone();
-    let quiet = args.quiet;
-    let store = args.store.clone().map(|dir| StoreConfig { dir, retention: Retention::default() });
-    let pace = Pace { tick: Nanos::from_millis(args.tick_ms), window: args.window_ms.div_ceil(args.tick_ms) as u32 };
-    let (profile, cpus) = (!args.no_profile, args.offload_cpus.clone().map_or_else(Vec::new, |cpus| cpus.0));
-    let mut config = configure(args)?;
-    let control_socket = config.control_socket();
-    check_paths(&config)?;
-    let journal_file = journal_file.map(|path| open_journal(&path)).transpose()?;
+    guard(vec![args])
+}
+
+/// Each line holds the options of `guard` for one device. All of them are guarded by this process: one control thread, one journal, one
+/// sampler and one historian. What is not of a single device is taken from the first line.
+#[cfg(feature = "lab")]
+pub(super) fn together(lines: Vec<Vec<String>>) -> Result<u8, Failure> {
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+    let parse = |line: Vec<String>| {
+        let words = std::iter::once("guard".to_owned()).chain(line);
+        <Line as clap::Parser>::try_parse_from(words).map_err(|error| Failure::new(2, error.to_string()))
+    };
+    let devices = lines.into_iter().map(|line| parse(line).map(|line| line.args)).collect::<Result<Vec<_>, _>>()?;
+    guard(devices)
+}
+
+/// Guards these devices, of which there is at least one.
+fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
+    let Some(first) = devices.first() else { return Err(Failure::new(2, "there is no device to guard")) };
+    let shared = Shared::of(first);
+    let mut configs = devices.into_iter().map(configure).collect::<Result<Vec<_>, _>>()?;
+    configs.iter().try_for_each(check_paths)?;
+    let journal_file = shared.journal.map(|path| open_journal(&path)).transpose()?;
     let signals = take_signals()?;
     let (janitor, cleaning) = Janitor::start()?;
-    let (journal, sender, thread) = Journal::start(journal_file, quiet)?;
-    let (notes, history, historian) =
-        historian::start(&[config.name.as_str().into()], store, sender.clone(), cpus.clone())?;
-    let sampler = if profile { Some(sampler::start(pace, cpus, notes.clone())?) } else { None };
+    let (journal, sender, thread) = Journal::start(journal_file, shared.quiet)?;
+    let names: Vec<Arc<str>> = configs.iter().map(|config| config.name.as_str().into()).collect();
+    let (notes, history, historian) = historian::start(&names, shared.store, sender.clone(), shared.cpus.clone())?;
+    let sampler = if shared.profile { Some(sampler::start(shared.pace, shared.cpus, notes.clone())?) } else { None };
     let (mut driver, commander) = Driver::new(signals, janitor, sampler)?;
-    make_dir("--control", &config.control_dir)?;
-    make_dir("--run-dir", &config.run_dir)?;
-    // Both are taken before anything is started, so that a second broker of that name harms nobody.
-    check_free(&config.socket)?;
-    let listener = listen(&control_socket).map_err(|error| match error.kind() {
-        std::io::ErrorKind::PermissionDenied => {
-            let text = format!("{error}: choose a directory of your own with --control, or set XDG_RUNTIME_DIR");
-            Failure::new(1, text)
-        }
-        _ => error.into(),
-    })?;
-    // With the control socket ours, another broker of that name is dead.
-    config.predecessor = bury_predecessors(&config.run_dir, &config.name);
-    if let Some(pid) = config.predecessor {
-        let next = "requests it left are taken from the rings and may run twice: check the guest's file system";
-        sender.entry(&config.name, Entry::warning("BrokerDied").with("pid", pid).with("next", next));
+    let mut control_sockets = Vec::new();
+    for config in &mut configs {
+        let listener = prepare(config, &sender)?;
+        control_sockets.push(config.control_socket());
+        control::serve(config, listener, commander.clone(), journal.clone(), history.clone())?;
     }
-    control::serve(&config, listener, commander, journal, history)?;
-    let ended = driver.add(config, sender.clone()).and_then(|()| {
+    // Those who ask keep what they need of these.
+    drop((commander, journal, history));
+    let mut unready = configs.len();
+    let ended = driver.add(configs, &sender).and_then(|()| {
         driver.run(&mut |config| {
-            sender.started(true);
+            unready -= 1;
+            if unready == 0 {
+                sender.started(true);
+            }
             let mut out = std::io::stdout();
             // Nobody has to read it.
             let _unread = writeln!(out, "ready: {} listening on {}", config.name, config.socket.display());
@@ -223,7 +260,9 @@ pub(super) fn run(args: Args) -> Result<u8, Failure> {
     });
     sender.started(!matches!(ended, Ok(Ended::Failed(_))));
     drop((driver, sender, notes));
-    let _gone = std::fs::remove_file(&control_socket);
+    for socket in &control_sockets {
+        let _gone = std::fs::remove_file(socket);
+    }
     // What is left of the profile goes to the disk; it may have to say that it cannot.
     historian.join();
     thread.join();
@@ -237,6 +276,28 @@ pub(super) fn run(args: Args) -> Result<u8, Failure> {
         }
         Ended::Failed(reason) => Err(Failure::new(1, spread(&reason))),
     }
+}
+
+/// Takes a device's paths, and returns the listener of its control socket.
+fn prepare(config: &mut DeviceConfig, journal: &JournalSender) -> Result<OwnedFd, Failure> {
+    make_dir("--control", &config.control_dir)?;
+    make_dir("--run-dir", &config.run_dir)?;
+    // Both are taken before anything is started, so that a second broker of that name harms nobody.
+    check_free(&config.socket)?;
+    let listener = listen(&config.control_socket()).map_err(|error| match error.kind() {
+        std::io::ErrorKind::PermissionDenied => {
+            let text = format!("{error}: choose a directory of your own with --control, or set XDG_RUNTIME_DIR");
+            Failure::new(1, text)
+        }
+        _ => error.into(),
+    })?;
+    // With the control socket ours, another broker of that name is dead.
+    config.predecessor = bury_predecessors(&config.run_dir, &config.name);
+    if let Some(pid) = config.predecessor {
+        let next = "requests it left are taken from the rings and may run twice: check the guest's file system";
+        journal.entry(&config.name, Entry::warning("BrokerDied").with("pid", pid).with("next", next));
+    }
+    Ok(listener)
 }
 
 fn configure(args: Args) -> Result<DeviceConfig, Failure> {

@@ -153,7 +153,7 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    let result = match args.verb {
+    outcome(match args.verb {
         Verb::Guard(args) => guard::run(args),
         Verb::Blk(args) => blk::run(args),
         Verb::Status { names, check, control, json } => show::status(&names, check, &control, json),
@@ -166,7 +166,18 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
         Verb::Replay { file, json } => record::replay(&file, json),
         Verb::Schema { json, markdown } => schema::run(json, markdown),
         Verb::Example { vmm, name, socket, json } => example::print(vmm, &name, socket, json),
-    };
+    })
+}
+
+/// Guards many devices in one process: each line holds the options of `guard` for one of them. For instruments only: what is promised
+/// is promised of one device to a process.
+#[cfg(feature = "lab")]
+#[must_use]
+pub fn guard_together(lines: Vec<Vec<String>>) -> ExitCode {
+    outcome(guard::together(lines))
+}
+
+fn outcome(result: Result<u8, Failure>) -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(code),
         Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,

@@ -207,6 +207,11 @@ impl Device {
         self.listener.is_none() && self.pair.is_open()
     }
 
+    /// Whether the VMM cannot connect to it yet.
+    pub(crate) fn is_starting(&self) -> bool {
+        self.listener.is_none()
+    }
+
     pub(crate) fn listen(&mut self, listener: OwnedFd, poller: &Poller) -> std::io::Result<()> {
         poller.add(listener.as_fd(), self.token(PollSource::Listener), Interest::Read)?;
         self.listener = Some(listener);

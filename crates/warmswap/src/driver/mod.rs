@@ -14,6 +14,7 @@ mod system;
 pub(crate) use device::DeviceStatus;
 pub(crate) use system::take_signals;
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -37,6 +38,9 @@ use crate::storage::Storage;
 const COMMANDS_MAX: usize = 64;
 /// How long the rings of the last session may take to come to rest when the program ends.
 const SHUTDOWN_MAX: Nanos = Nanos::from_millis(3_000);
+
+/// Devices whose backends are started at the same time.
+const STARTING_MAX: usize = 8;
 
 /// Being later than this is counted.
 const LATE_MAX: Nanos = Nanos::from_millis(10);
@@ -151,6 +155,8 @@ pub(crate) enum Ended {
 pub(crate) struct Driver {
     poller: Poller,
     devices: Vec<Device>,
+    /// Devices that are not begun with yet.
+    waiting: VecDeque<(DeviceConfig, JournalSender)>,
     commands: Receiver<Command>,
     waker: Arc<OwnedFd>,
     signals: OwnedFd,
@@ -215,6 +221,7 @@ impl Driver {
         let driver = Driver {
             poller,
             devices: Vec::new(),
+            waiting: VecDeque::new(),
             commands,
             waker,
             signals,
@@ -230,8 +237,23 @@ impl Driver {
         Ok((driver, commander))
     }
 
-    /// Adds a device and starts its backends.
-    pub(crate) fn add(&mut self, config: DeviceConfig, journal: JournalSender) -> std::io::Result<()> {
+    /// Adds devices and starts their backends, a few at a time.
+    pub(crate) fn add(&mut self, configs: Vec<DeviceConfig>, journal: &JournalSender) -> std::io::Result<()> {
+        self.waiting.extend(configs.into_iter().map(|config| (config, journal.clone())));
+        self.add_waiting()
+    }
+
+    /// Adds devices that wait, as long as few have begun and cannot be connected to yet: the backends of all of them at once would
+    /// keep each other from the processors until they were late.
+    fn add_waiting(&mut self) -> std::io::Result<()> {
+        while !self.waiting.is_empty() && self.devices.iter().filter(|it| it.is_starting()).count() < STARTING_MAX {
+            let Some((config, journal)) = self.waiting.pop_front() else { break };
+            self.add_one(config, journal)?;
+        }
+        Ok(())
+    }
+
+    fn add_one(&mut self, config: DeviceConfig, journal: JournalSender) -> std::io::Result<()> {
         let number = u16::try_from(self.devices.len()).map_err(|_| std::io::ErrorKind::QuotaExceeded)?;
         // Before anything is started: what is left of a broker that was killed may still write.
         let leftovers = crate::cgroup::end_leftovers(&config.name)?;
@@ -307,6 +329,9 @@ impl Driver {
                 device.listen(listener, &self.poller)?;
                 ready(&device.config);
             }
+        }
+        if !self.waiting.is_empty() {
+            self.add_waiting()?;
         }
         Ok(None)
     }
