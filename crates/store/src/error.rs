@@ -57,7 +57,7 @@ pub enum StoreError {
         what: String,
     },
     /// A window in it is none.
-    #[error("{path}: the window that ended at {end_unix_ns} ns is damaged: {source}; the others can be read")]
+    #[error("{path}: the window that ended at {end_unix_ns} ns is damaged: {source}")]
     Window {
         /// The file.
         path: PathBuf,
@@ -67,7 +67,7 @@ pub enum StoreError {
         source: DecodeError,
     },
     /// A recording in it is none.
-    #[error("{path}: the recording of {unix_ns} ns is damaged: {source}; the others can be read")]
+    #[error("{path}: the recording of {unix_ns} ns is damaged: {source}")]
     Recording {
         /// The file.
         path: PathBuf,

@@ -85,8 +85,8 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         sigbus::unwatch(self.watch);
-        // SAFETY: the mapping was made by `new` with this length, and no pointer into it outlives the rings that
-        // `SharedMemory` drops first. Failure would only leak it.
+        // SAFETY: the mapping was made by `new` with this length, and pointers into it are only in views,
+        // each of which keeps it. Failure would only leak it.
         let _unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.mapped) };
     }
 }

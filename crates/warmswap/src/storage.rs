@@ -15,7 +15,6 @@ mod members;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::path::PathBuf;
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 use warmswap_core::Nanos;
@@ -178,9 +177,9 @@ impl Storage {
         self.began
     }
 
-    /// What it does its I/O on, by paths that name it for as long as this value lives.
-    pub(crate) fn paths(&self) -> impl Iterator<Item = PathBuf> + '_ {
-        self.marks.iter().map(Mark::own_path)
+    /// What it does its I/O on.
+    pub(crate) fn files(&self) -> impl Iterator<Item = OwnedFd> + '_ {
+        self.marks.iter().filter_map(Mark::file)
     }
 
     /// What its death would prove.

@@ -232,6 +232,7 @@ fn a_ring_at_rest_may_be_looked_at_as_rarely_as_one_likes() {
 #[test]
 fn latencies_that_span_looks_are_all_told_and_told_well() {
     const LOOK_US: u64 = 100;
+    let mut checked = 0;
     for seed in 1..40_u64 {
         let mut world = World::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15), 64);
         let mut memory = memory_with(PlainRing::new(64, 65_500));
@@ -246,8 +247,11 @@ fn latencies_that_span_looks_are_all_told_and_told_well() {
             for head in world.inflight.iter().filter(|head| !before.contains(head)) {
                 submitted.insert(*head, us);
             }
+            let unseen = us > 20_000 - LOOK_US;
             for head in before.iter().filter(|head| !world.inflight.contains(head)) {
-                truth.push(us - submitted[head]);
+                if !unseen {
+                    truth.push(us - submitted[head]);
+                }
             }
             if us % LOOK_US == 0 {
                 observer.observe(Nanos::from_micros(us), 0, &mut memory);
@@ -267,11 +271,14 @@ fn latencies_that_span_looks_are_all_told_and_told_well() {
         // Those near the bound may fall on either side of it; what is not completed or not looked at yet is not told.
         let above = |latencies: &[u64], us: u64| latencies.iter().filter(|it| **it >= us).count();
         for us in [500, 1_000, 4_000] {
+            // What has come since the last look is not told yet.
             let (least, most) = (above(&truth, us + LOOK_US), above(&truth, us - LOOK_US));
             let told = above(&told, us);
-            assert!(told + 64 >= least && told <= most, "seed {seed}: {told} of {least} to {most} from {us} us on");
+            assert!(told >= least && told <= most, "seed {seed}: {told} of {least} to {most} from {us} us on");
+            checked += told;
         }
     }
+    assert!(checked > 1_000, "{checked}");
 }
 
 #[test]

@@ -264,8 +264,13 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
         let _gone = std::fs::remove_file(socket);
     }
     // What is left of the profile goes to the disk; it may have to say that it cannot.
-    historian.join();
-    thread.join();
+    if historian.join() {
+        thread.join();
+    } else {
+        eprintln!(
+            "warmswap: the last of the profile could not be stored in time: a disk, or a process that is measured, hangs"
+        );
+    }
     // Every group is removed, or has been named, when this ends.
     let _panicked = cleaning.join();
     match ended? {

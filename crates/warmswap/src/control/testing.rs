@@ -94,7 +94,7 @@ impl Served {
     pub(crate) fn end(&mut self) {
         self.notes = None;
         if let Some((historian, journal)) = self.threads.take() {
-            historian.join();
+            assert!(historian.join(), "it ends");
             journal.join();
         }
     }

@@ -9,7 +9,7 @@ use super::backends::Backend;
 use crate::config::DeviceConfig;
 use crate::profile::feed::RingFeed;
 use crate::profile::sampler::{DeviceFeed, Teller, Told};
-use crate::profile::source::{Image, Subject};
+use crate::profile::source::Subject;
 use crate::shm::SharedMemory;
 
 /// Rings of one device that are measured.
@@ -84,10 +84,10 @@ impl Reporter {
             return;
         }
         let known = process.subject();
-        let images: Vec<Image> = storage.paths().take(IMAGES_MAX).filter_map(|path| Image::at(&path).ok()).collect();
-        let subject = Subject { pid: known.pid, pidfd: process.shared_pidfd(), group: known.group, images };
+        let files = storage.files().take(IMAGES_MAX).collect();
+        let subject = Subject { pid: known.pid, pidfd: process.shared_pidfd(), group: known.group, images: Vec::new() };
         self.serving = Some(id);
-        self.teller.tell(Told::Serving { number: self.number, backend: id.0, subject: Some(subject) });
+        self.teller.tell(Told::Serving { number: self.number, backend: id.0, subject: Some(subject), files });
     }
 
     /// What was measured lately is worth keeping.

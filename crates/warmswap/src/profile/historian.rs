@@ -38,6 +38,8 @@ const PENDING_MAX: usize = WINDOWS_MAX / 2;
 const RECORDINGS_MAX: usize = 4;
 /// Records on their way to one who follows a device: half a minute.
 const FOLLOWED_MAX: usize = 320;
+/// How long the end of the program waits for what is not on the disk yet.
+const JOIN_MAX: Duration = Duration::from_secs(3);
 /// Windows go to the disk this often.
 const FLUSH_EVERY: Duration = Duration::from_secs(10);
 /// A history that somebody else reads is tried again this often.
@@ -287,9 +289,18 @@ impl HistoryHandle {
 pub(crate) struct HistorianThread(std::thread::JoinHandle<()>);
 
 impl HistorianThread {
-    pub(crate) fn join(self) {
+    /// Waits until it has ended, but not for a disk or a process that hangs. Says whether it has.
+    pub(crate) fn join(self) -> bool {
+        let deadline = Instant::now() + JOIN_MAX;
+        while !self.0.is_finished() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
         // One that panicked has said so on stderr.
         let _panicked = self.0.join();
+        true
     }
 }
 

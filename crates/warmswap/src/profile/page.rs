@@ -47,6 +47,8 @@ pub(crate) struct Page {
     /// Calls to let pass, and how many it were the last time.
     pass: u32,
     passed: u32,
+    /// The last span between two calls: where calls are rare, so are readings.
+    span_s: f64,
 }
 
 impl Page {
@@ -66,13 +68,15 @@ impl Page {
             absurd: 0,
             pass: 0,
             passed: 0,
+            span_s: 0.0,
         }
     }
 
     /// Whether the page tells of latencies, bytes and kinds of the time up to the last call, or will with its next reading: nobody else
     /// is to add theirs.
     pub(crate) fn has_latencies(&self) -> bool {
-        self.reader.is_some() && self.read_s.is_some_and(|at_s| self.time.now_s() - at_s <= GAP_MAX_S)
+        self.reader.is_some()
+            && self.read_s.is_some_and(|at_s| self.time.now_s() - at_s <= GAP_MAX_S.max(2.0 * self.span_s))
     }
 
     fn search(&mut self) {
@@ -126,6 +130,7 @@ impl Page {
 impl Source for Page {
     fn measure(&mut self, span_s: f64, effort: Effort, into: &mut Measure) {
         self.time.pass(span_s);
+        self.span_s = span_s;
         if effort == Effort::Light || self.ended {
             return;
         }
@@ -146,7 +151,7 @@ impl Source for Page {
             return;
         }
         let first = self.read_s.replace(self.time.now_s()).is_none();
-        if !first && seconds <= GAP_MAX_S {
+        if !first && seconds <= GAP_MAX_S.max(2.0 * self.span_s) {
             match Work::between(&self.last, &self.now).filter(|work| work.is_possible_in(seconds)) {
                 Some(work) => {
                     self.absurd = 0;
@@ -348,7 +353,7 @@ impl Work {
 const MOVING: [Kind; 2] = [Kind::Read, Kind::Write];
 
 /// The longest latency can be so long; of the last bucket, which has no end, it is at least that.
-fn longest_ns(latencies: &Histogram) -> Option<u64> {
+pub(super) fn longest_ns(latencies: &Histogram) -> Option<u64> {
     let bucket = latencies.counts.iter().rposition(|count| *count > 0)?;
     let bounds = bucket_bounds(bucket);
     Some(if bucket == BUCKETS - 1 { *bounds.start() } else { *bounds.end() })

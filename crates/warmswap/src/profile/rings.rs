@@ -3,14 +3,15 @@
 use std::sync::Arc;
 
 use warmswap_core::{Asked, Nanos, RingReader, Sampled};
-use warmswap_histogram::{BUCKETS, Histogram, bucket_bounds, bucket_of};
+use warmswap_histogram::{BUCKETS, Histogram, bucket_of};
 use warmswap_predict::{Counter, Feature, LatencyKind, Measure, Pages};
 use warmswap_wire::DeviceType;
 use warmswap_wire::ring::crosses_event;
 
 use super::feed::{RingFeed, RingReading};
+use super::page::longest_ns;
 
-/// The working set is of so many windows' time: those that are over and the one under way.
+/// The working set is of so many ticks that were measured, and of as many before them.
 const PAGES_TICKS: u32 = 100;
 
 /// What is kept of one ring between ticks.
@@ -61,7 +62,8 @@ impl Ring {
         let (avail_event, used_event) = (memory.avail_event(self.index), memory.used_event(self.index));
         // Neither side has moved since the other should have been told.
         let kick_due = avail != used && crosses_event(avail_event, avail, used);
-        let call_due = (1..=layout.size()).contains(&used.wrapping_sub(used_event));
+        // A driver that wants none parks the index at zero.
+        let call_due = used_event != 0 && (1..=layout.size()).contains(&used.wrapping_sub(used_event));
         let dues = [
             (Feature::KickOverdue, kick_due, [used, avail_event, 0]),
             (Feature::CallOverdue, call_due, [used, used_event, avail]),
@@ -120,6 +122,25 @@ impl Rings {
         }
     }
 
+    /// Forgets what has happened since the last tick: it was another backend's.
+    pub(crate) fn forget(&mut self) {
+        for ring in &mut self.rings {
+            let reading = ring.feed.take();
+            ring.looks = reading.looks;
+            ring.outstanding = reading.outstanding;
+            ring.count(&reading);
+            ring.new_latencies();
+            (ring.arrivals, ring.completions, ring.overdue) = (0, 0, [None; 2]);
+        }
+        self.latencies = Latencies::default();
+        self.unsampled = [Unsampled::default(); 4];
+    }
+
+    /// A tick has passed in which nothing happened.
+    pub(crate) fn rest(&mut self) {
+        self.rings.iter_mut().for_each(|ring| ring.arrivals = 0);
+    }
+
     /// Whether nothing has happened on any ring since the last tick.
     pub(crate) fn are_idle(&self) -> bool {
         self.rings.iter().all(|ring| ring.outstanding == 0 && ring.feed.looks() == ring.looks)
@@ -148,8 +169,10 @@ impl Rings {
                 completed += ring.completions;
                 submitted += ring.arrivals;
                 busy += u32::from(ring.completions > 0);
-                if !page_tells && ring.completions > 0 {
-                    self.latencies.add(ring, &reading);
+                let is_new = ring.before.is_none();
+                let latencies = if is_new || ring.completions > 0 { ring.new_latencies() } else { None };
+                if let Some(latencies) = latencies.filter(|_| !page_tells) {
+                    self.latencies.add(&latencies, &reading);
                 }
             }
         }
@@ -163,7 +186,9 @@ impl Rings {
             into.add(Feature::Depth, depth_ns as f64 / 1e9, span_s);
         }
         self.add_sampled(sampled, submitted, completed, page_tells, span_s, into);
-        if !page_tells {
+        if page_tells {
+            self.latencies = Latencies::default();
+        } else {
             self.latencies.put(sampled, completed, into);
         }
         *sampled = Sampled::default();
@@ -256,17 +281,28 @@ impl Rings {
 }
 
 impl Ring {
-    /// The exact part.
-    /// Returns the requests in flight times nanoseconds, unless the ring was only just heard of.
-    fn measure(&mut self, reading: &RingReading, requests: bool, into: &mut Measure) -> Option<u64> {
+    /// Counts on from the last reading: requests in flight times nanoseconds, nanoseconds, those of them in which it was not known what was in
+    /// flight.
+    fn count(&mut self, reading: &RingReading) -> (Option<u64>, Option<u64>, Option<u64>) {
         // A ring that was only just heard of has no past: what it had counted before is nobody's.
         self.arrivals = self.submitted.since(reading.submitted).unwrap_or(0);
         self.completions = self.completed.since(reading.completed).unwrap_or(0);
-        let (depth, metered, inexact) = (
-            self.depth.since(reading.depth_ns),
-            self.metered.since(reading.metered_ns),
-            self.inexact.since(reading.inexact_ns),
-        );
+        let depth = self.depth.since(reading.depth_ns);
+        (depth, self.metered.since(reading.metered_ns), self.inexact.since(reading.inexact_ns))
+    }
+
+    /// Latencies since the last call: those told by looks, and those of requests that woke the ring. None at the first.
+    fn new_latencies(&mut self) -> Option<[Histogram; 2]> {
+        let is_known = self.before.is_some();
+        let before = self.before.get_or_insert_with(|| Box::new([[0; BUCKETS]; 2]));
+        let latencies = self.feed.latencies(before);
+        is_known.then_some(latencies)
+    }
+
+    /// The exact part.
+    /// Returns the requests in flight times nanoseconds, unless the ring was only just heard of.
+    fn measure(&mut self, reading: &RingReading, requests: bool, into: &mut Measure) -> Option<u64> {
+        let (depth, metered, inexact) = self.count(reading);
         if !requests {
             return depth;
         }
@@ -299,11 +335,10 @@ struct Latencies {
 }
 
 impl Latencies {
-    fn add(&mut self, ring: &mut Ring, reading: &RingReading) {
-        let before = ring.before.get_or_insert_with(|| Box::new([[0; BUCKETS]; 2]));
-        let [long, woken] = ring.feed.latencies(before);
-        self.long.merge(&long);
-        self.short.merge(&woken);
+    fn add(&mut self, [long, woken]: &[Histogram; 2], reading: &RingReading) {
+        self.long.merge(long);
+        self.short.merge(woken);
+        self.longest_ns = self.longest_ns.max(longest_ns(woken).unwrap_or(0));
         self.floor = self.floor.max(reading.floor_max);
     }
 
@@ -331,8 +366,7 @@ impl Latencies {
         }
         into.sampled(LatencyKind::All, &short, of_short);
         into.sampled(LatencyKind::All, &long, of_long);
-        let longest = long.counts.iter().rposition(|count| *count > 0).map_or(0, |at| *bucket_bounds(at).end());
-        into.note(Feature::LatencyMax, longest.max(self.longest_ns) as f64 / 1e3);
+        into.note(Feature::LatencyMax, longest_ns(&long).unwrap_or(0).max(self.longest_ns) as f64 / 1e3);
         let kinds = [(LatencyKind::Reads, 1), (LatencyKind::Writes, 2), (LatencyKind::Flushes, 3)];
         for (kind, at) in kinds {
             let latencies = &sampled.latencies[at];
@@ -414,6 +448,33 @@ mod tests {
         let measure = disk.tick(0, &mut sampled(100_000, 10));
         let p999 = measure.value(Feature::LatencyP999).expect("now it is known");
         assert!(p999 > 16_000.0, "{p999}");
+    }
+
+    #[test]
+    fn what_was_another_backends_is_forgotten() {
+        let mut disk = Disk::new();
+        disk.meter.looks += 1;
+        disk.meter.completed += 5_000;
+        disk.meter.long_floor = Nanos::from_millis(4);
+        disk.meter.gap = Nanos::from_millis(300);
+        disk.meter.long.record_many(20_000_000, 900);
+        disk.feed.publish(&disk.meter);
+        disk.rings.forget();
+        (disk.meter.gap, disk.meter.long_floor) = (Nanos(0), Nanos(0));
+        let measure = disk.tick(10, &mut sampled(100_000, 10));
+        let value = |feature| measure.value(feature).expect("it was measured");
+        assert_eq!((value(Feature::Completions), value(Feature::Gap)), (100.0, 0.0));
+        assert!(value(Feature::LatencyP999) < 130.0, "{}", value(Feature::LatencyP999));
+    }
+
+    #[test]
+    fn a_request_that_wakes_a_resting_ring_has_a_latency_although_no_probe_met_it() {
+        let mut disk = Disk::new();
+        disk.meter.woken.record(3_000_000);
+        let measure = disk.tick(1, &mut Sampled::default());
+        let [median, max] =
+            [Feature::LatencyP50, Feature::LatencyMax].map(|it| measure.value(it).expect("it is known"));
+        assert!((2_000.0..4_000.0).contains(&median) && max >= median, "{median} {max}");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! counted of rings it reads from [`RingFeed`]s, and guest memory it reads through mappings of its own. A component on which nothing
 //! happens is not measured at every tick but once a window, so that a thousand idle ones cost next to nothing.
 
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -20,12 +21,12 @@ use super::host::{Pressure, Store};
 use super::page::Page;
 use super::process::Process;
 use super::rings::{Ring, Rings};
-use super::source::{Effort, Resting, Source, Subject};
+use super::source::{Effort, Image, Resting, Source, Subject};
 use crate::driver::now;
 use crate::shm::View;
 
-/// What may be told before the sampler has read any of it.
-const TOLD_MAX: usize = 4096;
+/// What may be told before the sampler has read any of it: little, for it keeps guest memory mapped.
+const TOLD_MAX: usize = 256;
 /// Time between two probes of one component, at most.
 const PROBE_EVERY: Nanos = Nanos::from_millis(20);
 /// A probe takes requests for at least this long, and at most that long.
@@ -38,7 +39,7 @@ const COLLECT_REQUESTS: f64 = 10.0;
 const PROBE_PAUSE: u64 = 100;
 /// Probes under way.
 const PROBES_MAX: usize = 64;
-/// A component that is busy is looked into in full at every tick; another one this often.
+/// What is costly to know is looked for this often.
 const DEEP_TICKS: u32 = 100;
 
 /// Components of whose backends everything is kept open that is read of them. Where there are more, a descriptor is dear: what has been
@@ -73,7 +74,7 @@ pub(crate) enum Told {
     /// It has a ring.
     Ring { number: u16, index: u32, feed: Arc<RingFeed> },
     /// This backend serves it now, or none that can be looked at.
-    Serving { number: u16, backend: u64, subject: Option<Subject> },
+    Serving { number: u16, backend: u64, subject: Option<Subject>, files: Vec<OwnedFd> },
     /// Something has happened that what was measured lately should be kept for.
     Freeze { number: u16, reason: String },
 }
@@ -94,6 +95,11 @@ impl Clone for Teller {
 impl Teller {
     /// Tells, now or as soon as there is room. Never waits.
     pub(crate) fn tell(&mut self, told: Told) {
+        // Of what waits only the last counts, but for rings, of which there are not many.
+        let same = std::mem::discriminant(&told);
+        if !matches!(told, Told::Ring { .. }) {
+            self.waiting.retain(|waiting| std::mem::discriminant(waiting) != same);
+        }
         self.waiting.push_back(told);
         self.retry();
     }
@@ -149,13 +155,13 @@ struct Component {
     /// Rings are probed in turn.
     turn: usize,
     records_lost: u64,
+    /// Requests completed since the processor time was known last.
+    completed: u64,
 }
 
 /// A probe under way.
 struct Running {
     component: usize,
-    /// Number of changes of the view it reads.
-    view: u64,
     probe: Probe,
     at: Nanos,
 }
@@ -167,8 +173,6 @@ pub(crate) struct Sampler {
     pace: Pace,
     components: Vec<Component>,
     pressure: Pressure,
-    /// Changes of views so far: a probe of an older one is given up.
-    views: u64,
     probes: Vec<Running>,
     next_tick: Nanos,
     next_probe: Nanos,
@@ -185,7 +189,6 @@ pub(crate) fn start(pace: Pace, cpus: Vec<usize>, notes: Notes) -> std::io::Resu
         pace,
         components: Vec::new(),
         pressure: Pressure::default(),
-        views: 0,
         probes: Vec::new(),
         next_tick: now() + pace.tick,
         next_probe: now(),
@@ -237,7 +240,6 @@ impl Sampler {
                 self.components.push(Component::new(number, name, device, feed, self.pace.window));
             }
             Told::View { number, view, event_idx } => {
-                self.views += 1;
                 if let Some(at) = find(&mut self.components, number) {
                     self.probes.retain(|running| running.component != at);
                     let component = &mut self.components[at];
@@ -253,14 +255,20 @@ impl Sampler {
                     rings.sort_by_key(|ring| ring.index);
                 }
             }
-            Told::Serving { number, backend, subject } => {
+            Told::Serving { number, backend, subject, files } => {
+                let subject = subject.map(|subject| Subject { images: images_of(&files), ..subject });
+                drop(files);
                 if let Some(at) = find(&mut self.components, number) {
+                    // What they follow was asked of another.
+                    self.probes.retain(|running| running.component != at);
                     self.components[at].serve(backend, subject, many);
                 }
             }
             Told::Freeze { number, reason } => {
                 if let Some(at) = find(&mut self.components, number) {
-                    let component = &self.components[at];
+                    let component = &mut self.components[at];
+                    // What has happened since the last tick is what it is kept for.
+                    component.measure_now(Nanos(0), &self.pressure, unix_ns(), &self.notes);
                     component.note(&self.notes, Noted::Freeze(Arc::clone(&component.name), reason, unix_ns()));
                 }
             }
@@ -297,12 +305,9 @@ impl Sampler {
         self.turn = at;
         let component = &mut self.components[at];
         let tick_s = self.pace.tick.0 as f64 / 1e9;
-        let Some((probe, collect)) = component.probe(tick_s, began) else { return };
-        // What a probe costs is that much of the time at most, however many are busy.
-        let pause = Nanos(collect.0.saturating_mul(PROBE_PAUSE));
-        self.next_probe = began + Nanos(PROBE_EVERY.0 / busy).max(pause);
-        let running = Running { component: at, view: self.views, probe, at: began };
-        self.probes.push(running);
+        let Some(probe) = component.probe(tick_s, began) else { return };
+        self.next_probe = began + Nanos(PROBE_EVERY.0 / busy);
+        self.probes.push(Running { component: at, probe, at: began });
         self.follow();
     }
 
@@ -311,8 +316,15 @@ impl Sampler {
         let mut at = 0;
         while at < self.probes.len() {
             let running = &mut self.probes[at];
-            let done =
-                now() >= running.at && running.view <= self.views && self.components[running.component].look(running);
+            let began = now();
+            if began < running.at {
+                at += 1;
+                continue;
+            }
+            let done = self.components[running.component].look(running);
+            // What probes cost is that part of the time at most, however many components are busy and whatever they do.
+            let cost = now().since(began);
+            self.next_probe = self.next_probe.max(began) + Nanos(cost.0.saturating_mul(PROBE_PAUSE));
             if done {
                 self.probes.swap_remove(at);
             } else {
@@ -347,6 +359,7 @@ impl Component {
             age: u32::from(number) % DEEP_TICKS,
             turn: 0,
             records_lost: 0,
+            completed: 0,
         }
     }
 
@@ -359,6 +372,7 @@ impl Component {
             self.served = subject.map(Served::new);
         }
         // What was measured of the last one is not mixed with what this one does.
+        self.rings.forget();
         (self.ticks, self.lost, self.measured_at) = (0, 0, now());
         self.measure.clear();
         self.sampled = Sampled::default();
@@ -375,6 +389,7 @@ impl Component {
         self.age = self.age.wrapping_add(1 + missed);
         let idle = self.rings.are_idle();
         if idle && self.ticks < self.profiler.ticks_left() {
+            self.rings.rest();
             return;
         }
         let deep = self.age % DEEP_TICKS < self.ticks;
@@ -382,11 +397,23 @@ impl Component {
         if !idle || deep {
             self.wake();
         }
+        let effort = if deep { Effort::Deep } else { Effort::Full };
+        self.measure(effort, late, pressure, end_unix_ns, notes);
+        if many && self.idle_ticks >= DEEP_TICKS {
+            self.rest();
+        }
+    }
+
+    /// A tick that does not wait for its time.
+    fn measure_now(&mut self, late: Nanos, pressure: &Pressure, end_unix_ns: u64, notes: &Notes) {
+        self.measure(Effort::Full, late, pressure, end_unix_ns, notes);
+    }
+
+    fn measure(&mut self, effort: Effort, late: Nanos, pressure: &Pressure, end_unix_ns: u64, notes: &Notes) {
         let now = now();
         let span = now.since(self.measured_at);
         self.measured_at = now;
         let span_s = span.0 as f64 / 1e9;
-        let effort = if deep { Effort::Deep } else { Effort::Full };
         let page_tells = self.served.as_mut().is_some_and(|served| served.measure(span_s, effort, &mut self.measure));
         match &self.view {
             // Guest memory has vanished: what was sampled there may be made of nothing.
@@ -404,9 +431,6 @@ impl Component {
         self.note(notes, Noted::Tick(Arc::clone(&self.name), recorded.tick));
         if let Some(window) = recorded.window {
             self.note(notes, Noted::Window(Arc::clone(&self.name), window));
-        }
-        if many && self.idle_ticks >= DEEP_TICKS {
-            self.rest();
         }
     }
 
@@ -437,8 +461,10 @@ impl Component {
         let lost = notes.lost();
         self.measure.note(Feature::StreamLost, (lost - self.records_lost) as f64);
         self.records_lost = lost;
+        self.completed += self.rings.rings.iter().map(|ring| ring.completions).sum::<u64>();
         if let Some(cpu) = self.served.as_ref().and_then(|served| served.process.last_cpu()) {
-            let completed: u64 = self.rings.rings.iter().map(|ring| ring.completions).sum();
+            // It covers the time since it was told last.
+            let completed = std::mem::take(&mut self.completed);
             self.measure.add(Feature::CpuPerRequest, cpu.as_secs_f64() * 1e6, completed as f64);
         }
     }
@@ -448,8 +474,8 @@ impl Component {
         let _lost = notes.send(noted);
     }
 
-    /// A probe of the next busy ring, and for how long it takes requests.
-    fn probe(&mut self, tick_s: f64, now: Nanos) -> Option<(Probe, Nanos)> {
+    /// A probe of the next busy ring.
+    fn probe(&mut self, tick_s: f64, now: Nanos) -> Option<Probe> {
         let view = self.view.as_ref()?;
         let rings = &self.rings.rings;
         let count = rings.len();
@@ -457,8 +483,7 @@ impl Component {
         self.turn = at;
         let rate = rings[at].arrivals as f64 / tick_s;
         let collect = Nanos((COLLECT_REQUESTS / rate * 1e9) as u64).clamp(COLLECT_MIN, COLLECT_MAX);
-        let probe = Probe::begin(rings[at].index, self.device, self.event_idx, collect, view, now)?;
-        Some((probe, collect))
+        Probe::begin(rings[at].index, self.device, self.event_idx, collect, view, now)
     }
 
     /// Looks as long as a probe wants to at once. True if it is done.
@@ -486,7 +511,8 @@ impl Served {
     fn new(subject: Subject) -> Self {
         let subject = Arc::new(subject);
         Served {
-            process: Process::new(Arc::clone(&subject), true),
+            // Marking pages as unused, to see which are used, makes the backend fault: it is not for us to slow it.
+            process: Process::new(Arc::clone(&subject), false),
             group: Group::new(Arc::clone(&subject)),
             store: Store::new(Arc::clone(&subject)),
             page: Page::new(Arc::clone(&subject)),
@@ -502,6 +528,12 @@ impl Served {
         self.page.measure(span_s, effort, into);
         self.page.has_latencies()
     }
+}
+
+/// Takes hold of what a backend does its I/O on, so that whatever goes with the descriptors that were told ends with them.
+fn images_of(files: &[OwnedFd]) -> Vec<Image> {
+    let path = |file: &OwnedFd| format!("/proc/self/fd/{}", file.as_raw_fd());
+    files.iter().filter_map(|file| Image::at(path(file).as_ref()).ok()).collect()
 }
 
 /// Nanoseconds since the Unix epoch.

@@ -11,7 +11,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -66,9 +65,9 @@ impl Mark {
         Ok(Mark { path: self.path.clone(), byte: self.byte, probe: self.probe.try_clone()? })
     }
 
-    /// A path to the same file, through the broker's own description.
-    pub(crate) fn own_path(&self) -> PathBuf {
-        format!("/proc/self/fd/{}", self.probe.as_raw_fd()).into()
+    /// The same file, through the broker's own description. Its claim lives as long, so it is to be closed soon.
+    pub(crate) fn file(&self) -> Option<OwnedFd> {
+        self.probe.try_clone().ok()
     }
 
     /// Whether the marked description is still open somewhere.
