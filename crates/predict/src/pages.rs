@@ -57,7 +57,8 @@ impl Pages {
         self.len = end + 1;
     }
 
-    /// Pages touched by what was sampled and what was not. `None` without any.
+    /// Pages touched by what was sampled and what was not. `None` without any, and while so few came up again that there may be any number
+    /// of others.
     #[must_use]
     pub fn working_set(&self) -> Option<f64> {
         let kept = self.len as f64;
@@ -69,6 +70,9 @@ impl Pages {
         };
         let times = |times: u16| self.kept[..self.len].iter().filter(|(_, touches)| *touches == times).count() as f64;
         let (once, twice) = (times(1), times(2));
+        if once > 0.0 && kept - once < AGAIN_MIN {
+            return None;
+        }
         // The bias-corrected form, which exists without a page that came up twice.
         let unseen = once * (once - 1.0) / (2.0 * (twice + 1.0));
         Some(seen * (1.0 + unseen / kept))
@@ -81,6 +85,9 @@ impl Pages {
         (self.len > 0).then(|| touches / self.len as f64)
     }
 }
+
+/// Pages that must have come up again before the number of others is reckoned: its error is about one over the root of them.
+const AGAIN_MIN: f64 = 5.0;
 
 const HASHES: f64 = 4_294_967_296.0;
 
@@ -128,6 +135,14 @@ mod tests {
         }));
         let told = sketch.working_set().expect("there are some");
         assert!((1_500.0..2_700.0).contains(&told), "{told}");
+    }
+
+    #[test]
+    fn of_pages_that_hardly_ever_came_up_again_the_number_is_not_known() {
+        let sketch = of((0..45).chain(0..4));
+        assert_eq!((sketch.working_set(), sketch.reuse().map(|reuse| reuse > 1.0)), (None, Some(true)));
+        assert!(of((0..45).chain(0..5)).working_set().is_some_and(|told| told > 100.0));
+        assert_eq!(of([1, 2, 1, 2]).working_set(), Some(2.0), "all came up again");
     }
 
     proptest! {
