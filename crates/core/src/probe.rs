@@ -111,7 +111,8 @@ pub struct Sampled {
     pub bytes: u64,
     /// Bytes of them that the device writes into guest memory.
     pub written: u64,
-    /// Reads and writes that had one before them on their ring, and those that began where it ended.
+    /// Reads and writes that had one before them on their ring, and those that began where it ended, or would have ended with as many
+    /// of its length as came between.
     pub successors: u64,
     /// See `successors`.
     pub sequential: u64,
@@ -163,8 +164,8 @@ pub enum Next {
 /// What is remembered of a ring between probes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Trail {
-    /// Where the last read or write ended on the disk.
-    end: Option<u64>,
+    /// The last read or write: its place in the available ring, where it ended on the disk, and its length.
+    last: Option<(u16, u64, u64)>,
     /// Page in which the last buffer ended.
     page: Option<u64>,
 }
@@ -277,7 +278,7 @@ impl Probe {
             if head >= self.layout.size() || self.followed.iter().flatten().any(|it| it.head == head) {
                 continue;
             }
-            let request = self.read(memory, head, trail, sampled);
+            let request = self.read(memory, head, self.avail.wrapping_add(step), trail, sampled);
             self.followed[free] = Some(Followed { head, submitted: at, request });
             self.following += 1;
         }
@@ -340,7 +341,8 @@ impl Probe {
             sampled.pickup_ns += now.since(since).0;
             self.kicked = None;
         }
-        if came > 0 {
+        // What came in a pause may have been many submissions, each with a kick.
+        if came > 0 && now.since(self.looked_at) <= PRECISE_MAX {
             sampled.submissions += u64::from(came);
             if due {
                 // One kick, however many requests it is for.
@@ -362,12 +364,13 @@ impl Probe {
         sampled: &mut Sampled,
     ) {
         let went = used.wrapping_sub(self.used);
+        let event = memory.used_event(self.ring);
         let due = if self.event_idx {
-            crosses_event(self.used_event, used, self.used)
+            // A driver that asked for one since the last look had seen everything until then: what it asked for has come.
+            crosses_event(self.used_event, used, self.used) || crosses_event(event, used, self.used)
         } else {
             self.avail_flags & AVAIL_F_NO_INTERRUPT == 0
         };
-        let event = memory.used_event(self.ring);
         if let Some((since, event_then, avail_then)) = self.called
             && (event != event_then || avail != avail_then)
         {
@@ -377,7 +380,7 @@ impl Probe {
             sampled.reaction_max_ns = sampled.reaction_max_ns.max(took);
             self.called = None;
         }
-        if went > 0 {
+        if went > 0 && now.since(self.looked_at) <= PRECISE_MAX {
             sampled.completions += u64::from(went);
             if due {
                 sampled.calls += 1;
@@ -389,7 +392,14 @@ impl Probe {
     }
 
     /// Reads a chain. `None` if it makes no sense.
-    fn read(&self, memory: &dyn RingReader, head: u16, trail: &mut Trail, sampled: &mut Sampled) -> Option<Request> {
+    fn read(
+        &self,
+        memory: &dyn RingReader,
+        head: u16,
+        place: u16,
+        trail: &mut Trail,
+        sampled: &mut Sampled,
+    ) -> Option<Request> {
         let mut chain = Chain::new(memory, self.ring, self.layout.size(), head);
         let mut request = Request { asked: Asked::Other, bytes: 0, written: 0, at: None, status: None };
         let mut pieces = [(0_u64, 0_u32); CHAIN_MAX];
@@ -421,7 +431,7 @@ impl Probe {
         } else {
             request.asked = Asked::Write;
         }
-        self.count(&request, pieces.get(data).unwrap_or_default(), trail, sampled);
+        self.count(&request, place, pieces.get(data).unwrap_or_default(), trail, sampled);
         Some(request)
     }
 
@@ -444,17 +454,22 @@ impl Probe {
         }
     }
 
-    fn count(&self, request: &Request, data: &[(u64, u32)], trail: &mut Trail, sampled: &mut Sampled) {
+    fn count(&self, request: &Request, place: u16, data: &[(u64, u32)], trail: &mut Trail, sampled: &mut Sampled) {
         sampled.requests += 1;
         sampled.asked[request.asked as usize] += 1;
         sampled.bytes += request.bytes;
         sampled.written += request.written;
         if let Some(at) = request.at {
-            if let Some(end) = trail.end {
-                sampled.successors += 1;
-                sampled.sequential += u64::from(end == at);
+            if let Some((before, end, bytes)) = trail.last {
+                // Others have passed in between, mostly: where all are of one length, a stream has gone on by as many of it.
+                let between = u64::from(place.wrapping_sub(before).wrapping_sub(1));
+                // One that lies before it may have begun anew at the front of the disk.
+                if between == 0 || (bytes == request.bytes && at >= end) {
+                    sampled.successors += 1;
+                    sampled.sequential += u64::from(end.checked_add(between * bytes) == Some(at));
+                }
             }
-            trail.end = at.checked_add(request.bytes);
+            trail.last = at.checked_add(request.bytes).map(|end| (place, end, request.bytes));
         }
         for &(addr, len) in data.iter().filter(|(_, len)| *len > 0) {
             let (first, last) = (addr / PAGE, addr.saturating_add(u64::from(len) - 1) / PAGE);

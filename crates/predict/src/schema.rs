@@ -160,7 +160,7 @@ features! {
     WriteShare "write_share" Share Context Page Ratio; "Writes among the requests."
     FlushShare "flush_share" Share Context Page Ratio; "Flushes among the requests."
     DiscardShare "discard_share" Share Context Page Ratio; "Discards and write-zeroes among the requests."
-    SequentialShare "sequential_share" Share Context Probe Ratio; "Reads and writes that begin where the one sampled before them on that ring ended."
+    SequentialShare "sequential_share" Share Context Probe Ratio; "Reads and writes that begin where the one before them on that ring ended; between sampled ones that are of one length, where as many of that length as came between would have ended."
     RingsBusy "rings_busy" Count Context Rings Max; "Rings on which something was completed."
 
     // How well the backend does it.

@@ -161,7 +161,7 @@ fn what_a_request_asks_for_is_read_from_its_header() {
     assert_eq!((sampled.bytes, sampled.written), (12_800, 12_288));
     assert_eq!((sampled.successors, sampled.sequential), (2, 1));
     assert_eq!((sampled.neighbours, sampled.local), (2, 1));
-    assert_eq!(sampled.pages.working_set(), Some(4.0 + 4.0 * 3.0 / 2.0), "four pages, each once");
+    assert_eq!(sampled.pages.reuse(), Some(1.0), "four pages, each once");
 }
 
 #[test]
@@ -196,6 +196,11 @@ fn a_pause_of_the_prober_samples_nothing_it_cannot_know() {
     world.borrow_mut().complete(3);
     probe.look(&reader, &mut trail, Nanos::from_micros(501), &mut sampled);
     assert_eq!(sampled.latencies[0].total(), 0);
+    assert_eq!(
+        (sampled.submissions, sampled.completions),
+        (0, 1),
+        "how many kicks there were in the pause is not known"
+    );
 }
 
 #[test]
@@ -227,6 +232,33 @@ fn any_memory_is_survived() {
             3 => world.used_event = random.below(65_536) as u16,
             _ => {}
         });
-        assert!(sampled.latencies[0].total() <= sampled.completions.into());
+        assert!(sampled.kicks <= sampled.submissions && sampled.calls <= sampled.completions);
+    }
+}
+
+#[test]
+fn a_stream_is_one_although_most_of_it_passes_between_probes() {
+    for (step, expected) in [(8, (3, 3)), (16, (3, 0))] {
+        let world = RefCell::new(World::new(64));
+        let (mut trail, mut sampled) = (Trail::default(), Sampled::default());
+        let collect = Nanos::from_micros(100);
+        for round in 0..4_u64 {
+            let now = Nanos::from_millis(20 * (round + 1));
+            let reader = Reader(&world);
+            let mut probe = Probe::begin(0, DeviceType::Blk, true, collect, &reader, now).expect("a ring");
+            // Five that nobody saw, and one that is sampled.
+            (0..5).for_each(|_| {
+                world.borrow_mut().submit(3);
+                world.borrow_mut().complete(3);
+            });
+            probe.look(&reader, &mut trail, now + Nanos::from_micros(50), &mut sampled);
+            let sector = u64::from(world.borrow().avail_idx) * step;
+            world.borrow_mut().describe(3, 0, sector, (0x8000, 4096));
+            world.borrow_mut().submit(3);
+            probe.look(&reader, &mut trail, now + Nanos::from_micros(51), &mut sampled);
+            world.borrow_mut().complete(3);
+            probe.look(&reader, &mut trail, now + Nanos::from_micros(52), &mut sampled);
+        }
+        assert_eq!((sampled.successors, sampled.sequential), expected, "{step} sectors further each time");
     }
 }
