@@ -61,6 +61,28 @@ pub(crate) struct Rings {
     pages_ticks: u32,
     /// Latencies of ticks in which there was no sample of the short ones yet.
     latencies: Latencies,
+    /// What waits for a sample of requests, of statuses, of submissions, of completions.
+    unsampled: [Unsampled; 4],
+}
+
+/// Requests of ticks without a sample: what the next sample tells is taken for them as well, so that a rate is not that of sampled ticks
+/// alone.
+#[derive(Clone, Copy, Debug, Default)]
+struct Unsampled {
+    requests: u64,
+    seconds: f64,
+}
+
+impl Unsampled {
+    /// A tick has passed. All that have waited, if there is a sample now.
+    fn pass(&mut self, requests: u64, seconds: f64, sampled: u64) -> Option<(f64, f64)> {
+        self.requests += requests;
+        self.seconds += seconds;
+        (sampled > 0).then(|| {
+            let all = std::mem::take(self);
+            (all.requests as f64, all.seconds)
+        })
+    }
 }
 
 impl Rings {
@@ -71,6 +93,7 @@ impl Rings {
             pages: [Pages::default(), Pages::default()],
             pages_ticks: 0,
             latencies: Latencies::default(),
+            unsampled: [Unsampled::default(); 4],
         }
     }
 
@@ -133,48 +156,60 @@ impl Rings {
         span_s: f64,
         into: &mut Measure,
     ) {
-        let per = |part: u64, whole: u64| part as f64 / whole as f64;
-        if sampled.requests > 0 && !page_tells {
-            let weight = submitted.max(sampled.requests) as f64;
-            let kind = |asked: Asked| weight * per(sampled.asked[asked as usize], sampled.requests);
-            into.add(Feature::ReadShare, kind(Asked::Read), weight);
-            into.add(Feature::WriteShare, kind(Asked::Write), weight);
-            into.add(Feature::FlushShare, kind(Asked::Flush), weight);
-            into.add(Feature::DiscardShare, kind(Asked::Discard), weight);
-            let size = per(sampled.bytes, sampled.requests);
-            into.add(Feature::Bytes, size * completed as f64, span_s);
-            let sized = sampled.asked[Asked::Read as usize] + sampled.asked[Asked::Write as usize];
-            into.add(Feature::Size, sampled.bytes as f64, sized as f64);
-        } else if submitted == 0 && completed == 0 && !page_tells {
-            into.add(Feature::Bytes, 0.0, span_s);
-        }
-        if sampled.statuses > 0 && !page_tells {
-            let share = per(sampled.errors, sampled.statuses);
-            into.add(Feature::ErrorShare, sampled.errors as f64, sampled.statuses as f64);
-            into.add(Feature::Errors, share * completed as f64, span_s);
+        if page_tells {
+            self.unsampled = [Unsampled::default(); 4];
+        } else {
+            self.add_samples_of_all(sampled, submitted, completed, span_s, into);
         }
         into.add(Feature::SequentialShare, sampled.sequential as f64, sampled.successors as f64);
         into.add(Feature::PageLocality, sampled.local as f64, sampled.neighbours as f64);
         into.add(Feature::DeviceWrites, sampled.written as f64, sampled.bytes as f64);
         into.add(Feature::KickShare, sampled.kicks as f64, sampled.submissions as f64);
         into.add(Feature::CallShare, sampled.calls as f64, sampled.completions as f64);
-        if !page_tells {
-            let due = |due: u64, of: u64, all: u64| per(due, of) * all as f64;
-            if sampled.submissions > 0 {
-                into.add(Feature::Kicks, due(sampled.kicks, sampled.submissions, submitted), span_s);
-            }
-            if sampled.completions > 0 {
-                let calls = due(sampled.calls, sampled.completions, completed);
-                into.add(Feature::Calls, calls, span_s);
-                into.add(Feature::CallsSuppressed, completed as f64 - calls, span_s);
-            }
-        }
         into.add(Feature::Pickup, sampled.pickup_ns as f64 / 1e3, sampled.pickups as f64);
         into.add(Feature::Reaction, sampled.reaction_ns as f64 / 1e3, sampled.reactions as f64);
         if sampled.reactions > 0 {
             into.note(Feature::ReactionMax, sampled.reaction_max_ns as f64 / 1e3);
         }
         self.add_pages(sampled, into);
+    }
+
+    /// What samples tell of all requests, those of ticks without a sample among them.
+    fn add_samples_of_all(
+        &mut self,
+        sampled: &Sampled,
+        submitted: u64,
+        completed: u64,
+        span_s: f64,
+        into: &mut Measure,
+    ) {
+        let per = |part: u64, whole: u64| part as f64 / whole as f64;
+        let [requests, statuses, submissions, completions] = &mut self.unsampled;
+        if let Some((all, seconds)) = requests.pass(completed, span_s, sampled.requests) {
+            let kind = |asked: Asked| all * per(sampled.asked[asked as usize], sampled.requests);
+            into.add(Feature::ReadShare, kind(Asked::Read), all);
+            into.add(Feature::WriteShare, kind(Asked::Write), all);
+            into.add(Feature::FlushShare, kind(Asked::Flush), all);
+            into.add(Feature::DiscardShare, kind(Asked::Discard), all);
+            into.add(Feature::Bytes, per(sampled.bytes, sampled.requests) * all, seconds);
+            let sized = sampled.asked[Asked::Read as usize] + sampled.asked[Asked::Write as usize];
+            into.add(Feature::Size, sampled.bytes as f64, sized as f64);
+        } else if requests.requests == 0 {
+            // Nothing was asked for: that much is known without a sample.
+            into.add(Feature::Bytes, 0.0, std::mem::take(&mut requests.seconds));
+        }
+        if let Some((all, seconds)) = statuses.pass(completed, span_s, sampled.statuses) {
+            into.add(Feature::ErrorShare, sampled.errors as f64, sampled.statuses as f64);
+            into.add(Feature::Errors, per(sampled.errors, sampled.statuses) * all, seconds);
+        }
+        if let Some((all, seconds)) = submissions.pass(submitted, span_s, sampled.submissions) {
+            into.add(Feature::Kicks, per(sampled.kicks, sampled.submissions) * all, seconds);
+        }
+        if let Some((all, seconds)) = completions.pass(completed, span_s, sampled.completions) {
+            let calls = per(sampled.calls, sampled.completions) * all;
+            into.add(Feature::Calls, calls, seconds);
+            into.add(Feature::CallsSuppressed, all - calls, seconds);
+        }
     }
 
     fn add_pages(&mut self, sampled: &Sampled, into: &mut Measure) {
