@@ -2,7 +2,8 @@
 //!
 //! Each case is a backend and a load. A broker guards the device, and the driver writes down every request. When the load has run, the
 //! broker is asked for its windows; for each that lies within the load the truth of exactly that time is reckoned ([`super::truth`]).
-//! `told` and `true` are medians over the windows, of greatest values the greatest. Nothing is asserted here.
+//! A driver that was kept from its processor does not know when its requests ended: `range` has the truth if they all ended as early as they
+//! can have, and as late. `told` and `true` are medians over the windows, of greatest values the greatest. Nothing is asserted here.
 //!
 //! # What resolution is to be expected
 //!
@@ -11,11 +12,15 @@
 //!   broker does not see: some microseconds of a driver that polls, the time of a wake-up of one that sleeps.
 //! * *Quantiles*: buckets are a quarter of their beginning wide and are divided evenly, so 12 %, and a sample of n requests has a rank of
 //!   its own: beyond p99 of a device without a telemetry page it is the luck of some hundred samples a second. Requests that are long
-//!   against the distance of looks are all known.
+//!   against the distance of looks are all known; a long one among many that is shorter than that is seen if it was sampled, so the
+//!   greatest latency is a lower bound.
+//! * *A processor for everybody*: where broker, backend and driver share fewer, who looks on takes the place of who is looked at: while the
+//!   control thread looks, one of them stands still and the other goes on, and a probe that is kept waiting samples nothing. Figures of a
+//!   machine with two processors show that more than anything else.
 //! * *Shares and sizes*: of some hundred sampled requests a second, a few points of a hundred. With a telemetry page they are exact.
 //! * *Kicks and calls*: without a page from samples. A look cannot tell two kicks in one look apart: told is too low at high rates.
 //! * *Working set*: a sketch of 256 pages, 6 %; of many more pages than were sampled twice it is an estimate with an error of a third.
-//!   *Page reuse* is of sampled touches, which are few: it says that pages come again, not how often.
+//!   Until some pages were sampled twice it is missing. *Page reuse* is of sampled touches, which are few: it says that pages come again, not how often.
 //! * *Oldest age, gap*: the distance of two looks.
 //! * *Errors*: as shares; a status is seen only where the driver has not used its buffer again.
 
@@ -106,6 +111,8 @@ struct Row {
     feature: &'static str,
     told: Option<f64>,
     r#true: f64,
+    /// What the truth is at least and at most, where the driver's own looks leave it open.
+    range: Option<[f64; 2]>,
     ratio: Option<f64>,
     difference: Option<f64>,
     missing: bool,
@@ -353,6 +360,7 @@ fn within<'a>(told: &'a Value, steady: &Range<u64>, epoch: f64) -> Vec<(Range<u6
 
 fn rows(case: &Case, log: &Log, windows: &[(Range<u64>, &Value)]) -> Vec<Row> {
     let truths: Vec<BTreeMap<&str, f64>> = windows.iter().map(|(span, _)| log.truth(span)).collect();
+    let bounds: Vec<[BTreeMap<&str, f64>; 2]> = windows.iter().map(|(span, _)| log.bounds(span)).collect();
     let (pages, reuse) = log.pages();
     let longest = truths.iter().filter_map(|truth| truth.get("latency_max_us")).copied().reduce(f64::max);
     let mut rows = Vec::new();
@@ -369,7 +377,10 @@ fn rows(case: &Case, log: &Log, windows: &[(Range<u64>, &Value)]) -> Vec<Row> {
             "working_set_pages" | "page_reuse" => told.flatten().last(),
             _ => over(feature, told),
         };
-        rows.extend(r#true.map(|it| Row::new(feature, told, it)));
+        let bound = |at: usize| over(feature, bounds.iter().map(|bounds| bounds[at].get(feature).copied()));
+        let range = bound(0).zip(bound(1)).filter(|_| feature.contains("latency") || feature == "depth_mean");
+        let range = range.map(|(least, most)| [least, most].map(|bound| rounded(bound, 4)));
+        rows.extend(r#true.map(|it| Row { range, ..Row::new(feature, told, it) }));
     }
     rows
 }
@@ -391,7 +402,7 @@ impl Row {
         let ratio = told.filter(|_| r#true > 0.0).map(|told| rounded(told / r#true, 4));
         let difference = told.map(|told| rounded(told - r#true, 4));
         let [told, r#true] = [told, Some(r#true)].map(|value| value.map(|value| rounded(value, 4)));
-        Row { feature, told, r#true: r#true.unwrap_or(0.0), ratio, difference, missing: told.is_none() }
+        Row { feature, told, r#true: r#true.unwrap_or(0.0), range: None, ratio, difference, missing: told.is_none() }
     }
 }
 
@@ -439,10 +450,11 @@ fn number(value: Option<f64>) -> String {
 }
 
 fn case_table(name: &str, rows: &[Row]) -> String {
-    let mut text = format!("{name:<28}{:>16}{:>16}{:>10}\n", "told", "true", "ratio");
+    let mut text = format!("{name:<28}{:>16}{:>16}{:>10}  {}\n", "told", "true", "ratio", "true is within");
     for row in rows {
         let (told, is, ratio) = (number(row.told), number(Some(row.r#true)), number(row.ratio));
-        text += &format!("  {:<26}{told:>16}{is:>16}{ratio:>10}\n", row.feature);
+        let range = row.range.map_or_else(String::new, |[least, most]| format!("  {least:.2} to {most:.2}"));
+        text += &format!("  {:<26}{told:>16}{is:>16}{ratio:>10}{range}\n", row.feature);
     }
     text
 }

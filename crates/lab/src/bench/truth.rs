@@ -23,6 +23,10 @@ const CALLS_EVERY_NS: u64 = 2_000_000;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Done {
     pub(super) submitted: u64,
+    /// The driver's last look at which it had not ended, and the one that found it.
+    pub(super) looked: u64,
+    pub(super) taken: u64,
+    /// What is taken for its end.
     pub(super) completed: u64,
     pub(super) kind: Kind,
     /// First block on the disk.
@@ -57,10 +61,12 @@ impl Log {
             let (done, before, looked) = (&mut self.done, driver.kicks, now);
             let taken = driver.poll_with_pages(&mut |it, page| {
                 last = it.completed_ns;
+                let looked = looked.max(it.submitted_ns);
                 done.push(Done {
                     submitted: it.submitted_ns,
-                    // It was not there at the last look, nor before it was asked for.
-                    completed: u64::midpoint(it.completed_ns, looked.max(it.submitted_ns)),
+                    looked,
+                    taken: it.completed_ns,
+                    completed: u64::midpoint(looked, it.completed_ns),
                     kind: it.request.kind,
                     block: it.request.block,
                     blocks: it.request.blocks,
@@ -168,6 +174,15 @@ impl Log {
         truth
     }
 
+    /// The same as if every request had ended as early, and as late, as it can have.
+    pub(super) fn bounds(&self, span: &Range<u64>) -> [BTreeMap<&'static str, f64>; 2] {
+        let ended = |at: fn(&Done) -> u64| {
+            let done = self.done.iter().map(|it| Done { completed: at(it), ..*it }).collect();
+            Log { done, kicks: Vec::new(), calls: Vec::new() }.truth(span)
+        };
+        [ended(|it| it.looked), ended(|it| it.taken)]
+    }
+
     /// Pages that buffers lay in, and how often one of them was touched.
     pub(super) fn pages(&self) -> (f64, f64) {
         let mut pages = HashSet::new();
@@ -183,7 +198,7 @@ impl Log {
     fn longest_gap_ns(&self, span: &Range<u64>) -> u64 {
         let mut submissions: Vec<u64> = self.done.iter().map(|it| it.submitted).collect();
         submissions.sort_unstable();
-        let (mut longest, mut last) = (0, 0);
+        let (mut longest, mut last) = (0, 0_u64);
         // When `index` requests have ended, the next one that was submitted is the earliest that can be in flight.
         for (index, it) in self.done.iter().enumerate() {
             let begin = last.max(submissions[index]);
@@ -251,7 +266,18 @@ mod tests {
     use super::*;
 
     fn done(submitted: u64, completed: u64, block: u64) -> Done {
-        Done { submitted, completed, kind: Kind::Read, block, blocks: 2, page: block, failed: block == 2 }
+        let (looked, taken) = (completed, completed);
+        Done {
+            submitted,
+            looked,
+            taken,
+            completed,
+            kind: Kind::Read,
+            block,
+            blocks: 2,
+            page: block,
+            failed: block == 2,
+        }
     }
 
     #[test]
