@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
+use std::sync::Arc;
 
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitIdOptions};
@@ -32,7 +33,7 @@ const OCCUPIED_LOOKS: u32 = 4;
 #[derive(Debug)]
 pub(crate) struct Process {
     pub(crate) pid: u32,
-    pidfd: OwnedFd,
+    pidfd: Arc<OwnedFd>,
     /// Ours to reap, on the janitor's thread; others are only watched.
     child: Option<Janitor>,
     cgroup: Option<Cgroup>,
@@ -86,7 +87,7 @@ impl Process {
         let stderr = Some(fs::File::from(stderr));
         Ok(Process {
             pid,
-            pidfd,
+            pidfd: Arc::new(pidfd),
             child: Some(janitor.clone()),
             cgroup,
             stderr,
@@ -101,7 +102,7 @@ impl Process {
         let pidfd = pidfd.map_or_else(|| open_pidfd(pid), Ok)?;
         Ok(Process {
             pid,
-            pidfd,
+            pidfd: Arc::new(pidfd),
             child: None,
             cgroup: None,
             stderr: None,
@@ -123,6 +124,11 @@ impl Process {
 
     pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
+    }
+
+    /// The same for somebody who may need it longer.
+    pub(crate) fn shared_pidfd(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.pidfd)
     }
 
     pub(crate) fn stderr(&self) -> Option<BorrowedFd<'_>> {

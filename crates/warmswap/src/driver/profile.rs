@@ -85,10 +85,9 @@ impl Reporter {
         }
         let known = process.subject();
         let images: Vec<Image> = storage.paths().take(IMAGES_MAX).filter_map(|path| Image::at(&path).ok()).collect();
-        let subject = process.pidfd().try_clone_to_owned().ok();
-        let subject = subject.map(|pidfd| Subject { pid: known.pid, pidfd, group: known.group, images });
+        let subject = Subject { pid: known.pid, pidfd: process.shared_pidfd(), group: known.group, images };
         self.serving = Some(id);
-        self.teller.tell(Told::Serving { number: self.number, backend: id.0, subject });
+        self.teller.tell(Told::Serving { number: self.number, backend: id.0, subject: Some(subject) });
     }
 
     /// What was measured lately is worth keeping.

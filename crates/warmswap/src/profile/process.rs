@@ -343,14 +343,14 @@ pub(super) mod tests {
     use proptest::prelude::*;
     use rustix::process::{Pid, PidfdFlags, Signal};
 
-    fn pid_of(pid: u32) -> Pid {
+    pub(crate) fn pid_of(pid: u32) -> Pid {
         i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process has a number")
     }
 
     /// A living process of ours as a subject.
     pub(crate) fn subject_of(pid: u32) -> Arc<Subject> {
         let pidfd = rustix::process::pidfd_open(pid_of(pid), PidfdFlags::empty()).expect("it lives");
-        Arc::new(Subject { pid, pidfd, group: None, images: Vec::new() })
+        Arc::new(Subject { pid, pidfd: Arc::new(pidfd), group: None, images: Vec::new() })
     }
 
     /// A process that does what it is told, and nothing else. It ends with this value.
@@ -641,7 +641,8 @@ pub(super) mod tests {
         let mut child = Sleeper::start();
         let pidfd = rustix::process::pidfd_open(pid_of(child.pid()), PidfdFlags::empty()).expect("it lives");
         child.kill();
-        let subject = Arc::new(Subject { pid: std::process::id(), pidfd, group: None, images: Vec::new() });
+        let subject =
+            Arc::new(Subject { pid: std::process::id(), pidfd: Arc::new(pidfd), group: None, images: Vec::new() });
         let mut sources: [Box<dyn Source>; 3] = [
             Box::new(Process::new(Arc::clone(&subject), true)),
             Box::new(crate::profile::group::Group::new(Arc::clone(&subject))),

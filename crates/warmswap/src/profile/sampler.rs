@@ -20,7 +20,7 @@ use super::host::{Pressure, Store};
 use super::page::Page;
 use super::process::Process;
 use super::rings::{Ring, Rings};
-use super::source::{Effort, Source, Subject};
+use super::source::{Effort, Resting, Source, Subject};
 use crate::driver::now;
 use crate::shm::View;
 
@@ -40,6 +40,10 @@ const PROBE_PAUSE: u64 = 100;
 const PROBES_MAX: usize = 64;
 /// A component that is busy is looked into in full at every tick; another one this often.
 const DEEP_TICKS: u32 = 100;
+
+/// Components of whose backends everything is kept open that is read of them. Where there are more, a descriptor is dear: what has been
+/// idle for as long as until it is looked into in full is then looked into no more than that, and has nothing open in between.
+const KEPT_OPEN_MAX: usize = 64;
 
 /// What the control thread tells of one device besides its rings.
 #[derive(Debug, Default)]
@@ -109,6 +113,7 @@ impl Teller {
 
 /// What a component does its work with, while one backend serves it.
 struct Served {
+    subject: Arc<Subject>,
     process: Process,
     group: Group,
     store: Store,
@@ -127,6 +132,10 @@ struct Component {
     /// Generation of the backend that serves.
     backend: u64,
     served: Option<Served>,
+    /// The backend that serves, while nothing of it is kept open.
+    resting: Option<Resting>,
+    /// Ticks since something happened.
+    idle_ticks: u32,
     profiler: Profiler,
     measure: Measure,
     sampled: Sampled,
@@ -221,6 +230,7 @@ impl Sampler {
     }
 
     fn learn(&mut self, told: Told) {
+        let many = self.components.len() > KEPT_OPEN_MAX;
         let find = |components: &mut Vec<Component>, number| components.iter().position(|it| it.number == number);
         match told {
             Told::Device { number, name, device, feed } => {
@@ -245,7 +255,7 @@ impl Sampler {
             }
             Told::Serving { number, backend, subject } => {
                 if let Some(at) = find(&mut self.components, number) {
-                    self.components[at].serve(backend, subject);
+                    self.components[at].serve(backend, subject, many);
                 }
             }
             Told::Freeze { number, reason } => {
@@ -265,8 +275,9 @@ impl Sampler {
         let missed = u32::try_from(missed).unwrap_or(u32::MAX);
         self.pressure.read(self.pace.tick.0 as f64 / 1e9 * f64::from(missed + 1), Effort::Full);
         let end_unix_ns = unix_ns();
+        let many = self.components.len() > KEPT_OPEN_MAX;
         for component in &mut self.components {
-            component.tick(missed, late, &self.pressure, end_unix_ns, &self.notes);
+            component.tick(missed, late, &self.pressure, end_unix_ns, &self.notes, many);
         }
     }
 
@@ -323,6 +334,8 @@ impl Component {
             rings: Rings::new(device),
             backend: 0,
             served: None,
+            resting: None,
+            idle_ticks: 0,
             profiler: Profiler::new(window),
             measure: Measure::default(),
             sampled: Sampled::default(),
@@ -337,17 +350,14 @@ impl Component {
         }
     }
 
-    fn serve(&mut self, backend: u64, subject: Option<Subject>) {
+    fn serve(&mut self, backend: u64, subject: Option<Subject>, many: bool) {
         self.backend = backend;
-        self.served = subject.map(|subject| {
-            let subject = Arc::new(subject);
-            Served {
-                process: Process::new(Arc::clone(&subject), true),
-                group: Group::new(Arc::clone(&subject)),
-                store: Store::new(Arc::clone(&subject)),
-                page: Page::new(subject),
-            }
-        });
+        (self.served, self.resting) = (None, None);
+        if many {
+            self.resting = subject.map(|subject| subject.rest());
+        } else {
+            self.served = subject.map(Served::new);
+        }
         // What was measured of the last one is not mixed with what this one does.
         (self.ticks, self.lost, self.measured_at) = (0, 0, now());
         self.measure.clear();
@@ -359,7 +369,7 @@ impl Component {
     }
 
     /// A tick has passed.
-    fn tick(&mut self, missed: u32, late: Nanos, pressure: &Pressure, end_unix_ns: u64, notes: &Notes) {
+    fn tick(&mut self, missed: u32, late: Nanos, pressure: &Pressure, end_unix_ns: u64, notes: &Notes, many: bool) {
         self.ticks += 1 + missed;
         self.lost += missed;
         self.age = self.age.wrapping_add(1 + missed);
@@ -367,11 +377,16 @@ impl Component {
         if idle && self.ticks < self.profiler.ticks_left() {
             return;
         }
+        let deep = self.age % DEEP_TICKS < self.ticks;
+        let at_rest = self.rings.are_at_rest();
+        self.idle_ticks = if at_rest { self.idle_ticks.saturating_add(self.ticks) } else { 0 };
+        if !at_rest || deep {
+            self.wake();
+        }
         let now = now();
         let span = now.since(self.measured_at);
         self.measured_at = now;
         let span_s = span.0 as f64 / 1e9;
-        let deep = self.age % DEEP_TICKS < self.ticks;
         let effort = if deep { Effort::Deep } else { Effort::Full };
         let page_tells = self.served.as_mut().is_some_and(|served| served.measure(span_s, effort, &mut self.measure));
         if self.view.as_ref().is_some_and(|view| !view.is_whole()) {
@@ -388,6 +403,23 @@ impl Component {
         self.note(notes, Noted::Tick(Arc::clone(&self.name), recorded.tick));
         if let Some(window) = recorded.window {
             self.note(notes, Noted::Window(Arc::clone(&self.name), window));
+        }
+        if many && self.idle_ticks >= DEEP_TICKS {
+            self.rest();
+        }
+    }
+
+    /// Closes what is read of the backend.
+    fn rest(&mut self) {
+        if let Some(served) = self.served.take() {
+            self.resting = Some(served.subject.rest());
+        }
+    }
+
+    /// Opens it again. What is counted between two readings begins anew.
+    fn wake(&mut self) {
+        if let Some(resting) = self.resting.take() {
+            self.served = Some(Served::new(resting.wake()));
         }
     }
 
@@ -450,6 +482,17 @@ impl Component {
 }
 
 impl Served {
+    fn new(subject: Subject) -> Self {
+        let subject = Arc::new(subject);
+        Served {
+            process: Process::new(Arc::clone(&subject), true),
+            group: Group::new(Arc::clone(&subject)),
+            store: Store::new(Arc::clone(&subject)),
+            page: Page::new(Arc::clone(&subject)),
+            subject,
+        }
+    }
+
     /// Whether the backend tells its latencies itself.
     fn measure(&mut self, span_s: f64, effort: Effort, into: &mut Measure) -> bool {
         self.process.measure(span_s, effort, into);

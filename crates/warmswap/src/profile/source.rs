@@ -3,8 +3,9 @@
 //! A source is called at every tick and reads as much as it was told to. What it counts, it counts from one reading to the next, over the
 //! time between them: a counter that was left unread for ten ticks covers ten ticks when it is read.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags};
@@ -19,7 +20,7 @@ pub(crate) struct Subject {
     /// Its number, which is another process's once it has ended and was collected.
     pub(crate) pid: u32,
     /// The process itself.
-    pub(crate) pidfd: OwnedFd,
+    pub(crate) pidfd: Arc<OwnedFd>,
     /// Directory of the version 2 control group that it was put into, where it has one of its own. Those of version 1, and what it was
     /// put into by others, are found where the kernel tells them.
     pub(crate) group: Option<PathBuf>,
@@ -33,6 +34,37 @@ impl Subject {
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
         let none = Timespec { tv_sec: 0, tv_nsec: 0 };
         !matches!(rustix::event::poll(&mut fds, Some(&none)), Ok(0))
+    }
+
+    /// What is needed to look at it again, without anything open but the process, which others have open as well.
+    pub(crate) fn rest(&self) -> Resting {
+        Resting {
+            pid: self.pid,
+            pidfd: Arc::clone(&self.pidfd),
+            group: self.group.clone(),
+            images: self.images.iter().filter_map(Image::name).collect(),
+        }
+    }
+}
+
+/// A subject that nobody looks at.
+#[derive(Debug)]
+pub(crate) struct Resting {
+    pid: u32,
+    pidfd: Arc<OwnedFd>,
+    group: Option<PathBuf>,
+    /// Each with the device and number of its file.
+    images: Vec<(PathBuf, (u64, u64))>,
+}
+
+impl Resting {
+    /// The subject again. An image that has another file in its place by now is left out.
+    pub(crate) fn wake(&self) -> Subject {
+        let images = self.images.iter().filter_map(|(path, file)| {
+            let image = Image::at(path).ok()?;
+            (image.file() == Some(*file)).then_some(image)
+        });
+        Subject { pid: self.pid, pidfd: Arc::clone(&self.pidfd), group: self.group.clone(), images: images.collect() }
     }
 }
 
@@ -49,6 +81,17 @@ impl Image {
     /// Takes hold of a file without opening it: nothing is read, nothing is locked.
     pub(crate) fn at(path: &Path) -> std::io::Result<Self> {
         Ok(Image(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?))
+    }
+
+    /// Device and number of the file.
+    fn file(&self) -> Option<(u64, u64)> {
+        rustix::fs::fstat(&self.0).ok().map(|stat| (stat.st_dev, stat.st_ino))
+    }
+
+    /// Where the file is found again.
+    fn name(&self) -> Option<(PathBuf, (u64, u64))> {
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", self.0.as_raw_fd())).ok()?;
+        Some((path, self.file()?))
     }
 }
 
@@ -177,6 +220,28 @@ impl Held {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::profile::process::tests::{Sleeper, pid_of};
+
+    #[test]
+    fn what_rests_has_nothing_open_but_the_process_and_an_image_is_found_again_if_it_is_the_same() {
+        let child = Sleeper::start();
+        let pidfd = rustix::process::pidfd_open(pid_of(child.pid()), rustix::process::PidfdFlags::empty());
+        let path = std::env::temp_dir().join(format!("warmswap-resting-{}", std::process::id()));
+        std::fs::write(&path, "one").expect("a temporary file");
+        let images = vec![Image::at(&path).expect("just made")];
+        let pidfd = Arc::new(pidfd.expect("it lives"));
+        let subject = Subject { pid: child.pid(), pidfd: Arc::clone(&pidfd), group: None, images };
+        let resting = subject.rest();
+        drop(subject);
+        assert_eq!(Arc::strong_count(&pidfd), 2);
+        let again = resting.wake();
+        assert_eq!((again.pid, again.images.len(), again.has_ended()), (child.pid(), 1, false));
+        drop(again);
+        let other = path.with_extension("other");
+        std::fs::write(&other, "two").and_then(|()| std::fs::rename(&other, &path)).expect("a temporary file");
+        assert_eq!(resting.wake().images.len(), 0, "another file has its name");
+        std::fs::remove_file(&path).expect("it is there");
+    }
 
     #[test]
     fn a_rate_covers_all_the_time_since_its_last_reading() {
