@@ -359,7 +359,8 @@ impl Probe {
             sampled.pickup_ns += now.since(since).0;
             self.kicked = None;
         }
-        if came > 0 {
+        // What came in a pause may have been many submissions, each with a kick.
+        if came > 0 && now.since(self.looked_at) <= PRECISE_MAX {
             sampled.submissions += u64::from(came);
             if due {
                 // One kick, however many requests it is for.
@@ -397,7 +398,7 @@ impl Probe {
             sampled.reaction_max_ns = sampled.reaction_max_ns.max(took);
             self.called = None;
         }
-        if went > 0 {
+        if went > 0 && now.since(self.looked_at) <= PRECISE_MAX {
             sampled.completions += u64::from(went);
             if due {
                 sampled.calls += 1;

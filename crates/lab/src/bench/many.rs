@@ -41,7 +41,7 @@ const MANY_BLOCKS: u64 = 64;
 const MANY_RING: u16 = 64;
 const MANY_DEPTH: u16 = 8;
 /// What is left of the descriptors that a process may have for what is not of single devices.
-const DESCRIPTORS_SPARE: u64 = 200;
+const DESCRIPTORS_SPARE: u64 = 100;
 /// How long nothing happens before what idle devices cost is taken: whatever is done seldom has been put off by then.
 const SETTLE: Duration = Duration::from_secs(6);
 

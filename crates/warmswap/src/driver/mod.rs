@@ -155,6 +155,8 @@ pub(crate) enum Ended {
 pub(crate) struct Driver {
     poller: Poller,
     devices: Vec<Device>,
+    /// What each wants next, and whether it has to be gone through in this step: of many devices few have something to do.
+    agenda: Vec<Agenda>,
     /// Devices that are not begun with yet.
     waiting: VecDeque<(DeviceConfig, JournalSender)>,
     commands: Receiver<Command>,
@@ -170,6 +172,25 @@ pub(crate) struct Driver {
     /// When the last wait ended.
     woken: Nanos,
     lateness: Lateness,
+}
+
+/// What is known of a device without asking it.
+#[derive(Clone, Copy, Debug)]
+struct Agenda {
+    due: Option<Nanos>,
+    /// It has more to do at once.
+    more: bool,
+    /// Something happened to it.
+    touched: bool,
+}
+
+impl Agenda {
+    /// To be gone through.
+    const TOUCHED: Agenda = Agenda { due: None, more: true, touched: true };
+
+    fn of(device: &Device) -> Self {
+        Agenda { due: device.next_timeout(), more: device.has_more(), touched: false }
+    }
 }
 
 /// How often the control thread was late, and by how much.
@@ -221,6 +242,7 @@ impl Driver {
         let driver = Driver {
             poller,
             devices: Vec::new(),
+            agenda: Vec::new(),
             waiting: VecDeque::new(),
             commands,
             waker,
@@ -270,6 +292,7 @@ impl Driver {
         }
         device.run(now(), &self.poller);
         self.devices.push(device);
+        self.agenda.push(Agenda::TOUCHED);
         Ok(())
     }
 
@@ -291,9 +314,9 @@ impl Driver {
     }
 
     fn step(&mut self, ready: &mut dyn FnMut(&DeviceConfig)) -> std::io::Result<Option<Ended>> {
-        let due = self.devices.iter().filter_map(Device::next_timeout).min();
+        let due = self.agenda.iter().filter_map(|it| it.due).min();
         let started = now();
-        let timeout = match self.devices.iter().any(Device::has_more) {
+        let timeout = match self.agenda.iter().any(|it| it.more) {
             true => Some(Nanos(0)),
             false => due.map(|due| due.since(started)),
         };
@@ -313,7 +336,11 @@ impl Driver {
         self.note_lateness("a step took long", started.since(self.woken));
         self.woken = woken;
         let now = now();
-        for device in &mut self.devices {
+        for (device, agenda) in self.devices.iter_mut().zip(&mut self.agenda) {
+            let is_due = agenda.due.is_some_and(|due| due <= now);
+            if !(agenda.touched || agenda.more || is_due) {
+                continue;
+            }
             if device.next_timeout().is_some_and(|due| due <= now) {
                 device.tick(now, &self.poller);
             }
@@ -329,6 +356,7 @@ impl Driver {
                 device.listen(listener, &self.poller)?;
                 ready(&device.config);
             }
+            *agenda = Agenda::of(device);
         }
         if !self.waiting.is_empty() {
             self.add_waiting()?;
@@ -349,6 +377,7 @@ impl Driver {
             return;
         }
         let Some((count, worst)) = self.lateness.add(late, self.woken) else { return };
+        self.agenda.iter_mut().for_each(|it| it.touched = true);
         for device in &mut self.devices {
             device.note(
                 Entry::warning("ControlThreadLate")
@@ -363,7 +392,11 @@ impl Driver {
     fn dispatch(&mut self, token: Token) -> bool {
         let now = now();
         match token.source {
-            Source::Commands => self.obey(now),
+            Source::Commands => {
+                self.obey(now);
+                // They may be for any of them, and are few.
+                self.agenda.iter_mut().for_each(|it| it.touched = true);
+            }
             Source::Signals => {
                 let said = system::take_said(&self.signals);
                 self.orphans |= said.child;
@@ -371,7 +404,11 @@ impl Driver {
             }
             source => {
                 let poller = &self.poller;
-                let Some(device) = self.devices.get_mut(usize::from(token.device)) else { return false };
+                let at = usize::from(token.device);
+                let (Some(device), Some(agenda)) = (self.devices.get_mut(at), self.agenda.get_mut(at)) else {
+                    return false;
+                };
+                agenda.touched = true;
                 match source {
                     Source::Listener => device.accept(now, poller),
                     Source::Vmm => device.vmm_is_ready(now, poller),

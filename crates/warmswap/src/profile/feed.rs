@@ -107,6 +107,11 @@ impl RingFeed {
         self.looks.load(Ordering::Acquire)
     }
 
+    /// Requests submitted so far.
+    pub(crate) fn submitted(&self) -> u64 {
+        self.submitted.load(Ordering::Relaxed)
+    }
+
     /// Reads it; greatest values begin anew.
     pub(crate) fn take(&self) -> RingReading {
         let looks = self.looks();

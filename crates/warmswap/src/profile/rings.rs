@@ -20,6 +20,8 @@ pub(crate) struct Ring {
     pub(crate) index: u32,
     pub(crate) feed: Arc<RingFeed>,
     looks: u64,
+    /// Requests submitted by the last tick, since the device began.
+    so_far: u64,
     submitted: Counter,
     completed: Counter,
     depth: Counter,
@@ -42,6 +44,7 @@ impl Ring {
             index,
             feed,
             looks: 0,
+            so_far: 0,
             submitted: Counter::default(),
             completed: Counter::default(),
             depth: Counter::default(),
@@ -128,6 +131,7 @@ impl Rings {
             let reading = ring.feed.take();
             ring.looks = reading.looks;
             ring.outstanding = reading.outstanding;
+            ring.so_far = reading.submitted;
             ring.count(&reading);
             ring.new_latencies();
             (ring.arrivals, ring.completions, ring.overdue) = (0, 0, [None; 2]);
@@ -153,6 +157,11 @@ impl Rings {
         rings.for_each(|ring| ring.look_for_overdue(memory, now, into));
     }
 
+    /// Whether nothing was in flight at the last tick or has been submitted since. It may have been looked at.
+    pub(crate) fn are_at_rest(&self) -> bool {
+        self.rings.iter().all(|ring| ring.outstanding == 0 && ring.feed.submitted() == ring.so_far)
+    }
+
     /// Adds what came since the last tick. `page_tells`: the backend's own page has told latencies, kinds and bytes, which is better than
     /// samples.
     pub(crate) fn measure(&mut self, span_s: f64, sampled: &mut Sampled, page_tells: bool, into: &mut Measure) {
@@ -161,6 +170,7 @@ impl Rings {
         for ring in &mut self.rings {
             let reading = ring.feed.take();
             ring.looks = reading.looks;
+            ring.so_far = reading.submitted;
             ring.outstanding = reading.outstanding;
             let requests = self.device.carries_requests(ring.index);
             let depth = ring.measure(&reading, requests, into);

@@ -393,8 +393,9 @@ impl Component {
             return;
         }
         let deep = self.age % DEEP_TICKS < self.ticks;
-        self.idle_ticks = if idle { self.idle_ticks.saturating_add(self.ticks) } else { 0 };
-        if !idle || deep {
+        let at_rest = self.rings.are_at_rest();
+        self.idle_ticks = if at_rest { self.idle_ticks.saturating_add(self.ticks) } else { 0 };
+        if !at_rest || deep {
             self.wake();
         }
         let effort = if deep { Effort::Deep } else { Effort::Full };
