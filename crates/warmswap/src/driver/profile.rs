@@ -62,9 +62,8 @@ impl Reporter {
         self.feed.round_trip_ns.store(micros(pair.round_trip()), Ordering::Relaxed);
         self.feed.canary_ns.store(micros(pair.canary()), Ordering::Relaxed);
         let view = (memory.changes(), pair.has_event_idx());
-        if self.view != Some(view) {
+        if self.view != Some(view) && self.feed.show(memory.view(), view.1) {
             self.view = Some(view);
-            self.teller.tell(Told::View { number: self.number, view: memory.view(), event_idx: view.1 });
         }
         if self.serving != pair.primary() {
             self.tell_serving(pair.primary(), backends);

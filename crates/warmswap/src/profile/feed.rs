@@ -112,6 +112,11 @@ impl RingFeed {
         self.submitted.load(Ordering::Relaxed)
     }
 
+    /// Requests completed so far, and entries of the ring.
+    pub(crate) fn completed(&self) -> (u64, u32) {
+        (self.completed.load(Ordering::Relaxed), self.size.load(Ordering::Relaxed))
+    }
+
     /// Reads it; greatest values begin anew.
     pub(crate) fn take(&self) -> RingReading {
         let looks = self.looks();

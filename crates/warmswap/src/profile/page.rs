@@ -25,6 +25,8 @@ const STILL_MAX_S: f64 = 60.0;
 const ABSURD_MAX: u32 = 3;
 /// A page that could not be read for so long tells nothing about that time: others have been asked meanwhile.
 const GAP_MAX_S: f64 = 5.0;
+/// Distance of two looks at a ring, at most, and something for a late processor.
+const LOOK_MAX_S: f64 = 0.05;
 /// Most calls that are let pass after a page that was busy.
 const PASSED_MAX: u32 = 16;
 
@@ -49,6 +51,11 @@ pub(crate) struct Page {
     passed: u32,
     /// The last span between two calls: where calls are rare, so are readings.
     span_s: f64,
+    /// Requests that the rings say are completed, and how many may be completed and not told of yet.
+    rings: Option<(u64, u64)>,
+    /// The former at the last reading, and how many more the page has told of since it is read.
+    rings_then: Option<u64>,
+    ahead: i64,
 }
 
 impl Page {
@@ -69,12 +76,32 @@ impl Page {
             pass: 0,
             passed: 0,
             span_s: 0.0,
+            rings: None,
+            rings_then: None,
+            ahead: 0,
         }
     }
 
-    /// Whether the page tells of latencies, bytes and kinds of the time up to the last call, or will with its next reading: nobody else
+    /// What the rings say so far: requests completed, and how many there may be in flight. A page that says otherwise is not believed.
+    pub(crate) fn compare(&mut self, completed: u64, in_flight_max: u64) {
+        self.rings = Some((completed, in_flight_max));
+    }
+
+    /// Whether the rings have seen as many requests completed as the page tells of, in all.
+    fn agrees(&mut self, work: &Work, seconds: f64) -> bool {
+        let Some((completed, in_flight_max)) = self.rings else { return true };
+        let Some(since) = self.rings_then.and_then(|then| completed.checked_sub(then)) else { return true };
+        let told: u64 = work.kinds.iter().map(|done| done.completed).fold(0, u64::saturating_add);
+        let difference = i128::from(told) - i128::from(since) + i128::from(self.ahead);
+        self.ahead = i64::try_from(difference).unwrap_or(i64::MAX);
+        // The rings are looked at some milliseconds before or after.
+        let late = since as f64 * (LOOK_MAX_S / seconds.max(LOOK_MAX_S));
+        self.ahead.unsigned_abs() <= in_flight_max.saturating_add(late as u64)
+    }
+
+    /// Whether the page tells of bytes, kinds and the latencies of each kind of the time up to the last call, or will with its next reading: nobody else
     /// is to add theirs.
-    pub(crate) fn has_latencies(&self) -> bool {
+    pub(crate) fn tells(&self) -> bool {
         self.reader.is_some()
             && self.read_s.is_some_and(|at_s| self.time.now_s() - at_s <= GAP_MAX_S.max(2.0 * self.span_s))
     }
@@ -102,6 +129,7 @@ impl Page {
 
     /// The page is no good, and looked for again much later.
     fn drop_page(&mut self) {
+        self.ahead = 0;
         self.take(None);
         self.search_s = SEARCH_MAX_S;
         self.search.in_s(self.time, SEARCH_MAX_S);
@@ -152,14 +180,18 @@ impl Source for Page {
         }
         let first = self.read_s.replace(self.time.now_s()).is_none();
         if !first && seconds <= GAP_MAX_S.max(2.0 * self.span_s) {
-            match Work::between(&self.last, &self.now).filter(|work| work.is_possible_in(seconds)) {
+            let work = Work::between(&self.last, &self.now).filter(|work| work.is_possible_in(seconds));
+            match work.filter(|work| self.agrees(work, seconds)) {
                 Some(work) => {
                     self.absurd = 0;
                     work.add_to(seconds, into);
                 }
                 None => self.absurd += 1,
             }
+        } else {
+            self.ahead = 0;
         }
+        self.rings_then = self.rings.map(|(completed, _)| completed);
         if let Some(ns) = age_ns(&self.now, now_ns()) {
             into.note(Feature::Backlog, ns as f64 / 1e3);
         }
@@ -335,7 +367,7 @@ impl Work {
             into.add(feature, count as f64, seconds);
         }
         let kinds = [
-            (LatencyKind::All, &self.all),
+            // What a request waits in the ring a page does not know: of all requests the rings and probes tell.
             (LatencyKind::Reads, &self.reads),
             (LatencyKind::Writes, &self.writes),
             (LatencyKind::Flushes, &self.flushes),
@@ -393,10 +425,10 @@ mod tests {
     #[test]
     fn what_the_page_counts_is_measured_exactly_over_all_the_time_since() {
         let (_page, mut writers, mut page) = found(2);
-        assert!(!page.has_latencies());
+        assert!(!page.tells());
         writers[0].update(1).completed(Kind::Read, 4096, 1_000);
         assert_eq!(measured(&mut page, 1.0, Effort::Full), Measure::default(), "the first reading");
-        assert!(page.has_latencies());
+        assert!(page.tells());
         for _ in 0..3 {
             writers[0].update(2).completed(Kind::Read, 4096, 1_100);
         }
@@ -433,7 +465,7 @@ mod tests {
             (Feature::CallsSuppressed, 2.5),
             (Feature::Wakes, 0.5),
             (Feature::Polls, 0.5),
-            (Feature::LatencySamples, 7.0),
+            (Feature::LatencySamples, 0.0),
             (Feature::LatencyMax, (1_u64 << 37) as f64 / 1e3),
         ];
         for (feature, expected) in exact {
@@ -456,7 +488,7 @@ mod tests {
         let mut update = writers[0].update(1);
         update.completed(Kind::Read, 3_000, 1_000);
         assert_eq!(measured(&mut page, 1.0, Effort::Full), Measure::default(), "in the middle of an update");
-        assert!(page.has_latencies(), "they will come");
+        assert!(page.tells(), "they will come");
         drop(update);
         assert_eq!(measured(&mut page, 1.0, Effort::Full), Measure::default(), "it is let alone for a while");
         let measure = measured(&mut page, 2.0, Effort::Full);
@@ -465,10 +497,10 @@ mod tests {
         for _ in 0..7 {
             assert_eq!(measured(&mut page, 1.0, Effort::Light), Measure::default());
         }
-        assert!(!page.has_latencies());
+        assert!(!page.tells());
         writers[0].update(1).completed(Kind::Read, 5_000, 1_000);
         assert_eq!(measured(&mut page, 1.0, Effort::Full), Measure::default());
-        assert!(page.has_latencies());
+        assert!(page.tells());
         assert_eq!(measured(&mut page, 1.0, Effort::Full).value(Feature::Bytes), Some(0.0));
     }
 
@@ -503,7 +535,7 @@ mod tests {
             assert_eq!(measure.value(Feature::Bytes), None);
             writers[0].update(1).retried(u64::MAX / 8);
         }
-        assert!(page.reader.is_none() && !page.has_latencies());
+        assert!(page.reader.is_none() && !page.tells());
     }
 
     #[test]
@@ -511,20 +543,20 @@ mod tests {
         let mut child = Told::start();
         let mut page = Page::new(subject_of(child.pid()));
         assert_eq!(measured(&mut page, 0.1, Effort::Full), Measure::default());
-        assert!(!page.has_latencies(), "it has none yet");
+        assert!(!page.tells(), "it has none yet");
         child.tell("page", 1);
         assert_eq!(measured(&mut page, 0.1, Effort::Full), Measure::default());
-        assert!(!page.has_latencies(), "it is not searched for at every call");
+        assert!(!page.tells(), "it is not searched for at every call");
         let _first = measured(&mut page, 1.0, Effort::Full);
-        assert!(page.has_latencies());
+        assert!(page.tells());
         child.tell("serve", 100);
         let measure = measured(&mut page, 2.0, Effort::Full);
         assert_eq!(measure.value(Feature::Bytes), Some(100.0 * 512.0 / 2.0));
-        assert_eq!(measure.value(Feature::LatencySamples), Some(100.0));
+        assert!(measure.value(Feature::ReadP50).is_some_and(|us| us > 0.0));
         child.tell("serve", 100);
         child.kill();
         assert_eq!(measured(&mut page, 1.0, Effort::Full), Measure::default());
-        assert!(!page.has_latencies());
+        assert!(!page.tells());
         assert_eq!(measured(&mut page, 100.0, Effort::Deep), Measure::default());
     }
 

@@ -162,8 +162,15 @@ impl Rings {
         self.rings.iter().all(|ring| ring.outstanding == 0 && ring.feed.submitted() == ring.so_far)
     }
 
-    /// Adds what came since the last tick. `page_tells`: the backend's own page has told latencies, kinds and bytes, which is better than
-    /// samples.
+    /// Requests completed so far on all rings that carry them, and how many can be in flight.
+    pub(crate) fn completed(&self) -> (u64, u64) {
+        let rings = self.rings.iter().filter(|ring| self.device.carries_requests(ring.index));
+        let add = |(sum, room), (completed, size)| (sum + completed, room + u64::from(size));
+        rings.map(|ring| ring.feed.completed()).fold((0_u64, 0_u64), add)
+    }
+
+    /// Adds what came since the last tick. `page_tells`: the backend's own page has told kinds, bytes and latencies of each kind, which is
+    /// better than samples.
     pub(crate) fn measure(&mut self, span_s: f64, sampled: &mut Sampled, page_tells: bool, into: &mut Measure) {
         let (mut completed, mut submitted, mut busy) = (0, 0, 0);
         let mut depth_ns = Some(0);
@@ -181,7 +188,7 @@ impl Rings {
                 busy += u32::from(ring.completions > 0);
                 let is_new = ring.before.is_none();
                 let latencies = if is_new || ring.completions > 0 { ring.new_latencies() } else { None };
-                if let Some(latencies) = latencies.filter(|_| !page_tells) {
+                if let Some(latencies) = latencies {
                     self.latencies.add(&latencies, &reading);
                 }
             }
@@ -196,11 +203,7 @@ impl Rings {
             into.add(Feature::Depth, depth_ns as f64 / 1e9, span_s);
         }
         self.add_sampled(sampled, submitted, completed, page_tells, span_s, into);
-        if page_tells {
-            self.latencies = Latencies::default();
-        } else {
-            self.latencies.put(sampled, completed, into);
-        }
+        self.latencies.put(sampled, completed, page_tells, into);
         *sampled = Sampled::default();
     }
 
@@ -353,7 +356,7 @@ impl Latencies {
     }
 
     /// Puts both together: what is sampled below the floor stands for every request that is not among the long ones.
-    fn put(&mut self, sampled: &Sampled, completed: u64, into: &mut Measure) {
+    fn put(&mut self, sampled: &Sampled, completed: u64, page_tells: bool, into: &mut Measure) {
         self.short.merge(&sampled.latencies[0]);
         self.completed += completed;
         self.longest_ns = self.longest_ns.max(sampled.longest);
@@ -378,7 +381,7 @@ impl Latencies {
         into.sampled(LatencyKind::All, &long, of_long);
         into.note(Feature::LatencyMax, longest_ns(&long).unwrap_or(0).max(self.longest_ns) as f64 / 1e3);
         let kinds = [(LatencyKind::Reads, 1), (LatencyKind::Writes, 2), (LatencyKind::Flushes, 3)];
-        for (kind, at) in kinds {
+        for (kind, at) in kinds.into_iter().filter(|_| !page_tells) {
             let latencies = &sampled.latencies[at];
             into.sampled(kind, latencies, u64::try_from(latencies.total()).unwrap_or(0));
         }
@@ -505,9 +508,10 @@ mod tests {
         disk.feed.publish(&disk.meter);
         let mut measure = Measure::default();
         disk.rings.measure(0.1, &mut sampled(100_000, 10), true, &mut measure);
-        let values =
-            [Feature::LatencyP50, Feature::ReadShare, Feature::Bytes, Feature::Kicks].map(|it| measure.value(it));
+        let values = [Feature::ReadP50, Feature::ReadShare, Feature::Bytes, Feature::Kicks].map(|it| measure.value(it));
         assert_eq!(values, [None; 4]);
+        // How long they waited in the ring it does not know.
+        assert!(measure.value(Feature::LatencyP50).is_some());
         assert_eq!(measure.value(Feature::Completions), Some(100.0));
     }
 

@@ -5,8 +5,8 @@
 //! happens is not measured at every tick but once a window, so that a thousand idle ones cost next to nothing.
 
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
@@ -25,7 +25,7 @@ use super::source::{Effort, Image, Resting, Source, Subject};
 use crate::driver::now;
 use crate::shm::View;
 
-/// What may be told before the sampler has read any of it: little, for it keeps guest memory mapped.
+/// What may be told before the sampler has read any of it.
 const TOLD_MAX: usize = 256;
 /// Time between two probes of one component, at most.
 const PROBE_EVERY: Nanos = Nanos::from_millis(20);
@@ -53,6 +53,19 @@ pub(crate) struct DeviceFeed {
     pub(crate) round_trip_ns: AtomicU64,
     /// Nanoseconds of the shadow's last canary. 0: none yet.
     pub(crate) canary_ns: AtomicU64,
+    /// What is mapped of the guest, and whether both sides use event indices. Only the last counts: a view keeps guest memory mapped.
+    view: Mutex<Option<(View, bool)>>,
+    views: AtomicU64,
+}
+
+impl DeviceFeed {
+    /// Puts another view in the place of the last. False if that has to be tried again: nobody is waited for.
+    pub(crate) fn show(&self, view: View, event_idx: bool) -> bool {
+        let Ok(mut slot) = self.view.try_lock() else { return false };
+        *slot = Some((view, event_idx));
+        self.views.fetch_add(1, Ordering::Release);
+        true
+    }
 }
 
 /// How a component is to be measured.
@@ -69,8 +82,6 @@ pub(crate) struct Pace {
 pub(crate) enum Told {
     /// There is a device.
     Device { number: u16, name: Arc<str>, device: DeviceType, feed: Arc<DeviceFeed> },
-    /// What is mapped of its guest, and whether both sides use event indices.
-    View { number: u16, view: View, event_idx: bool },
     /// It has a ring.
     Ring { number: u16, index: u32, feed: Arc<RingFeed> },
     /// This backend serves it now, or none that can be looked at.
@@ -134,6 +145,8 @@ struct Component {
     feed: Arc<DeviceFeed>,
     view: Option<View>,
     event_idx: bool,
+    /// Number of the view.
+    views: u64,
     rings: Rings,
     /// Generation of the backend that serves.
     backend: u64,
@@ -239,14 +252,6 @@ impl Sampler {
             Told::Device { number, name, device, feed } => {
                 self.components.push(Component::new(number, name, device, feed, self.pace.window));
             }
-            Told::View { number, view, event_idx } => {
-                if let Some(at) = find(&mut self.components, number) {
-                    self.probes.retain(|running| running.component != at);
-                    let component = &mut self.components[at];
-                    (component.view, component.event_idx) = (Some(view), event_idx);
-                    component.trails.clear();
-                }
-            }
             Told::Ring { number, index, feed } => {
                 if let Some(at) = find(&mut self.components, number) {
                     let rings = &mut self.components[at].rings.rings;
@@ -284,7 +289,10 @@ impl Sampler {
         self.pressure.read(self.pace.tick.0 as f64 / 1e9 * f64::from(missed + 1), Effort::Full);
         let end_unix_ns = unix_ns();
         let many = self.components.len() > KEPT_OPEN_MAX;
-        for component in &mut self.components {
+        for (at, component) in self.components.iter_mut().enumerate() {
+            if component.see() {
+                self.probes.retain(|running| running.component != at);
+            }
             component.tick(missed, late, &self.pressure, end_unix_ns, &self.notes, many);
         }
     }
@@ -304,6 +312,7 @@ impl Sampler {
         };
         self.turn = at;
         let component = &mut self.components[at];
+        component.see();
         let tick_s = self.pace.tick.0 as f64 / 1e9;
         let Some(probe) = component.probe(tick_s, began) else { return };
         self.next_probe = began + Nanos(PROBE_EVERY.0 / busy);
@@ -321,7 +330,9 @@ impl Sampler {
                 at += 1;
                 continue;
             }
-            let done = self.components[running.component].look(running);
+            let component = &mut self.components[running.component];
+            // Where memory has changed the ring may be another one.
+            let done = component.see() || component.look(running);
             // What probes cost is that part of the time at most, however many components are busy and whatever they do.
             let cost = now().since(began);
             self.next_probe = self.next_probe.max(began) + Nanos(cost.0.saturating_mul(PROBE_PAUSE));
@@ -343,6 +354,7 @@ impl Component {
             feed,
             view: None,
             event_idx: false,
+            views: 0,
             rings: Rings::new(device),
             backend: 0,
             served: None,
@@ -376,6 +388,20 @@ impl Component {
         (self.ticks, self.lost, self.measured_at) = (0, 0, now());
         self.measure.clear();
         self.sampled = Sampled::default();
+    }
+
+    /// Takes the last view. True if it is another one.
+    fn see(&mut self) -> bool {
+        let views = self.feed.views.load(Ordering::Acquire);
+        if views == self.views {
+            return false;
+        }
+        self.views = views;
+        if let Some((view, event_idx)) = self.feed.view.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            (self.view, self.event_idx) = (Some(view), event_idx);
+            self.trails.clear();
+        }
+        true
     }
 
     fn is_busy(&self) -> bool {
@@ -415,7 +441,9 @@ impl Component {
         let span = now.since(self.measured_at);
         self.measured_at = now;
         let span_s = span.0 as f64 / 1e9;
-        let page_tells = self.served.as_mut().is_some_and(|served| served.measure(span_s, effort, &mut self.measure));
+        let rings = self.rings.completed();
+        let page_tells =
+            self.served.as_mut().is_some_and(|served| served.measure(span_s, effort, rings, &mut self.measure));
         match &self.view {
             // Guest memory has vanished: what was sampled there may be made of nothing.
             Some(view) if !view.is_whole() => self.sampled = Sampled::default(),
@@ -521,13 +549,14 @@ impl Served {
         }
     }
 
-    /// Whether the backend tells its latencies itself.
-    fn measure(&mut self, span_s: f64, effort: Effort, into: &mut Measure) -> bool {
+    /// Whether the backend itself tells what it is asked for.
+    fn measure(&mut self, span_s: f64, effort: Effort, rings: (u64, u64), into: &mut Measure) -> bool {
         self.process.measure(span_s, effort, into);
         self.group.measure(span_s, effort, into);
         self.store.measure(span_s, effort, into);
+        self.page.compare(rings.0, rings.1);
         self.page.measure(span_s, effort, into);
-        self.page.has_latencies()
+        self.page.tells()
     }
 }
 
