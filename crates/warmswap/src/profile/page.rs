@@ -539,6 +539,34 @@ mod tests {
     }
 
     #[test]
+    fn a_page_that_tells_of_other_requests_than_the_rings_is_dropped() {
+        // Honest, looked at a little before or after the rings: it is believed, however long it goes on.
+        let (_page, mut writers, mut page) = found(1);
+        let mut completed = 0_u64;
+        page.compare(0, 8);
+        let _first = measured(&mut page, 1.0, Effort::Full);
+        for round in 0..50_u64 {
+            (0..100).for_each(|_| writers[0].update(1).completed(Kind::Read, 1_000, 512));
+            completed += 100;
+            page.compare(completed - [0, 5, 8, 2][round as usize % 4], 8);
+            assert!(measured(&mut page, 1.0, Effort::Full).value(Feature::Bytes).is_some(), "round {round}");
+        }
+        // One that stands still while requests are completed, and one that makes them up.
+        for (told, seen) in [(0_u64, 100_u64), (100, 0)] {
+            let (_page, mut writers, mut page) = found(1);
+            page.compare(0, 8);
+            let _first = measured(&mut page, 1.0, Effort::Full);
+            for round in 1..=u64::from(ABSURD_MAX) {
+                assert!(page.tells(), "round {round}");
+                (0..told).for_each(|_| writers[0].update(1).completed(Kind::Read, 1_000, 512));
+                page.compare(seen * round, 8);
+                assert_eq!(measured(&mut page, 1.0, Effort::Full).value(Feature::Bytes), None);
+            }
+            assert!(!page.tells(), "{told} told, {seen} seen");
+        }
+    }
+
+    #[test]
     fn the_page_of_a_backend_is_found_in_it_and_is_gone_with_it() {
         let mut child = Told::start();
         let mut page = Page::new(subject_of(child.pid()));
