@@ -5,10 +5,12 @@
 mod bench;
 mod common;
 mod crash;
+mod eval;
 mod fence;
 mod guest;
 mod rig;
 mod vm;
+mod vus;
 
 use clap::{Parser, Subcommand};
 
@@ -33,6 +35,8 @@ enum Instrument {
     Crash(crash::Args),
     /// The late write of a killed backend, and the fence that holds it off.
     Fence(fence::Args),
+    /// How well the scores of a detector agree with labels: VUS-PR.
+    Vus(vus::Args),
 }
 
 fn main() -> std::process::ExitCode {
@@ -54,6 +58,7 @@ fn main() -> std::process::ExitCode {
         Instrument::Bench(args) => bench::run(&args),
         Instrument::Crash(args) => crash::run(&args),
         Instrument::Fence(args) => fence::run(&args),
+        Instrument::Vus(args) => vus::run(&args),
     };
     match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,
