@@ -304,9 +304,7 @@ fn options(directory: &Path, name: &str, socket: &Path) -> anyhow::Result<Vec<St
     let mut line: Vec<String> = ["--name", name, "--socket", &word(socket), "--control", &control, "--run-dir", &run]
         .map(str::to_owned)
         .to_vec();
-    line.extend(
-        ["--no-shadow", "--no-canary", "--quiet", "--hang-ms", "60000", "--stall-ms", "60000", "--"].map(str::to_owned),
-    );
+    line.extend(["--no-shadow", "--no-canary", "--hang-ms", "60000", "--stall-ms", "60000", "--"].map(str::to_owned));
     line.extend(Blk { image, queues: 1, engine: Engine::Sync, direct: false }.command_line("{socket}"));
     Ok(line)
 }
