@@ -42,6 +42,8 @@ const MANY_RING: u16 = 64;
 const MANY_DEPTH: u16 = 8;
 /// What is left of the descriptors that a process may have for what is not of single devices.
 const DESCRIPTORS_SPARE: u64 = 100;
+/// Time between two guests that connect.
+const CONNECT_EVERY: Duration = Duration::from_millis(10);
 /// How long nothing happens before what idle devices cost is taken: whatever is done seldom has been put off by then.
 const SETTLE: Duration = Duration::from_secs(6);
 
@@ -256,6 +258,11 @@ fn of_many(directory: &Path, devices: usize, seconds: f64, seed: u64) -> anyhow:
         driver.poll(&mut |_| {})?;
         driver.rest()?;
         drivers.push(driver);
+        // Guests do not start all at once, and what a broker looks into when one has connected it holds open meanwhile.
+        std::thread::sleep(CONNECT_EVERY);
+        if drivers.len() % 100 == 0 {
+            eprintln!("{} guests, {} descriptors", drivers.len(), usage::descriptors(broker.pid())?);
+        }
     }
     eprintln!("{devices} guests are connected after {:.1} s", began.elapsed().as_secs_f64());
     let loaded = devices.min(LOADED);
@@ -304,9 +311,7 @@ fn options(directory: &Path, name: &str, socket: &Path) -> anyhow::Result<Vec<St
     let mut line: Vec<String> = ["--name", name, "--socket", &word(socket), "--control", &control, "--run-dir", &run]
         .map(str::to_owned)
         .to_vec();
-    line.extend(
-        ["--no-shadow", "--no-canary", "--quiet", "--hang-ms", "60000", "--stall-ms", "60000", "--"].map(str::to_owned),
-    );
+    line.extend(["--no-shadow", "--no-canary", "--hang-ms", "60000", "--stall-ms", "60000", "--"].map(str::to_owned));
     line.extend(Blk { image, queues: 1, engine: Engine::Sync, direct: false }.command_line("{socket}"));
     Ok(line)
 }

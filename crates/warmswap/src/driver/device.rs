@@ -272,8 +272,8 @@ impl Device {
     fn look_at(&mut self, index: usize) {
         let backend = &mut self.backends[index];
         let Some(process) = &backend.process else { return };
-        let (subject, copy) = (process.subject(), process.pidfd().try_clone_to_owned());
-        let (Ok(process), Some(storage)) = (copy, backend.storage.take()) else { return };
+        let (subject, process) = (process.subject(), process.shared_pidfd());
+        let Some(storage) = backend.storage.take() else { return };
         let look = Look { device: self.number, backend: backend.id, subject, process, storage };
         if let Err(look) = self.inspector.look(look) {
             // It is busy; what is known stays, and the next round comes.

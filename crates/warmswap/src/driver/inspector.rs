@@ -1,6 +1,7 @@
 //! Looking at what backends have open, on a thread of its own: `/proc` takes its time, and the control thread has none.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
 use warmswap_core::BackendId;
@@ -17,7 +18,7 @@ pub(crate) struct Look {
     pub(crate) device: u16,
     pub(crate) backend: BackendId,
     pub(crate) subject: Subject,
-    pub(crate) process: OwnedFd,
+    pub(crate) process: Arc<OwnedFd>,
     pub(crate) storage: Storage,
 }
 

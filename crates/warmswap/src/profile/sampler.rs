@@ -42,9 +42,12 @@ const PROBES_MAX: usize = 64;
 /// What is costly to know is looked for this often.
 const DEEP_TICKS: u32 = 100;
 
-/// Components of whose backends everything is kept open that is read of them. Where there are more, a descriptor is dear: what has been
-/// idle for as long as until it is looked into in full is then looked into no more than that, and has nothing open in between.
-const KEPT_OPEN_MAX: usize = 64;
+/// Components of whose backends everything is kept open that is read of them, some fifteen descriptors each. Where there are more, one that
+/// has been at rest for [`REST_TICKS`] is looked into every [`DEEP_TICKS`] only, and has nothing open in between; and of those that are
+/// busy so many are looked into at a time.
+const KEPT_OPEN_MAX: usize = 48;
+/// See `KEPT_OPEN_MAX`.
+const REST_TICKS: u32 = 20;
 
 /// What the control thread tells of one device besides its rings.
 #[derive(Debug, Default)]
@@ -289,11 +292,15 @@ impl Sampler {
         self.pressure.read(self.pace.tick.0 as f64 / 1e9 * f64::from(missed + 1), Effort::Full);
         let end_unix_ns = unix_ns();
         let many = self.components.len() > KEPT_OPEN_MAX;
+        let mut awake = self.components.iter().filter(|it| it.served.is_some()).count();
         for (at, component) in self.components.iter_mut().enumerate() {
             if component.see() {
                 self.probes.retain(|running| running.component != at);
             }
-            component.tick(missed, late, &self.pressure, end_unix_ns, &self.notes, many);
+            let was_awake = component.served.is_some();
+            let room = was_awake || awake < KEPT_OPEN_MAX;
+            component.tick(missed, late, &self.pressure, end_unix_ns, &self.notes, (many, room));
+            awake = awake + usize::from(component.served.is_some()) - usize::from(was_awake);
         }
     }
 
@@ -409,7 +416,15 @@ impl Component {
     }
 
     /// A tick has passed.
-    fn tick(&mut self, missed: u32, late: Nanos, pressure: &Pressure, end_unix_ns: u64, notes: &Notes, many: bool) {
+    fn tick(
+        &mut self,
+        missed: u32,
+        late: Nanos,
+        pressure: &Pressure,
+        end_unix_ns: u64,
+        notes: &Notes,
+        (many, room): (bool, bool),
+    ) {
         self.ticks += 1 + missed;
         self.lost += missed;
         self.age = self.age.wrapping_add(1 + missed);
@@ -421,12 +436,12 @@ impl Component {
         let deep = self.age % DEEP_TICKS < self.ticks;
         let at_rest = self.rings.are_at_rest();
         self.idle_ticks = if at_rest { self.idle_ticks.saturating_add(self.ticks) } else { 0 };
-        if !at_rest || deep {
+        if room && (!at_rest || deep) {
             self.wake();
         }
         let effort = if deep { Effort::Deep } else { Effort::Full };
         self.measure(effort, late, pressure, end_unix_ns, notes);
-        if many && self.idle_ticks >= DEEP_TICKS {
+        if many && self.idle_ticks >= REST_TICKS {
             self.rest();
         }
     }
