@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use warmswap_predict::{FEATURES, Feature, Role, Unit};
 
 use super::profile::{self, Profile, Window, amount, unit_name};
-use super::{Control, Failure, show};
+use super::{Control, Failure, plain, show};
 use crate::journal::timestamp;
 
 /// Options of `warmswap show`.
@@ -25,7 +25,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<u8, Failure> {
     let dir = args.control.dir();
     show::names(std::slice::from_ref(&args.name), &dir)?;
-    let (status, client) = show::ask(&dir, &args.name);
+    let (mut status, client) = show::ask(&dir, &args.name);
     let answered = client.is_some();
     let profile = match client {
         Some(mut client) => profile::ask(&mut client)?,
@@ -33,8 +33,10 @@ pub(super) fn run(args: &Args) -> Result<u8, Failure> {
     };
     let mut out = std::io::stdout().lock();
     if args.json {
-        writeln!(out, "{}", to_json(&args.name, &status, profile.as_ref()))?;
+        let whole = to_json(&args.name, &status, profile.as_ref()).to_string();
+        writeln!(out, "{}", plain::json_line(&whole))?;
     } else {
+        plain::clean_value(&mut status);
         show::table(&mut out, std::slice::from_ref(&status))?;
         if answered {
             print(&mut out, profile.as_ref())?;

@@ -12,9 +12,12 @@ use warmswap_predict::{Grain, Record};
 use warmswap_store::Reader;
 
 use self::table::{Csv, Parquet, Table};
-use super::{Control, Failure, show, time};
-use crate::control::{Client, history, socket_path};
+use super::{Control, Failure, plain, show, time};
+use crate::control::{Client, ClientError, history, socket_path};
 use crate::profile::historian::history_path;
+
+/// A broker that says nothing for this long in the middle of a history is taken for stopped.
+const RECORD_MAX: Duration = Duration::from_secs(30);
 
 /// Options of `warmswap export`.
 #[derive(Debug, clap::Args)]
@@ -114,7 +117,10 @@ impl Source {
         let Some(path) = &args.store else {
             let dir = args.control.dir();
             show::names(std::slice::from_ref(&args.name), &dir)?;
-            return Ok(Source::Running(Client::connect(&socket_path(&dir, &args.name))?));
+            let mut client = Client::connect(&socket_path(&dir, &args.name))?;
+            show::greet(&mut client)?;
+            client.set_patience(Some(RECORD_MAX));
+            return Ok(Source::Running(client));
         };
         let path = if path.is_dir() { history_path(path, &args.name) } else { path.clone() };
         let reader = Reader::open(&path)?;
@@ -133,7 +139,7 @@ impl Source {
                     match window {
                         Ok(window) => each(&window)?,
                         // It says that the others can be read.
-                        Err(error) => eprintln!("warmswap: {error}"),
+                        Err(error) => plain::say(&error.to_string()),
                     }
                 }
                 Ok(())
@@ -159,7 +165,15 @@ fn from_running(
         "verb": "history", "device": args.name, "grain": grain, "raw": true, "from_unix_ms": ms(from), "to_unix_ms": ms(to),
     }))?;
     loop {
-        let line = client.line()?;
+        let line = client.line().map_err(|error| match error {
+            ClientError::Ended(error) if error.kind() != std::io::ErrorKind::InvalidData => Failure::new(
+                1,
+                format!(
+                    "the connection to warmswap ended: {error}. It leaves who does not read: --output does not wait"
+                ),
+            ),
+            error => error.into(),
+        })?;
         if line.get("end").is_some() {
             return Ok(());
         }
@@ -177,7 +191,7 @@ fn recorded_ticks(reader: &Reader, (from, to): (u64, u64), each: Each<'_>) -> Re
             Ok(Some(recording)) => recording,
             Ok(None) => continue,
             Err(error) => {
-                eprintln!("warmswap: {error}");
+                plain::say(&error.to_string());
                 continue;
             }
         };
@@ -185,10 +199,8 @@ fn recorded_ticks(reader: &Reader, (from, to): (u64, u64), each: Each<'_>) -> Re
             let tick = match tick {
                 Ok(tick) => tick,
                 Err(broken) => {
-                    eprintln!(
-                        "warmswap: the recording of {}: {broken}; its other ticks are lost",
-                        time::timestamp(unix_ns)
-                    );
+                    let recording = time::timestamp(unix_ns);
+                    plain::say(&format!("the recording of {recording}: {broken}; its other ticks are lost"));
                     break;
                 }
             };

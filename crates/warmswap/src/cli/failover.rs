@@ -5,11 +5,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{Control, Failure, show};
-use crate::control::{Client, exit_code, socket_path};
+use super::{Control, Failure, plain, show};
+use crate::control::{Client, ClientError, exit_code, socket_path};
 
 /// The device is looked at this often while it is waited for.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// A failover, or the replacement of a shadow, is waited for this long beside what `--wait` says. It ends by itself in far less.
+const DONE_MAX: Duration = Duration::from_secs(60);
 
 /// Options of `warmswap failover`.
 #[derive(Debug, clap::Args)]
@@ -77,7 +79,9 @@ pub(super) fn run(args: &Args) -> Result<u8, Failure> {
     if args.fresh && args.wait == 0 {
         return Err(Failure::new(2, "--fresh waits for the new shadow: give it time with --wait"));
     }
+    show::greet(&mut client)?;
     let until = Instant::now() + Duration::from_secs(args.wait);
+    client.set_end(Some(until + DONE_MAX));
     let mut than = 0;
     if args.fresh {
         // A failover that runs ends first: its new shadow is then the one to be replaced.
@@ -93,7 +97,7 @@ pub(super) fn run(args: &Args) -> Result<u8, Failure> {
             let message = format!("{why} (waited {} s)", args.wait);
             break json!({"result": "refused", "kind": "planned", "cause": args.reason, "message": message});
         }
-        let report = client.failover(name, args.now, &args.reason)?;
+        let report = client.failover(name, args.now, &args.reason).map_err(unknown)?;
         let refused = report["result"] == "refused";
         let passes = refused && args.wait > 0 && matches!(look(&mut client, than)?, Some(Unready::ForNow(_)) | None);
         if !passes || Instant::now() >= until {
@@ -104,15 +108,26 @@ pub(super) fn run(args: &Args) -> Result<u8, Failure> {
     print(name, &report, args.json)
 }
 
+/// Where the answer to the command itself is missing, it may have been carried out.
+fn unknown(error: ClientError) -> Failure {
+    match error {
+        ClientError::Silent { .. } | ClientError::Ended(_) => {
+            Failure::new(1, plain::clean(&format!("{error}; whether there was a failover, `status` and `events` tell")))
+        }
+        error => error.into(),
+    }
+}
+
 fn print(name: &str, report: &Value, as_json: bool) -> Result<u8, Failure> {
     let mut out = std::io::stdout().lock();
     let result = report["result"].as_str().unwrap_or("failed");
     if as_json {
-        writeln!(out, "{report}")?;
+        writeln!(out, "{}", plain::json_line(&report.to_string()))?;
     } else if result == "settled" {
-        writeln!(out, "{}", show::settled(name, report))?;
+        writeln!(out, "{}", plain::clean(&show::settled(name, report)))?;
     } else {
-        writeln!(out, "{result}: {}", report["message"].as_str().unwrap_or("-"))?;
+        let message = report["message"].as_str().unwrap_or("-");
+        writeln!(out, "{}", plain::clean(&format!("{result}: {message}")))?;
     }
     Ok(exit_code(result))
 }

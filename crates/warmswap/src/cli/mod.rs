@@ -4,10 +4,12 @@
 
 mod blk;
 mod device;
+mod events;
 mod example;
 mod export;
 mod failover;
 mod guard;
+mod plain;
 mod profile;
 mod record;
 mod schema;
@@ -159,7 +161,7 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
         Verb::Status { names, check, control, json } => show::status(&names, check, &control, json),
         Verb::Show(args) => device::run(&args),
         Verb::Top(args) => top::run(&args),
-        Verb::Events { name, follow, control, json } => show::events(name, follow, &control, json),
+        Verb::Events { name, follow, control, json } => events::run(name, follow, &control, json),
         Verb::Failover(args) => failover::run(&args),
         Verb::Export(args) => export::run(&args),
         Verb::Record(args) => record::record(&args),
@@ -182,7 +184,7 @@ fn outcome(result: Result<u8, Failure>) -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("warmswap: {}", failure.message);
+            plain::say(&failure.message);
             ExitCode::from(failure.code)
         }
     }
@@ -190,8 +192,7 @@ fn outcome(result: Result<u8, Failure>) -> ExitCode {
 
 /// Checks the name of a device: it becomes part of paths.
 fn check_name(name: &str) -> Result<(), Failure> {
-    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-    if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.chars().all(fits) {
+    if !crate::control::is_name(name) {
         return Err(Failure::new(2, "--name takes letters, digits, dots, dashes and underscores, at most 64"));
     }
     Ok(())
@@ -232,10 +233,11 @@ impl From<crate::control::ClientError> for Failure {
     fn from(error: crate::control::ClientError) -> Self {
         use crate::control::ClientError;
         let code = match &error {
-            ClientError::Unreachable { .. } => 4,
+            ClientError::Unreachable { .. } | ClientError::Silent { .. } => 4,
             ClientError::Ended(_) => 1,
             ClientError::Refused { code, .. } => *code,
         };
-        Failure::new(code, error.to_string())
+        // A broker's reason is one line: with more of them it could speak for somebody else.
+        Failure::new(code, plain::clean(&error.to_string()))
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use warmswap_predict::{Feature, Grain, Record};
 
-use super::{Control, Failure, show, time};
+use super::{Control, Failure, plain, show, time};
 use crate::control::{Client, ClientError, history, socket_path};
 use crate::profile::consumer::Consumer;
 use crate::profile::stream::{Damage, Item, StreamReader, write_header, write_record};
@@ -28,26 +28,37 @@ pub(super) struct Args {
     control: Control,
 }
 
+/// When a recording that begins now ends.
+fn end(args: &Args) -> Result<Option<Instant>, Failure> {
+    let Some(duration) = args.duration else { return Ok(None) };
+    let end = Instant::now().checked_add(duration);
+    let text = "--for is longer than time can be told: without it, recording goes on until warmswap ends";
+    end.map(Some).ok_or_else(|| Failure::new(2, text))
+}
+
 /// Runs `warmswap record`.
 pub(super) fn record(args: &Args) -> Result<u8, Failure> {
+    end(args)?;
     let dir = args.control.dir();
     show::names(std::slice::from_ref(&args.name), &dir)?;
     let mut client = Client::connect(&socket_path(&dir, &args.name))?;
+    // Later silence may mean that there is nothing to be told.
+    show::greet(&mut client)?;
     let fail = |error: std::io::Error| Failure::new(1, format!("--output {}: {error}", args.output.display()));
     let mut file = File::create_new(&args.output).map_err(fail)?;
     write_header(&mut file, &args.name).map_err(fail)?;
-    let until = args.duration.map(|duration| Instant::now() + duration);
+    let until = end(args)?;
+    client.set_end(until);
     client.tell(&json!({"verb": "stream", "device": args.name}))?;
-    let (mut consumer, mut lost) = (Consumer::default(), 0);
+    let (mut consumer, mut lost) = (Consumer::default(), 0_u64);
     loop {
-        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-        if left == Some(Duration::ZERO) {
+        // What is there already is read without a look at the time.
+        if until.is_some_and(|until| until <= Instant::now()) {
             break;
         }
-        client.set_patience(left)?;
         let line = match client.line() {
             Ok(line) => line,
-            Err(ClientError::Ended(error)) if is_timeout(&error) => break,
+            Err(ClientError::Silent { .. }) => break,
             // The broker has ended, and with it the stream.
             Err(ClientError::Ended(error)) if error.kind() == std::io::ErrorKind::UnexpectedEof => break,
             Err(error) => return Err(error.into()),
@@ -55,7 +66,7 @@ pub(super) fn record(args: &Args) -> Result<u8, Failure> {
         if line.get("end").is_some() {
             break;
         }
-        lost += line["lost"].as_u64().unwrap_or(0);
+        lost = line["lost"].as_u64().unwrap_or(0).saturating_add(lost);
         let Some(hex) = line["record"].as_str() else { continue };
         let record = history::from_raw(hex).map_err(|why| Failure::new(1, format!("{}: {why}", args.name)))?;
         consumer.feed(&record);
@@ -68,10 +79,6 @@ pub(super) fn record(args: &Args) -> Result<u8, Failure> {
     }
     writeln!(std::io::stdout(), "{text}")?;
     Ok(0)
-}
-
-fn is_timeout(error: &std::io::Error) -> bool {
-    matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut)
 }
 
 /// What a replay has read.
@@ -150,14 +157,14 @@ fn replay_to(out: &mut dyn Write, path: &Path, json: bool) -> Result<u8, Failure
         Err(damage) => {
             // Damage is said where it is met, and the rest goes on.
             out.flush()?;
-            eprintln!("warmswap: {}: {damage}", path.display());
+            plain::say(&format!("{}: {damage}", path.display()));
             Ok(())
         }
     })?;
     if !json {
         let seen = |grain| (replayed.consumer.count(grain), replayed.consumer.missed(grain));
         let ((ticks, ticks_missed), (windows, windows_missed)) = (seen(Grain::Tick), seen(Grain::Window));
-        let device = stream.device();
+        let device = plain::clean(stream.device());
         writeln!(out, "{device}: {ticks} ticks ({ticks_missed} missed), {windows} windows ({windows_missed} missed)")?;
     }
     out.flush()?;
@@ -223,6 +230,23 @@ mod tests {
         assert_eq!(parsed.count(), records.len());
         let error = replay(&served.dir.join("nothing"), false).expect_err("there is none");
         assert!(error.message.contains("nothing"), "{}", error.message);
+    }
+
+    #[test]
+    fn a_file_tells_a_terminal_nothing_that_it_obeys() {
+        let path = std::env::temp_dir().join(format!("ws-replay-{}", std::process::id()));
+        let mut file = File::create(&path).expect("it can be written");
+        write_header(&mut file, "\u{1b}[2J\u{9b}\u{202e}disk\r").expect("it can be written");
+        for number in [0, u64::MAX, 0, u64::MAX] {
+            write_record(&mut file, &Record::new(Grain::Tick, number, 1, testing::START, 100_000))
+                .expect("it can be written");
+        }
+        let mut text = Vec::new();
+        let replayed = replay_to(&mut text, &path, false);
+        let _gone = std::fs::remove_file(&path);
+        assert_eq!(replayed.expect("it is whole"), 0);
+        let text = String::from_utf8(text).expect("it is text");
+        assert!(text.contains(" [2J  disk : 4 ticks (800000000 missed)"), "{text}");
     }
 
     #[test]

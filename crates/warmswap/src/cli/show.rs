@@ -1,18 +1,21 @@
-//! `warmswap status` and `events`.
+//! `warmswap status`.
 
 use std::io::Write;
 use std::path::Path;
-use std::sync::mpsc;
-use std::time::Duration;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{Control, Failure};
+use super::{Control, Failure, plain};
 use crate::control::{Client, ClientError, devices_in, socket_path};
 use crate::journal::span;
 
 /// A broker that does not answer a question within this is taken for stopped.
 pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// Brokers that are asked at the same time.
+const ASKED_MAX: usize = 256;
 
 /// What `--help` says below the options of `status`.
 pub(super) const LEGEND: &str = "\
@@ -58,11 +61,13 @@ pub(super) fn names(asked: &[String], dir: &Path) -> Result<Vec<String>, Failure
 
 /// What is shown of one device, and the connection on which its broker answered.
 pub(super) fn ask(dir: &Path, name: &str) -> (Value, Option<Client>) {
-    let path = socket_path(dir, name);
+    let (path, until) = (socket_path(dir, name), Instant::now() + ANSWER_MAX);
     let absent = |state: &str, message: String| (json!({"name": name, "state": state, "message": message}), None);
     let answer = Client::connect(&path).and_then(|mut client| {
-        client.set_patience(Some(ANSWER_MAX)).map_err(ClientError::Ended)?;
+        client.set_end(Some(until));
+        client.set_patience(Some(ANSWER_MAX));
         let status = client.status()?;
+        client.set_end(None);
         Ok((status, client))
     });
     match answer {
@@ -79,9 +84,7 @@ pub(super) fn ask(dir: &Path, name: &str) -> (Value, Option<Client>) {
 /// Why a broker that is there has told nothing.
 pub(super) fn silence(error: &ClientError) -> String {
     match error {
-        ClientError::Ended(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-            format!("its broker has not answered within {} s", ANSWER_MAX.as_secs())
-        }
+        ClientError::Silent { .. } => format!("its broker has not answered within {} s", ANSWER_MAX.as_secs()),
         _ => error.to_string(),
     }
 }
@@ -90,20 +93,49 @@ fn is_dead(error: &std::io::Error) -> bool {
     matches!(error.kind(), std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::NotFound)
 }
 
+/// Has a broker show that it answers, before it is asked for what may take long.
+pub(super) fn greet(client: &mut Client) -> Result<(), ClientError> {
+    client.set_patience(Some(ANSWER_MAX));
+    let answer = client.status();
+    client.set_patience(None);
+    match answer {
+        // A refusal is an answer; what is asked next will tell.
+        Ok(_) | Err(ClientError::Refused { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// What is shown of each device, and whether its broker answered. All are asked at the same time: one that hangs delays no other.
+fn ask_all(dir: &Path, names: &[String]) -> Vec<(Value, bool)> {
+    let (next, answers) = (AtomicUsize::new(0), vec![OnceLock::new(); names.len()]);
+    let work = || {
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some((name, answer)) = names.get(at).zip(answers.get(at)) else { return };
+            let (device, client) = ask(dir, name);
+            let _first = answer.set((device, client.is_some()));
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..names.len().min(ASKED_MAX) {
+            let thread = std::thread::Builder::new().name("asker".to_owned()).stack_size(512 * 1024);
+            // With fewer threads it takes longer.
+            let _fewer = thread.spawn_scoped(scope, work);
+        }
+        work();
+    });
+    answers.into_iter().filter_map(OnceLock::into_inner).collect()
+}
+
 /// `warmswap status`.
 pub(super) fn status(asked: &[String], check: bool, control: &Control, json: bool) -> Result<u8, Failure> {
     let dir = control.dir();
-    let (devices, answered): (Vec<Value>, Vec<bool>) = names(asked, &dir)?
-        .iter()
-        .map(|name| {
-            let (device, client) = ask(&dir, name);
-            (device, client.is_some())
-        })
-        .unzip();
+    let (mut devices, answered): (Vec<Value>, Vec<bool>) = ask_all(&dir, &names(asked, &dir)?).into_iter().unzip();
     let mut out = std::io::stdout().lock();
     if json {
-        writeln!(out, "{}", json!({ "devices": devices }))?;
+        writeln!(out, "{}", plain::json_line(&json!({ "devices": devices }).to_string()))?;
     } else {
+        devices.iter_mut().for_each(plain::clean_value);
         table(&mut out, &devices)?;
     }
     Ok(match () {
@@ -113,6 +145,7 @@ pub(super) fn status(asked: &[String], check: bool, control: &Control, json: boo
     })
 }
 
+/// Devices for people. Their texts have been cleaned.
 pub(super) fn table(out: &mut dyn Write, devices: &[Value]) -> std::io::Result<()> {
     let row = |out: &mut dyn Write, cells: [&str; 8]| {
         let [name, state, vmm, primary, shadow, recovery, fence, failovers] = cells;
@@ -208,75 +241,6 @@ fn ago(seconds: u64) -> String {
         _ => format!("{} days", seconds / 86_400),
     }
 }
-
-/// Reads one device's events line by line until there are no more.
-fn read_events(path: &Path, follow: bool, json: bool, lines: &mpsc::Sender<String>) -> Result<(), ClientError> {
-    let mut client = Client::connect(path)?;
-    client.tell(&json!({"verb": "events", "follow": follow, "text": !json}))?;
-    loop {
-        let (event, line) = match client.line_as_sent() {
-            Ok(answer) => answer,
-            // The broker has ended, and with it the events.
-            Err(ClientError::Ended(_)) if follow => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        let line = event["text"].as_str().map_or_else(|| line.trim_end().to_owned(), str::to_owned);
-        // Nobody reads any more once the output is closed.
-        if event.get("end").is_some() || lines.send(line).is_err() {
-            return Ok(());
-        }
-    }
-}
-
-/// `warmswap events`.
-pub(super) fn events(name: Option<String>, follow: bool, control: &Control, json: bool) -> Result<u8, Failure> {
-    let dir = control.dir();
-    let asked: Vec<String> = name.into_iter().collect();
-    let names = names(&asked, &dir)?;
-    let (sender, lines) = mpsc::channel();
-    let readers: Vec<_> = names
-        .iter()
-        .map(|name| {
-            let (path, sender) = (socket_path(&dir, name), sender.clone());
-            std::thread::spawn(move || read_events(&path, follow, json, &sender))
-        })
-        .collect();
-    drop(sender);
-    let mut out = std::io::stdout().lock();
-    if follow {
-        for line in lines {
-            writeln!(out, "{line}")?;
-            out.flush()?;
-        }
-    } else {
-        // Every line begins with its time, always of the same length.
-        let mut all: Vec<String> = lines.iter().collect();
-        if names.len() > 1 {
-            all.sort_by(|left, right| left.get(..TIME_END).cmp(&right.get(..TIME_END)));
-        }
-        for line in all {
-            writeln!(out, "{line}")?;
-        }
-    }
-    let mut failures = Vec::new();
-    for (name, reader) in names.iter().zip(readers) {
-        if let Err(error) = reader.join().unwrap_or(Ok(())) {
-            failures.push((name, error));
-        }
-    }
-    if failures.len() == names.len()
-        && let Some((_, error)) = failures.pop()
-    {
-        return Err(error.into());
-    }
-    for (name, error) in failures {
-        eprintln!("warmswap: {name}: {error}");
-    }
-    Ok(0)
-}
-
-/// Within this many characters of a line lies its time, in either form.
-const TIME_END: usize = r#"{"timestamp":"2026-01-01T00:00:00.000000Z"#.len();
 
 /// A failover's outcome for people.
 pub(super) fn settled(name: &str, report: &Value) -> String {

@@ -1,13 +1,20 @@
 //! The asking end of the control socket.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
 
+use super::line::read_line;
+
 /// Longest answer, in bytes.
-const ANSWER_MAX: u64 = 16 * 1024 * 1024;
+const ANSWER_MAX: usize = 16 * 1024 * 1024;
+/// A broker that does not accept a connection, or a command, within this is taken for stopped.
+const ACCEPT_MAX: Duration = Duration::from_secs(5);
 
 /// Why a command was not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +30,14 @@ pub enum ClientError {
     /// The connection ended in the middle.
     #[error("the connection to warmswap ended: {0}")]
     Ended(std::io::Error),
+    /// It was waited for long enough.
+    #[error("warmswap at {path} has not answered within {} s", .waited.as_secs_f64().round())]
+    Silent {
+        /// The socket.
+        path: PathBuf,
+        /// How long.
+        waited: Duration,
+    },
     /// It answered with an error.
     #[error("{message}")]
     Refused {
@@ -37,25 +52,52 @@ pub enum ClientError {
 #[derive(Debug)]
 pub struct Client {
     reader: BufReader<UnixStream>,
+    path: PathBuf,
+    line_max: usize,
+    patience: Option<Duration>,
+    until: Option<Instant>,
 }
 
 impl Client {
-    /// Connects to the control socket of one device.
+    /// Connects to the control socket of one device. Where nobody accepts, that is not waited for without end.
     ///
     /// # Errors
-    /// [`ClientError::Unreachable`].
+    /// [`ClientError::Unreachable`], [`ClientError::Silent`].
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
-        let stream =
-            UnixStream::connect(path).map_err(|source| ClientError::Unreachable { path: path.to_owned(), source })?;
-        Ok(Client { reader: BufReader::new(stream) })
+        let connected = || -> rustix::io::Result<UnixStream> {
+            let address = SocketAddrUnix::new(path)?;
+            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+            // It bounds the wait for a place in the queue of the listener, too.
+            set_socket_timeout(&socket, Timeout::Send, Some(ACCEPT_MAX))?;
+            rustix::net::connect(&socket, &address)?;
+            Ok(UnixStream::from(socket))
+        };
+        match connected() {
+            Ok(stream) => Ok(Client {
+                reader: BufReader::new(stream),
+                path: path.to_owned(),
+                line_max: ANSWER_MAX,
+                patience: None,
+                until: None,
+            }),
+            Err(rustix::io::Errno::AGAIN) => Err(ClientError::Silent { path: path.to_owned(), waited: ACCEPT_MAX }),
+            Err(error) => Err(ClientError::Unreachable { path: path.to_owned(), source: error.into() }),
+        }
     }
 
-    /// Gives up on an answer that takes longer than this; none waits for ever.
-    ///
-    /// # Errors
-    /// The system refuses.
-    pub fn set_patience(&mut self, patience: Option<std::time::Duration>) -> std::io::Result<()> {
-        self.reader.get_mut().set_read_timeout(patience)
+    /// Gives up on an answer that is not whole after this; none waits for ever.
+    pub fn set_patience(&mut self, patience: Option<Duration>) {
+        self.patience = patience;
+    }
+
+    /// Gives up on everything that has not been answered by then; none waits for ever.
+    pub fn set_end(&mut self, until: Option<Instant>) {
+        self.until = until;
+    }
+
+    /// Takes no answer that is longer than this, in bytes.
+    pub fn set_line_max(&mut self, bytes: usize) {
+        self.line_max = bytes.min(ANSWER_MAX);
     }
 
     /// Sends a command and reads one answer.
@@ -72,7 +114,16 @@ impl Client {
     /// # Errors
     /// The connection ended.
     pub fn tell(&mut self, command: &Value) -> Result<(), ClientError> {
-        writeln!(self.reader.get_mut(), "{command}").map_err(ClientError::Ended)
+        // In one piece, so that its patience is for the whole of it.
+        let sent = self.reader.get_mut().write_all(format!("{command}\n").as_bytes());
+        sent.map_err(|error| match error.kind() {
+            ErrorKind::WouldBlock => self.silent(ACCEPT_MAX),
+            _ => ClientError::Ended(error),
+        })
+    }
+
+    fn silent(&self, waited: Duration) -> ClientError {
+        ClientError::Silent { path: self.path.clone(), waited }
     }
 
     /// Reads one more answer to a command that has several.
@@ -88,15 +139,22 @@ impl Client {
     /// # Errors
     /// As [`Client::ask`].
     pub fn line_as_sent(&mut self) -> Result<(Value, String), ClientError> {
-        let mut line = String::new();
-        // What is cut is no JSON.
-        let mut reader = std::io::Read::take(&mut self.reader, ANSWER_MAX);
-        let read = reader.read_line(&mut line).map_err(ClientError::Ended)?;
-        if read == 0 {
-            return Err(ClientError::Ended(std::io::ErrorKind::UnexpectedEof.into()));
+        let began = Instant::now();
+        let patience = self.patience.and_then(|patience| began.checked_add(patience));
+        let until = [patience, self.until].into_iter().flatten().min();
+        let line = read_line(&mut self.reader, self.line_max, until).map_err(|error| match error.kind() {
+            ErrorKind::TimedOut => self.silent(began.elapsed()),
+            _ => ClientError::Ended(error),
+        })?;
+        if line.is_empty() {
+            return Err(ClientError::Ended(ErrorKind::UnexpectedEof.into()));
         }
-        let value: Value = serde_json::from_str(&line)
-            .map_err(|error| ClientError::Ended(std::io::Error::new(std::io::ErrorKind::InvalidData, error)))?;
+        let wrong = |what: String| ClientError::Ended(std::io::Error::new(ErrorKind::InvalidData, what));
+        if line.len() == self.line_max && line.last() != Some(&b'\n') {
+            return Err(wrong(format!("an answer of more than {} bytes", self.line_max)));
+        }
+        let line = String::from_utf8(line).map_err(|error| wrong(format!("an answer that is no text: {error}")))?;
+        let value: Value = serde_json::from_str(&line).map_err(|error| wrong(error.to_string()))?;
         match value.get("error") {
             Some(error) => Err(ClientError::Refused {
                 code: error["code"].as_u64().and_then(|code| u8::try_from(code).ok()).unwrap_or(1),

@@ -105,7 +105,7 @@ impl From<StoreError> for Stop {
 
 /// Records of some time, line by line.
 pub(super) fn records(
-    writer: &mut UnixStream,
+    writer: &UnixStream,
     history: &HistoryHandle,
     device: &str,
     (from_unix_ms, to_unix_ms): (Option<f64>, Option<f64>),
@@ -133,7 +133,7 @@ pub(super) fn records(
 }
 
 /// Every record from now on, line by line.
-pub(super) fn stream(writer: &mut UnixStream, history: &HistoryHandle, device: &str) -> std::io::Result<()> {
+pub(super) fn stream(mut writer: &UnixStream, history: &HistoryHandle, device: &str) -> std::io::Result<()> {
     let Some(followed) = history.follow(device) else {
         return writeln!(writer, "{}", error(4, "warmswap is ending"));
     };
@@ -156,13 +156,14 @@ pub(super) fn stream(writer: &mut UnixStream, history: &HistoryHandle, device: &
     }
 }
 
-/// The asker has closed its end: nobody would ever notice while there is nothing to be written.
-fn has_gone(stream: &UnixStream) -> bool {
+/// The asker has closed its end: nobody would ever notice while there is nothing to be written. One that only has no more to ask
+/// has not gone.
+pub(super) fn has_gone(stream: &UnixStream) -> bool {
     use rustix::event::{PollFd, PollFlags, poll};
-    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+    let mut fds = [PollFd::new(stream, PollFlags::empty())];
     let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
-        && fds[0].revents().intersects(PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR)
+        && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
 }
 
 #[cfg(test)]
@@ -242,12 +243,12 @@ mod tests {
         let first = loop {
             served.note(Grain::Tick, next..next + 1);
             next += 1;
-            client.set_patience(Some(Duration::from_millis(20))).expect("it can be set");
+            client.set_patience(Some(Duration::from_millis(20)));
             if let Ok(line) = client.line() {
                 break line;
             }
         };
-        client.set_patience(Some(Duration::from_secs(20))).expect("it can be set");
+        client.set_patience(Some(Duration::from_secs(20)));
         let number = |line: &Value| from_raw(line["record"].as_str().unwrap_or("")).expect("a record").number;
         let first = number(&first);
         served.note(Grain::Tick, next..next + 50);

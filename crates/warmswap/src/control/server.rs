@@ -1,11 +1,11 @@
 //! The answering end of the control socket: a thread that accepts, and one per connection. Nothing here can delay a failover.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufReader, ErrorKind, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -13,15 +13,33 @@ use warmswap_core::Outcome;
 
 use super::history::{self, AskedGrain};
 use super::json;
+use super::line::read_line;
+use super::places::{Place, Places};
 use crate::config::{DeviceConfig, Source};
 use crate::driver::{Command, Commander};
 use crate::journal::{Form, Journal};
 use crate::profile::historian::HistoryHandle;
 
-/// Most connections at a time.
-const CONNECTIONS_MAX: usize = 64;
+/// Most connections that are told many lines at a time: events, profiles, histories and streams. The places beyond are left to those who
+/// ask for the status, a failover or a new shadow.
+const TELLING_MAX: usize = 48;
 /// Longest command line, in bytes.
-const LINE_MAX: u64 = 16 * 1024;
+const LINE_MAX: usize = 16 * 1024;
+
+/// How long an asker is waited for, so that those who hang do not keep the places of others.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// A connection on which no whole command comes for this long is ended.
+    pub(super) idle: Duration,
+    /// One that takes nothing of its answer for this long as well.
+    pub(super) write: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Patience { idle: Duration::from_secs(60), write: Duration::from_secs(10) }
+    }
+}
 
 #[derive(Debug, Deserialize)]
 #[serde(tag = "verb", rename_all = "lowercase", deny_unknown_fields)]
@@ -70,7 +88,9 @@ struct Server {
     commander: Commander,
     journal: Journal,
     history: HistoryHandle,
-    connections: AtomicUsize,
+    places: Places,
+    telling: AtomicUsize,
+    patience: Patience,
 }
 
 /// Serves one device's control socket on threads of its own.
@@ -81,10 +101,22 @@ pub(crate) fn serve(
     journal: Journal,
     history: HistoryHandle,
 ) -> std::io::Result<()> {
+    serve_with(device, listener, commander, journal, history, Patience::default())
+}
+
+/// The same, with a patience of one's own.
+pub(super) fn serve_with(
+    device: &DeviceConfig,
+    listener: OwnedFd,
+    commander: Commander,
+    journal: Journal,
+    history: HistoryHandle,
+    patience: Patience,
+) -> std::io::Result<()> {
     let listener = UnixListener::from(listener);
     listener.set_nonblocking(false)?;
-    let server =
-        Arc::new(Server { device: device.clone(), commander, journal, history, connections: AtomicUsize::new(0) });
+    let (places, telling) = (Places::default(), AtomicUsize::new(0));
+    let server = Arc::new(Server { device: device.clone(), commander, journal, history, places, telling, patience });
     std::thread::Builder::new().name("control".to_owned()).stack_size(256 * 1024).spawn(move || {
         for stream in listener.incoming().flatten() {
             server.accept(stream);
@@ -94,38 +126,53 @@ pub(crate) fn serve(
 }
 
 impl Server {
-    fn accept(self: &Arc<Self>, mut stream: UnixStream) {
-        if self.connections.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
-            self.connections.fetch_sub(1, Ordering::AcqRel);
+    fn accept(self: &Arc<Self>, stream: UnixStream) {
+        let stream = Arc::new(stream);
+        let Some(place) = self.places.take(&stream) else {
             // Whoever asked sees the end of the connection if this cannot be written.
-            let _gone = writeln!(stream, "{}", error(1, "too many connections to the control socket"));
+            let _gone = writeln!(&*stream, "{}", error(1, "too many connections to the control socket"));
             return;
-        }
+        };
         let server = Arc::clone(self);
-        let thread = std::thread::Builder::new().name("asker".to_owned()).stack_size(256 * 1024).spawn(move || {
+        // Where no thread can be started the place is dropped with what it would have run.
+        let _none = std::thread::Builder::new().name("asker".to_owned()).stack_size(256 * 1024).spawn(move || {
             // A connection that ends, in whatever way, ends nothing else.
-            let _ended = server.converse(stream);
-            server.connections.fetch_sub(1, Ordering::AcqRel);
+            let _ended = server.converse(&stream, &place);
         });
-        if thread.is_err() {
-            self.connections.fetch_sub(1, Ordering::AcqRel);
-        }
     }
 
-    fn converse(&self, stream: UnixStream) -> std::io::Result<()> {
-        let mut writer = stream.try_clone()?;
-        let mut reader = BufReader::new(stream);
+    fn converse(&self, mut writer: &UnixStream, place: &Place) -> std::io::Result<()> {
+        writer.set_write_timeout(Some(self.patience.write))?;
+        let mut reader = BufReader::new(writer);
         loop {
-            let mut line = String::new();
-            let read = std::io::Read::take(&mut reader, LINE_MAX).read_line(&mut line)?;
-            if read == 0 {
+            let line = match read_line(&mut reader, LINE_MAX, Some(Instant::now() + self.patience.idle)) {
+                Ok(line) => line,
+                Err(why) if why.kind() == ErrorKind::TimedOut => {
+                    let text = format!("no command came for {} s", self.patience.idle.as_secs());
+                    return writeln!(writer, "{}", error(1, &text));
+                }
+                Err(error) => return Err(error),
+            };
+            if line.is_empty() {
                 return Ok(());
             }
-            if read as u64 == LINE_MAX {
+            let _busy = place.busy();
+            if line.len() == LINE_MAX {
                 return writeln!(writer, "{}", error(2, "the command is too long"));
             }
-            match serde_json::from_str(&line) {
-                Ok(Ask::Events { follow, text }) => self.events(&mut writer, follow, text)?,
+            let ask = serde_json::from_slice(&line);
+            let telling =
+                matches!(ask, Ok(Ask::Events { .. } | Ask::Profile { .. } | Ask::History { .. } | Ask::Stream { .. }));
+            let _telling = match telling.then(|| Telling::begin(&self.telling)) {
+                Some(None) => {
+                    let text = format!("{TELLING_MAX} others are being told of events or profiles: ask again later");
+                    writeln!(writer, "{}", error(1, &text))?;
+                    continue;
+                }
+                begun => begun,
+            };
+            match ask {
+                Ok(Ask::Events { follow, text }) => self.events(writer, follow, text)?,
                 Ok(Ask::Profile { device }) => match self.name(device) {
                     Ok(device) => writeln!(writer, "{}", history::profile(&self.history, &device))?,
                     Err(error) => writeln!(writer, "{error}")?,
@@ -133,12 +180,12 @@ impl Server {
                 Ok(Ask::History { device, from_unix_ms, to_unix_ms, grain, raw }) => match self.name(device) {
                     Ok(device) => {
                         let asked = (from_unix_ms, to_unix_ms);
-                        history::records(&mut writer, &self.history, &device, asked, grain.into(), raw)?;
+                        history::records(writer, &self.history, &device, asked, grain.into(), raw)?;
                     }
                     Err(error) => writeln!(writer, "{error}")?,
                 },
                 Ok(Ask::Stream { device }) => match self.name(device) {
-                    Ok(device) => history::stream(&mut writer, &self.history, &device)?,
+                    Ok(device) => history::stream(writer, &self.history, &device)?,
                     Err(error) => writeln!(writer, "{error}")?,
                 },
                 Ok(ask) => writeln!(writer, "{}", self.answer(ask))?,
@@ -212,12 +259,15 @@ impl Server {
         }
     }
 
-    fn events(&self, writer: &mut UnixStream, follow: bool, text: bool) -> std::io::Result<()> {
+    fn events(&self, mut writer: &UnixStream, follow: bool, text: bool) -> std::io::Result<()> {
         let mut from = 0;
         let form = if text { Form::Text } else { Form::Json };
         loop {
             let wait = if follow { Duration::from_millis(500) } else { Duration::ZERO };
             let (lines, next, ended) = self.journal.read(&self.device.name, from, wait, form);
+            if lines.is_empty() && follow && history::has_gone(writer) {
+                return Ok(());
+            }
             for line in lines {
                 match form {
                     Form::Json => writeln!(writer, "{line}")?,
@@ -229,6 +279,23 @@ impl Server {
                 return writeln!(writer, "{}", json!({"end": true}));
             }
         }
+    }
+}
+
+/// One who is being told many lines.
+struct Telling<'a>(&'a AtomicUsize);
+
+impl<'a> Telling<'a> {
+    /// `None`: there are enough of them.
+    fn begin(count: &'a AtomicUsize) -> Option<Self> {
+        let telling = Telling(count);
+        (count.fetch_add(1, Ordering::AcqRel) < TELLING_MAX).then_some(telling)
+    }
+}
+
+impl Drop for Telling<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -244,5 +311,85 @@ pub(crate) fn exit_code(result: &str) -> u8 {
         3
     } else {
         1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::places::CONNECTIONS_MAX;
+    use super::*;
+    use crate::control::testing::{Served, wait_for};
+    use crate::control::{Client, ClientError, socket_path};
+    use std::io::Read;
+
+    fn connect(served: &Served) -> UnixStream {
+        UnixStream::connect(socket_path(&served.dir, "disk")).expect("somebody listens")
+    }
+
+    /// Without a device the answer to a question for the status is that the broker is ending: it is an answer.
+    fn is_answered(client: &mut Client) -> bool {
+        matches!(client.status(), Err(ClientError::Refused { code: 4, .. }))
+    }
+
+    #[test]
+    fn silent_connections_keep_nobody_out() {
+        let served = Served::start("silent", None);
+        let mut first = served.client();
+        assert!(is_answered(&mut first));
+        let silent: Vec<UnixStream> = (0..3 * CONNECTIONS_MAX).map(|_| connect(&served)).collect();
+        for _ in 0..3 {
+            assert!(is_answered(&mut served.client()));
+        }
+        // Whoever has been idle for longest has made room.
+        let mut byte = [0];
+        silent[0].set_read_timeout(Some(Duration::from_secs(20))).expect("it can be set");
+        assert_eq!((&silent[0]).read(&mut byte).expect("it was ended"), 0);
+    }
+
+    #[test]
+    fn those_who_are_told_many_lines_leave_places_to_an_operator() {
+        // A store that cannot be is one event that everybody is told.
+        let served = Served::start("telling", Some("/dev/null".as_ref()));
+        wait_for("the journal", || served.journal().contains("HistoryGivenUp"));
+        let mut followers: Vec<Client> = (0..TELLING_MAX).map(|_| served.client()).collect();
+        for client in &mut followers {
+            client.tell(&json!({"verb": "events", "follow": true})).expect("it can be sent");
+            client.line().expect("it is told");
+        }
+        let mut late = served.client();
+        let refused = late.ask(&json!({"verb": "profile"})).expect_err("there are enough");
+        assert!(refused.to_string().contains("ask again later"), "{refused}");
+        assert!(is_answered(&mut late), "one that was refused is good for more");
+        // Nobody idle takes the place of those who are told.
+        let _silent: Vec<UnixStream> = (0..2 * CONNECTIONS_MAX).map(|_| connect(&served)).collect();
+        assert!(is_answered(&mut served.client()));
+        drop(followers);
+        wait_for("room", || served.client().ask(&json!({"verb": "profile"})).is_ok());
+    }
+
+    #[test]
+    fn who_asks_nothing_or_takes_nothing_is_left_and_who_follows_is_not() {
+        let patience = Patience { idle: Duration::from_secs(1), write: Duration::from_millis(300) };
+        let served = Served::start_with("patience", None, patience);
+        let mut follower = served.client();
+        follower.tell(&json!({"verb": "stream"})).expect("it can be sent");
+        // A command that never ends is none.
+        let mut idle = connect(&served);
+        let drip = idle.try_clone().expect("a descriptor");
+        std::thread::spawn(move || {
+            while (&drip).write_all(b" ").is_ok() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let mut said = String::new();
+        let _reset = idle.read_to_string(&mut said);
+        assert!(said.is_empty() || said.contains("no command came"), "{said}");
+        // It asks again and again, and reads none of the answers.
+        let deaf = connect(&served);
+        deaf.set_write_timeout(Some(Duration::from_secs(20))).expect("it can be set");
+        let ask = format!("{}\n", json!({"verb": "nothing of the kind"}));
+        while (&deaf).write_all(ask.as_bytes()).is_ok() {}
+        served.note(warmswap_predict::Grain::Tick, 0..1);
+        assert!(follower.line().expect("it is still told")["record"].is_string());
     }
 }

@@ -9,7 +9,8 @@ use warmswap_predict::{Feature, Grain, Record};
 use warmswap_store::Retention;
 use warmswap_wire::DeviceType;
 
-use super::{Client, serve, socket_path};
+use super::server::{Patience, serve_with};
+use super::{Client, socket_path};
 use crate::config::{DeviceConfig, Source};
 use crate::driver::{Commander, listen};
 use crate::journal::{Form, Journal, JournalThread};
@@ -44,6 +45,10 @@ pub(crate) struct Served {
 impl Served {
     /// Of the device `disk`, in a directory of the test's own.
     pub(crate) fn start(test: &str, store: Option<&Path>) -> Self {
+        Self::start_with(test, store, Patience::default())
+    }
+
+    pub(in crate::control) fn start_with(test: &str, store: Option<&Path>, patience: Patience) -> Self {
         let dir = std::env::temp_dir().join(format!("ws-{test}-{}", std::process::id()));
         std::fs::create_dir_all(&dir).expect("a temporary directory");
         let device: Arc<str> = "disk".into();
@@ -53,14 +58,15 @@ impl Served {
         let (notes, history, historian) = started.expect("a thread can be started");
         let config = config(&dir);
         let listener = listen(&config.control_socket()).expect("a socket can be made");
-        serve(&config, listener, Commander::to_nobody(), journal.clone(), history.clone()).expect("it can be served");
+        let (commander, read, told) = (Commander::to_nobody(), journal.clone(), history.clone());
+        serve_with(&config, listener, commander, read, told, patience).expect("it can be served");
         let threads = Some((historian, journal_thread));
         Served { dir, notes: Some(notes), history, journal, threads, device }
     }
 
     pub(crate) fn client(&self) -> Client {
         let mut client = Client::connect(&socket_path(&self.dir, "disk")).expect("somebody listens");
-        client.set_patience(Some(Duration::from_secs(20))).expect("it can be set");
+        client.set_patience(Some(Duration::from_secs(20)));
         client
     }
 

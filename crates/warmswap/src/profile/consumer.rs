@@ -2,6 +2,10 @@
 
 use warmswap_predict::{Grain, Record};
 
+/// Most records that can be missing between two that came. Numbers begin with the program, and of ten ticks a second it gives out fewer
+/// than this in a year: a greater jump is the work of somebody who made up numbers.
+const MISSED_MAX: u64 = 400_000_000;
+
 /// What was seen of one grain.
 #[derive(Clone, Copy, Debug, Default)]
 struct Seen {
@@ -14,7 +18,7 @@ impl Seen {
     fn take(&mut self, record: &Record) {
         // Numbers begin anew where the program does.
         let skipped = self.latest.and_then(|latest| record.number.checked_sub(latest.number)?.checked_sub(1));
-        self.missed += skipped.unwrap_or(0);
+        self.missed = self.missed.saturating_add(skipped.unwrap_or(0).min(MISSED_MAX));
         self.count += 1;
         self.latest = Some(*record);
     }
@@ -48,7 +52,8 @@ impl Consumer {
         self.seen(grain).count
     }
 
-    /// Records of that grain that never came, by their numbers.
+    /// Records of that grain that never came, by their numbers. Of one jump no more count than a year of ticks, and the sum ends at the
+    /// greatest number: it tells of gaps in what a broker sent, and nothing of what somebody made up.
     pub(crate) fn missed(&self, grain: Grain) -> u64 {
         self.seen(grain).missed
     }
@@ -63,6 +68,18 @@ impl Consumer {
 mod tests {
     use super::*;
     use warmswap_predict::Feature;
+
+    #[test]
+    fn numbers_that_were_made_up_count_for_no_more_than_can_be_missing() {
+        let mut consumer = Consumer::default();
+        for number in [0, u64::MAX, 0, 10, u64::MAX - 1, 3, 4] {
+            consumer.feed(&Record::new(Grain::Tick, number, 1, 0, 0));
+        }
+        assert_eq!((consumer.count(Grain::Tick), consumer.missed(Grain::Tick)), (7, 2 * MISSED_MAX + 9));
+        consumer.ticks.missed = u64::MAX - 1;
+        consumer.feed(&Record::new(Grain::Tick, 9, 1, 0, 0));
+        assert_eq!(consumer.missed(Grain::Tick), u64::MAX);
+    }
 
     #[test]
     fn records_are_counted_and_the_latest_values_kept() {

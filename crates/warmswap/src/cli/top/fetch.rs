@@ -118,11 +118,13 @@ impl Asker {
         let (status, client) = show::ask(&self.dir, name);
         let Some(mut client) = client else { return Device::read(name, &status, None) };
         let silent = |error: &ClientError| Device::absent(name, "silent", &show::silence(error));
+        client.set_end(Some(Instant::now() + show::ANSWER_MAX));
         let profile = match profile::ask(&mut client) {
             Ok(profile) => profile,
             Err(error) => return silent(&error),
         };
         if let Some(events) = events {
+            client.set_end(Some(Instant::now() + show::ANSWER_MAX));
             match last_events(&mut client, name) {
                 Ok(read) => *events = read,
                 Err(error) => return silent(&error),

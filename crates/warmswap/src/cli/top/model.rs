@@ -5,7 +5,7 @@ use serde_json::Value;
 use warmswap_predict::{Feature, Unit};
 
 use crate::cli::profile::{MISSING, Profile, amount};
-use crate::cli::show;
+use crate::cli::{plain, show};
 
 /// Characters of a text that are kept.
 const TEXT_MAX: usize = 400;
@@ -62,9 +62,10 @@ pub(super) struct Ring {
     pub(super) observer: String,
 }
 
-/// Text that a terminal takes for nothing else.
+/// The beginning of a text, that a terminal takes for nothing else.
 pub(super) fn clean(text: &str) -> String {
-    text.chars().take(TEXT_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect()
+    let end = text.char_indices().nth(TEXT_MAX).map_or(text.len(), |(at, _)| at);
+    plain::clean(&text[..end])
 }
 
 fn text_of(value: &Value) -> Option<String> {
