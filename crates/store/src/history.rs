@@ -33,6 +33,8 @@ pub(crate) const MAGIC: [u8; 9] = [b'r', b'e', b'd', b'b', 0x1a, 0x0a, 0xa9, 0x0
 const CACHE: usize = 512 * 1024;
 /// What a window takes of the file: pages that are filled in order are split when they are full, and stay half empty.
 const WINDOW_BYTES: u64 = (RECORD_BYTES as u64 + 8) * 2;
+/// What is beside a recording in its page, at most.
+const RECORDING_BESIDE: u64 = 64;
 /// Of idle windows one is stored in this time.
 const IDLE_EVERY_NS: u64 = 60_000_000_000;
 
@@ -75,7 +77,7 @@ pub struct History {
     /// How the file was changed by others, once that was found.
     changed: Arc<OnceLock<Changed>>,
     retention: Retention,
-    /// Bytes of the recordings.
+    /// What the recordings take of the file.
     recorded: u64,
     /// The last window that was stored.
     stored: Option<Record>,
@@ -185,13 +187,13 @@ impl History {
                 recordings.insert(recording.unix_ns, recording.encode().as_slice()).map_err(fail)?;
             }
             for entry in recordings.iter().map_err(fail)? {
-                recorded += entry.map_err(fail)?.1.value().len() as u64;
+                recorded += recording_bytes(entry.map_err(fail)?.1.value().len());
             }
             while recordings.len().map_err(fail)? > retention.recordings
                 || (recorded > retention.bytes / 2 && recordings.len().map_err(fail)? > 1)
             {
                 let Some((_, value)) = recordings.pop_first().map_err(fail)? else { break };
-                recorded = recorded.saturating_sub(value.value().len() as u64);
+                recorded = recorded.saturating_sub(recording_bytes(value.value().len()));
                 gone.1 += 1;
             }
             let mut windows = transaction.open_table(WINDOWS).map_err(|error| StoreError::of(path, error))?;
@@ -312,6 +314,11 @@ fn is_begun(path: &Path) -> Result<bool, StoreError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(StoreError::io(path, error)),
     }
+}
+
+/// What a recording takes of the file: a large value has pages of its own, whose number is a power of two.
+fn recording_bytes(len: usize) -> u64 {
+    (len as u64 + RECORDING_BESIDE).next_power_of_two()
 }
 
 /// It begins as every such file does.

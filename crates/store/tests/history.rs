@@ -76,7 +76,8 @@ fn what_is_too_old_or_too_much_goes_the_oldest_first() {
     }
     let gone = history.prune(START + 1_000 * SECOND).expect("it can be written");
     let reader = history.reader().expect("it can be read");
-    assert_eq!((gone, reader.windows().expect("it can be read")), ((900, 2), 100));
+    // What is too much has gone with each recording.
+    assert_eq!((gone, reader.windows().expect("it can be read")), ((900, 0), 100));
     assert_eq!(windows(&reader, 0, u64::MAX), made[900..]);
     assert_eq!(reader.recordings().expect("it can be read"), [3, 4]);
     let recording = reader.recording(4).expect("it can be read").expect("it is there");
@@ -230,7 +231,7 @@ fn a_storm_of_recordings_stays_within_its_bounds() {
     }
     println!("{largest} bytes for 300 recordings of {bytes}");
     assert_eq!(reader.recordings().expect("it can be read").last(), Some(&300));
-    assert!(largest < 3 * retention.bytes, "{largest}");
+    assert!(largest < 2 * retention.bytes, "{largest}");
     // Windows alone, that nobody prunes, too.
     let path = scratch.path("windows.redb");
     let mut history =
