@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use redb::{DatabaseError, StorageError};
 use warmswap_predict::DecodeError;
 
+use crate::guarded::Changed;
 use crate::recording::RecordingError;
 
 /// Why a history cannot be used. Every one names the file.
@@ -56,6 +57,12 @@ pub enum StoreError {
         /// How.
         what: String,
     },
+    /// Another file is in its place.
+    #[error("{path} was replaced or taken away while it was open; what is there now is left alone")]
+    Replaced {
+        /// Where it was.
+        path: PathBuf,
+    },
     /// A window in it is none.
     #[error("{path}: the window that ended at {end_unix_ns} ns is damaged: {source}")]
     Window {
@@ -96,6 +103,9 @@ impl StoreError {
         let path = path.to_owned();
         match error.into() {
             redb::Error::DatabaseAlreadyOpen | redb::Error::LockProtocolMismatch => StoreError::InUse { path },
+            redb::Error::Io(source) if Changed::of(&source).is_some() => {
+                StoreError::Damaged { path, what: source.to_string() }
+            }
             redb::Error::Io(source) if source.kind() == std::io::ErrorKind::InvalidData => {
                 StoreError::Foreign { path, found: source.to_string() }
             }

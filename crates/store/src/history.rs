@@ -1,14 +1,16 @@
 //! The history of one device: a file.
 
-use std::fs::File;
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use redb::{Builder, Database, Durability, ReadableTable, ReadableTableMetadata, TableDefinition};
+use redb::{Builder, Database, Durability, ReadableTable, ReadableTableMetadata, Table, TableDefinition};
 use warmswap_predict::{RECORD_BYTES, Record, SCHEMA_VERSION};
 
 use crate::error::StoreError;
+use crate::guarded::{Changed, Guarded};
 use crate::idle::idle_like;
 use crate::reader::Reader;
 use crate::recording::Recording;
@@ -31,10 +33,12 @@ pub(crate) const MAGIC: [u8; 9] = [b'r', b'e', b'd', b'b', 0x1a, 0x0a, 0xa9, 0x0
 const CACHE: usize = 512 * 1024;
 /// What a window takes of the file: pages that are filled in order are split when they are full, and stay half empty.
 const WINDOW_BYTES: u64 = (RECORD_BYTES as u64 + 8) * 2;
+/// What is beside a recording in its page, at most.
+const RECORDING_BESIDE: u64 = 64;
 /// Of idle windows one is stored in this time.
 const IDLE_EVERY_NS: u64 = 60_000_000_000;
 
-/// What is kept. What is beyond is taken away by [`History::prune`].
+/// What is kept. What is too old is taken away by [`History::prune`], what is too much at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retention {
     /// Age of windows, in nanoseconds.
@@ -43,6 +47,13 @@ pub struct Retention {
     pub recordings: u64,
     /// Bytes of all of them in the file, which takes a little more: what is replaced is freed later.
     pub bytes: u64,
+}
+
+impl Retention {
+    /// How many windows there is room for beside so many bytes of recordings.
+    fn room(&self, recorded: u64) -> u64 {
+        self.bytes.saturating_sub(recorded) / WINDOW_BYTES
+    }
 }
 
 impl Default for Retention {
@@ -54,11 +65,20 @@ impl Default for Retention {
 
 /// The history of one device: a file that one process has open. After a kill at any moment it opens again, with what was appended until
 /// the last [`sync`](History::sync), [`prune`](History::prune) or [`record`](History::record), or more.
+///
+/// What is changed or cut off in the file by others while it is open is an error when it is met, and so is everything from then on: nothing
+/// of it is taken for a history.
 #[derive(Debug)]
 pub struct History {
     path: PathBuf,
     database: Arc<Database>,
+    /// The open file, whatever is at its path.
+    place: (u64, u64),
+    /// How the file was changed by others, once that was found.
+    changed: Arc<OnceLock<Changed>>,
     retention: Retention,
+    /// What the recordings take of the file.
+    recorded: u64,
     /// The last window that was stored.
     stored: Option<Record>,
     /// Something was appended that is not on the disk yet.
@@ -81,12 +101,14 @@ impl History {
         } else {
             begin(path, device)?;
         }
-        let database = builder().open(path).map_err(|error| StoreError::opening(path, error))?;
+        let mut options = OpenOptions::new();
+        let Opened { database, place, changed } = open_guarded(path, options.read(true).write(true))?;
         let database = Arc::new(database);
         let reader = Reader::new(path, &database)?;
         // One that cannot be read is no reason to refuse the others.
         let stored = reader.last_window().unwrap_or(None);
-        Ok(History { path: path.to_owned(), database, retention, stored, unsynced: false })
+        let path = path.to_owned();
+        Ok(History { path, database, place, changed, retention, recorded: 0, stored, unsynced: false })
     }
 
     /// Reads of the same file, from any thread, while it is written.
@@ -101,8 +123,10 @@ impl History {
     /// next [`sync`](History::sync), [`prune`](History::prune) or [`record`](History::record).
     ///
     /// # Errors
-    /// The file cannot be written: none of them is stored.
+    /// The file cannot be written, or another one is in its place: none of them is stored.
     pub fn append(&mut self, windows: &[Record]) -> Result<usize, StoreError> {
+        // Of a device at rest nothing may be written for long.
+        self.check_place()?;
         let mut last = self.stored;
         let mut news = Vec::new();
         for window in windows {
@@ -118,31 +142,27 @@ impl History {
         if news.is_empty() {
             return Ok(0);
         }
+        let room = self.retention.room(self.recorded);
         self.write(Durability::None, |transaction, path| {
             let mut table = transaction.open_table(WINDOWS).map_err(|error| StoreError::of(path, error))?;
             for window in &news {
                 let inserted = table.insert(window.end_unix_ns, window.encode().as_slice());
                 inserted.map_err(|error| StoreError::of(path, error))?;
             }
-            Ok(())
+            keep_last(&mut table, room).map_err(|error| StoreError::of(path, error))
         })?;
         self.stored = last;
         self.unsynced = true;
         Ok(news.len())
     }
 
-    /// Keeps a recording. It, and everything before it, is on the disk when this returns.
+    /// Keeps a recording, and takes away what is too much with it, the oldest first. It, and everything before it, is on the disk when this
+    /// returns.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn record(&mut self, recording: &Recording) -> Result<(), StoreError> {
-        self.write(Durability::Immediate, |transaction, path| {
-            let mut table = transaction.open_table(RECORDINGS).map_err(|error| StoreError::of(path, error))?;
-            let inserted = table.insert(recording.unix_ns, recording.encode().as_slice());
-            inserted.map_err(|error| StoreError::of(path, error))?;
-            Ok(())
-        })?;
-        self.unsynced = false;
+        self.write_bounded(Some(recording), 0)?;
         Ok(())
     }
 
@@ -152,33 +172,38 @@ impl History {
     /// # Errors
     /// The file cannot be read or written.
     pub fn prune(&mut self, now_unix_ns: u64) -> Result<(u64, u64), StoreError> {
-        let (retention, since) = (self.retention, now_unix_ns.saturating_sub(self.retention.windows_ns));
+        self.write_bounded(None, now_unix_ns.saturating_sub(self.retention.windows_ns))
+    }
+
+    /// Adds a recording, if there is one, and takes away windows that ended before `since`, then what is too much. How many windows and
+    /// recordings were taken away.
+    fn write_bounded(&mut self, recording: Option<&Recording>, since: u64) -> Result<(u64, u64), StoreError> {
+        let (retention, mut recorded) = (self.retention, 0);
         let mut gone = (0, 0);
         self.write(Durability::Immediate, |transaction, path| {
             let fail = |error: redb::StorageError| StoreError::of(path, error);
             let mut recordings = transaction.open_table(RECORDINGS).map_err(|error| StoreError::of(path, error))?;
-            let mut bytes = 0;
+            if let Some(recording) = recording {
+                recordings.insert(recording.unix_ns, recording.encode().as_slice()).map_err(fail)?;
+            }
             for entry in recordings.iter().map_err(fail)? {
-                bytes += entry.map_err(fail)?.1.value().len() as u64;
+                recorded += recording_bytes(entry.map_err(fail)?.1.value().len());
             }
             while recordings.len().map_err(fail)? > retention.recordings
-                || (bytes > retention.bytes / 2 && recordings.len().map_err(fail)? > 1)
+                || (recorded > retention.bytes / 2 && recordings.len().map_err(fail)? > 1)
             {
                 let Some((_, value)) = recordings.pop_first().map_err(fail)? else { break };
-                bytes = bytes.saturating_sub(value.value().len() as u64);
+                recorded = recorded.saturating_sub(recording_bytes(value.value().len()));
                 gone.1 += 1;
             }
             let mut windows = transaction.open_table(WINDOWS).map_err(|error| StoreError::of(path, error))?;
             let had = windows.len().map_err(fail)?;
             windows.retain_in(..since, |_, _| false).map_err(fail)?;
-            let room = retention.bytes.saturating_sub(bytes) / WINDOW_BYTES;
-            while windows.len().map_err(fail)? > room {
-                windows.pop_first().map_err(fail)?;
-            }
+            keep_last(&mut windows, retention.room(recorded)).map_err(fail)?;
             gone.0 = had - windows.len().map_err(fail)?;
             Ok(())
         })?;
-        self.unsynced = false;
+        (self.recorded, self.unsynced) = (recorded, false);
         Ok(gone)
     }
 
@@ -187,6 +212,7 @@ impl History {
     /// # Errors
     /// The file cannot be written.
     pub fn sync(&mut self) -> Result<(), StoreError> {
+        self.check_place()?;
         if self.unsynced {
             self.write(Durability::Immediate, |_, _| Ok(()))?;
             self.unsynced = false;
@@ -194,17 +220,74 @@ impl History {
         Ok(())
     }
 
+    /// Nothing was found to be changed by others.
+    fn check_changed(&self) -> Result<(), StoreError> {
+        self.changed
+            .get()
+            .map_or(Ok(()), |changed| Err(StoreError::Damaged { path: self.path.clone(), what: changed.to_string() }))
+    }
+
+    /// The file is still the one at its path, and nothing was found to be wrong with it.
+    fn check_place(&self) -> Result<(), StoreError> {
+        self.check_changed()?;
+        match std::fs::metadata(&self.path) {
+            Ok(found) if place(&found) == self.place => Ok(()),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(StoreError::io(&self.path, error)),
+            _ => Err(StoreError::Replaced { path: self.path.clone() }),
+        }
+    }
+
     fn write(
         &self,
         durability: Durability,
         change: impl FnOnce(&redb::WriteTransaction, &Path) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
+        self.check_place()?;
         let fail = |error: redb::Error| StoreError::of(&self.path, error);
-        let mut transaction = self.database.begin_write().map_err(|error| fail(error.into()))?;
-        transaction.set_durability(durability).map_err(|error| fail(error.into()))?;
-        change(&transaction, &self.path)?;
-        transaction.commit().map_err(|error| fail(error.into()))
+        let written = || {
+            let mut transaction = self.database.begin_write().map_err(|error| fail(error.into()))?;
+            transaction.set_durability(durability).map_err(|error| fail(error.into()))?;
+            change(&transaction, &self.path)?;
+            transaction.commit().map_err(|error| fail(error.into()))
+        };
+        // Where one who reads has met it first, redb does not say what it was.
+        written().map_err(|error| self.check_changed().err().unwrap_or(error))
     }
+}
+
+/// A file that is open, and what it is.
+struct Opened {
+    database: Database,
+    place: (u64, u64),
+    changed: Arc<OnceLock<Changed>>,
+}
+
+fn place(found: &Metadata) -> (u64, u64) {
+    (found.dev(), found.ino())
+}
+
+/// Opens a file to be written: what others change of it from then on is an error.
+fn open_guarded(path: &Path, options: &OpenOptions) -> Result<Opened, StoreError> {
+    let fail = |error| StoreError::io(path, error);
+    let file = options.open(path).map_err(fail)?;
+    // Before anything is read: what is found is what counts.
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(StoreError::InUse { path: path.to_owned() }),
+        Err(TryLockError::Error(error)) => return Err(fail(error)),
+    }
+    let (place, changed) = (place(&file.metadata().map_err(fail)?), Arc::new(OnceLock::new()));
+    let guarded = Guarded::new(file, Arc::clone(&changed)).map_err(|error| StoreError::of(path, error))?;
+    let database = builder().create_with_backend(guarded).map_err(|error| StoreError::opening(path, error))?;
+    Ok(Opened { database, place, changed })
+}
+
+/// Takes away the oldest windows until there is room for the others.
+fn keep_last(windows: &mut Table<'_, u64, &'static [u8]>, room: u64) -> Result<(), redb::StorageError> {
+    while windows.len()? > room {
+        windows.pop_first()?;
+    }
+    Ok(())
 }
 
 impl Drop for History {
@@ -233,6 +316,11 @@ fn is_begun(path: &Path) -> Result<bool, StoreError> {
     }
 }
 
+/// What a recording takes of the file: a large value has pages of its own, whose number is a power of two.
+fn recording_bytes(len: usize) -> u64 {
+    (len as u64 + RECORDING_BESIDE).next_power_of_two()
+}
+
 /// It begins as every such file does.
 pub(crate) fn check_magic(path: &Path) -> Result<(), StoreError> {
     let mut found = Vec::new();
@@ -254,7 +342,8 @@ fn begin(path: &Path, device: &str) -> Result<(), StoreError> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(StoreError::io(&new, error)),
         _ => {}
     }
-    let database = builder().create(&new).map_err(|error| StoreError::opening(&new, error))?;
+    let mut options = OpenOptions::new();
+    let Opened { database, .. } = open_guarded(&new, options.read(true).write(true).create_new(true))?;
     let fail = |error: redb::Error| StoreError::of(&new, error);
     let transaction = database.begin_write().map_err(|error| fail(error.into()))?;
     {

@@ -11,6 +11,7 @@
 mod codec;
 mod error;
 mod flight;
+mod guarded;
 mod history;
 mod idle;
 mod overlay;

@@ -3,12 +3,11 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
-use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use redb::StorageBackend;
 
-const BLOCK: usize = 4_096;
+use crate::guarded::{BLOCK, Sums, blocks};
 
 #[derive(Debug)]
 struct Written {
@@ -19,18 +18,21 @@ struct Written {
     blocks: BTreeMap<u64, Box<[u8; BLOCK]>>,
 }
 
-/// A file, and in memory what is written over it: a database that is to be repaired after a kill is so without being touched.
+/// A file, and in memory what is written over it: a database that is to be repaired after a kill is so without being touched. What is
+/// changed of the file after it was opened is an error.
 #[derive(Debug)]
 pub(crate) struct Overlay {
     file: File,
+    sums: Sums,
     written: Mutex<Written>,
 }
 
 impl Overlay {
     pub(crate) fn new(file: File) -> Result<Self> {
-        let len = file.metadata()?.len();
+        let sums = Sums::of(&file)?;
+        let len = sums.len();
         let written = Mutex::new(Written { len, file_len: len, blocks: BTreeMap::new() });
-        Ok(Overlay { file, written })
+        Ok(Overlay { file, sums, written })
     }
 
     fn written(&self) -> MutexGuard<'_, Written> {
@@ -39,24 +41,14 @@ impl Overlay {
 
     /// A block as it is in the file, with zeroes behind its end.
     fn original(&self, block: u64, file_len: u64) -> Result<Box<[u8; BLOCK]>> {
-        let (mut bytes, start) = (Box::new([0; BLOCK]), block * BLOCK as u64);
-        let there = usize::try_from(file_len.saturating_sub(start)).unwrap_or(BLOCK).min(BLOCK);
-        self.file.read_exact_at(&mut bytes[..there], start)?;
+        let there = usize::try_from(file_len.saturating_sub(block * BLOCK as u64)).unwrap_or(BLOCK).min(BLOCK);
+        if there == 0 {
+            return Ok(Box::new([0; BLOCK]));
+        }
+        let mut bytes = Box::new(self.sums.block(&self.file, block)?);
+        bytes[there..].fill(0);
         Ok(bytes)
     }
-}
-
-/// The blocks of some bytes: the number of each, where in it they begin, and which of the bytes lie there.
-fn blocks(offset: u64, len: usize) -> impl Iterator<Item = (u64, usize, std::ops::Range<usize>)> {
-    let mut done = 0;
-    std::iter::from_fn(move || {
-        let at = offset + done as u64;
-        let within = (at % BLOCK as u64) as usize;
-        let part = (len - done).min(BLOCK - within);
-        let range = done..done + part;
-        done += part;
-        (part > 0).then_some((at / BLOCK as u64, within, range))
-    })
 }
 
 impl StorageBackend for Overlay {
@@ -95,6 +87,11 @@ impl StorageBackend for Overlay {
 
     fn sync_data(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn close(&self) -> Result<()> {
+        // A process that is being started has the file open for a moment, and would keep it locked.
+        self.file.unlock()
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<()> {

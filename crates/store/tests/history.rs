@@ -76,7 +76,8 @@ fn what_is_too_old_or_too_much_goes_the_oldest_first() {
     }
     let gone = history.prune(START + 1_000 * SECOND).expect("it can be written");
     let reader = history.reader().expect("it can be read");
-    assert_eq!((gone, reader.windows().expect("it can be read")), ((900, 2), 100));
+    // What is too much has gone with each recording.
+    assert_eq!((gone, reader.windows().expect("it can be read")), ((900, 0), 100));
     assert_eq!(windows(&reader, 0, u64::MAX), made[900..]);
     assert_eq!(reader.recordings().expect("it can be read"), [3, 4]);
     let recording = reader.recording(4).expect("it can be read").expect("it is there");
@@ -207,4 +208,37 @@ fn damage_is_an_error_wherever_it_is_and_nothing_panics() {
     }
     println!("{refused} of 300 were refused");
     assert!(refused > 30, "{refused}");
+}
+
+#[test]
+fn a_storm_of_recordings_stays_within_its_bounds() {
+    let scratch = Scratch::new("storm");
+    let path = scratch.path("disk.redb");
+    let retention = Retention { recordings: 8, bytes: 2 << 20, ..Retention::default() };
+    let mut history = History::open(&path, "disk", retention).expect("it can be opened");
+    let reader = history.reader().expect("it can be read");
+    let (made, mut random) = (busy_windows(3_000), Random(2));
+    let mut recorder = FlightRecorder::new(u64::MAX, 160 << 10);
+    (0..3_000).for_each(|number| recorder.push(&busy(&mut random, Grain::Tick, number)));
+    let (mut largest, mut bytes) = (0, 0);
+    for (at, ten) in (1..).zip(made.chunks(10)) {
+        history.append(ten).expect("it can be written");
+        let recording = recorder.freeze("a storm", at);
+        bytes = recording.encode().len();
+        history.record(&recording).expect("it can be written");
+        assert!(reader.recordings().expect("it can be read").len() <= 8);
+        largest = largest.max(std::fs::metadata(&path).expect("it is there").len());
+    }
+    println!("{largest} bytes for 300 recordings of {bytes}");
+    assert_eq!(reader.recordings().expect("it can be read").last(), Some(&300));
+    assert!(largest < 2 * retention.bytes, "{largest}");
+    // Windows alone, that nobody prunes, too.
+    let path = scratch.path("windows.redb");
+    let mut history =
+        History::open(&path, "disk", Retention { bytes: 1 << 20, ..retention }).expect("it can be opened");
+    for ten in made.chunks(10) {
+        history.append(ten).expect("it can be written");
+    }
+    let left = windows(&history.reader().expect("it can be read"), 0, u64::MAX);
+    assert!(left.len() < 2_000 && left == made[3_000 - left.len()..], "{}", left.len());
 }

@@ -293,6 +293,39 @@ mod tests {
     }
 
     #[test]
+    fn a_history_that_is_changed_or_replaced_while_it_is_written_is_given_up_and_memory_goes_on() {
+        for (name, reason) in [("changed", "is damaged"), ("replaced", "was replaced or taken away")] {
+            let mut served = Served::start(name, Some("store".as_ref()));
+            let path = crate::profile::historian::history_path(&served.dir.join("store"), "disk");
+            wait_for("the history", || {
+                warmswap_store::Reader::open(&path).is_err_and(|error| error.to_string().contains("in use"))
+            });
+            served.note(Grain::Window, 0..10);
+            if name == "changed" {
+                let len = std::fs::metadata(&path).expect("it is there").len() as usize;
+                std::fs::write(&path, vec![7; len]).expect("it can be written");
+            } else {
+                std::fs::rename(&path, path.with_extension("away")).expect("it is there");
+            }
+            served.freeze("a crash", START + 1);
+            wait_for("the journal", || served.journal().contains("HistoryGivenUp"));
+            assert!(served.journal().contains(reason), "{}", served.journal());
+            served.note(Grain::Window, 10..20);
+            assert_eq!(served.history.last_windows("disk", 99).len(), 20);
+            let mut there = 0;
+            let all = served.history.windows("disk", (0, u64::MAX), &mut |_| {
+                there += 1;
+                Ok::<(), warmswap_store::StoreError>(())
+            });
+            assert_eq!(
+                (all.ok(), there, served.history.recordings("disk").ok()),
+                (Some(()), 20, Some(vec![START + 1]))
+            );
+            served.end();
+        }
+    }
+
+    #[test]
     fn what_was_kept_is_there_for_the_next_program_and_a_file_that_is_none_is_left_alone() {
         let mut served = Served::start("kept", Some("store".as_ref()));
         served.note(Grain::Tick, 0..100);
