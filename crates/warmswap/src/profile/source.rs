@@ -74,6 +74,7 @@ pub(crate) struct Image(OwnedFd);
 
 impl Image {
     /// Any descriptor of the file will do, one that can only name it as well.
+    #[cfg(test)]
     pub(crate) fn new(file: OwnedFd) -> Self {
         Image(file)
     }
