@@ -101,7 +101,8 @@ impl Janitor {
 #[derive(Debug)]
 pub(crate) struct Cgroup {
     path: PathBuf,
-    directory: fs::File,
+    /// Open until a process was started in it.
+    directory: Option<fs::File>,
     events: fs::File,
     janitor: Janitor,
 }
@@ -119,7 +120,9 @@ impl Cgroup {
             _ => Err(error),
         })?;
         match (fs::File::open(&path), fs::File::open(path.join("cgroup.events"))) {
-            (Ok(directory), Ok(events)) => Ok(Cgroup { path, directory, events, janitor: janitor.clone() }),
+            (Ok(directory), Ok(events)) => {
+                Ok(Cgroup { path, directory: Some(directory), events, janitor: janitor.clone() })
+            }
             (Err(error), _) | (_, Err(error)) => {
                 remove(&path);
                 Err(error)
@@ -128,8 +131,13 @@ impl Cgroup {
     }
 
     /// The group's directory, to start a process in it.
-    pub(crate) fn directory(&self) -> BorrowedFd<'_> {
-        self.directory.as_fd()
+    pub(crate) fn directory(&self) -> Option<BorrowedFd<'_>> {
+        self.directory.as_ref().map(AsFd::as_fd)
+    }
+
+    /// A process was started in it; no other will be.
+    pub(crate) fn started(&mut self) {
+        self.directory = None;
     }
 
     /// Where it lies.

@@ -71,7 +71,7 @@ impl Process {
         };
         let arguments: Vec<String> = command.iter().map(fill).collect();
         // Without control groups descendants cannot be counted; the process itself still can.
-        let cgroup = match Cgroup::create(group, janitor) {
+        let mut cgroup = match Cgroup::create(group, janitor) {
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return Err(error),
             group => group.ok(),
         };
@@ -81,9 +81,10 @@ impl Process {
             arguments: &arguments,
             stderr: theirs.as_fd(),
             inherited,
-            cgroup: cgroup.as_ref().map(Cgroup::directory),
+            cgroup: cgroup.as_ref().and_then(Cgroup::directory),
         };
         let (pid, pidfd) = child.launch()?;
+        cgroup.as_mut().into_iter().for_each(Cgroup::started);
         let stderr = Some(fs::File::from(stderr));
         Ok(Process {
             pid,
