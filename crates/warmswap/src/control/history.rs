@@ -314,7 +314,7 @@ mod tests {
             let mut there = 0;
             let all = served.history.windows("disk", (0, u64::MAX), &mut |_| {
                 there += 1;
-                Ok::<(), warmswap_store::StoreError>(())
+                Ok::<(), StoreError>(())
             });
             assert_eq!(
                 (all.ok(), there, served.history.recordings("disk").ok()),
