@@ -8,7 +8,8 @@
 //! The broker's own following of a ring ([`crate::Observer`]) is exact and cheap because it looks rarely, so it resolves no latency below the
 //! time between two looks. A probe resolves a few microseconds, of a sample. What it samples are requests that arrive while it looks, so a
 //! short request is as likely to be taken as a long one. A request whose submission or completion fell into a pause, because the prober was
-//! kept from its processor, is left out, or its latency told by the middle of the pause if that is short against it.
+//! kept from its processor, is not known: then every request that was followed is given up, whether it has been completed or not, for to keep
+//! those alone that outlived the pause would make all of them long. In an ordinary distance of two looks its middle is taken.
 //!
 //! Whatever it reads comes from a hostile guest and may be stale: every value is checked, nothing it finds does harm, and a ring that makes
 //! no sense ends the probe.
@@ -28,7 +29,11 @@ pub const FOLLOWED_MAX: usize = 32;
 /// A submission between two looks that are farther apart than this is not sampled.
 const PRECISE_MAX: Nanos = Nanos::from_micros(8);
 /// After the time in which it takes requests it looks without a pause for this long at most.
-const SPIN_MAX: Nanos = Nanos::from_micros(100);
+const SPIN_MAX: Nanos = Nanos::from_micros(250);
+/// A distance of two looks that is not worth a sleep, which takes some fifty microseconds more than it was asked for.
+const SLEEP_MIN: Nanos = Nanos::from_micros(25);
+/// A look that comes later than it was asked for by this, and by as much as it was to wait, was kept from its processor.
+const LATE_MAX: Nanos = Nanos::from_micros(200);
 /// Descriptors of a chain that are read at most.
 const CHAIN_MAX: usize = 130;
 /// Longest distance of two looks while requests are followed.
@@ -182,6 +187,8 @@ pub struct Probe {
     began: Nanos,
     collect_until: Nanos,
     looked_at: Nanos,
+    /// When it was to look again.
+    next_at: Nanos,
     avail: u16,
     used: u16,
     avail_event: u16,
@@ -216,6 +223,7 @@ impl Probe {
             began: now,
             collect_until: now + collect,
             looked_at: now,
+            next_at: now,
             used: memory.used_idx(ring),
             avail: memory.avail_idx(ring),
             avail_event: memory.avail_event(ring),
@@ -252,7 +260,11 @@ impl Probe {
         if precise {
             self.notice_kick(memory, avail, used, middle, now, sampled);
         }
-        self.complete(memory, went, middle, pause, sampled);
+        if now.since(self.next_at) > LATE_MAX + self.next_at.since(self.looked_at) {
+            self.followed = [None; FOLLOWED_MAX];
+            self.following = 0;
+        }
+        self.complete(memory, went, middle, precise, sampled);
         if came > 0 && collecting && precise {
             self.take(memory, came, middle, trail, sampled);
         }
@@ -262,7 +274,9 @@ impl Probe {
             self.skip(memory);
         }
         (self.avail, self.used, self.looked_at) = (avail, used, now);
-        self.next(now, collecting)
+        let next = self.next(now, collecting);
+        self.next_at = if let Next::At(at) = next { at } else { now };
+        next
     }
 
     fn next(&self, now: Nanos, collecting: bool) -> Next {
@@ -276,7 +290,7 @@ impl Probe {
         // The youngest decides: every latency is told within an eighth.
         let distance = Nanos(now.since(since).0 / 8).min(LOOK_MAX);
         let spins = now < self.collect_until + SPIN_MAX;
-        if spins && distance < PRECISE_MAX { Next::Now } else { Next::At(now + distance.max(PRECISE_MAX)) }
+        if spins && distance < SLEEP_MIN { Next::Now } else { Next::At(now + distance.max(SLEEP_MIN)) }
     }
 
     /// New requests.
@@ -293,7 +307,7 @@ impl Probe {
         }
     }
 
-    fn complete(&mut self, memory: &dyn RingReader, went: u16, at: Nanos, pause: Nanos, sampled: &mut Sampled) {
+    fn complete(&mut self, memory: &dyn RingReader, went: u16, at: Nanos, precise: bool, sampled: &mut Sampled) {
         if self.following == 0 {
             return;
         }
@@ -303,9 +317,6 @@ impl Probe {
             let Some(followed) = found.and_then(Option::take) else { continue };
             self.following -= 1;
             let latency = at.since(followed.submitted);
-            if pause > PRECISE_MAX && pause.0 > latency.0 / 2 {
-                continue;
-            }
             sampled.latencies[0].record(latency.0);
             sampled.longest = sampled.longest.max(latency.0);
             let Some(request) = followed.request else { continue };
@@ -317,10 +328,7 @@ impl Probe {
             }
             // A driver may use the buffer again as soon as it has seen the completion: only a status seen at once is one.
             let mut status = [0xff];
-            if pause <= PRECISE_MAX
-                && request.status.is_some_and(|addr| memory.read_guest(addr, &mut status))
-                && status[0] <= 2
-            {
+            if precise && request.status.is_some_and(|addr| memory.read_guest(addr, &mut status)) && status[0] <= 2 {
                 sampled.statuses += 1;
                 sampled.errors += u64::from(status[0] != 0);
             }
