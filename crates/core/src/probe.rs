@@ -8,8 +8,8 @@
 //! The broker's own following of a ring ([`crate::Observer`]) is exact and cheap because it looks rarely, so it resolves no latency below the
 //! time between two looks. A probe resolves a few microseconds, of a sample. What it samples are requests that arrive while it looks, so a
 //! short request is as likely to be taken as a long one. A request whose submission or completion fell into a pause, because the prober was
-//! kept from its processor, is not known: then every request that was followed is given up, whether it has been completed or not, for to keep
-//! those alone that outlived the pause would make all of them long. In an ordinary distance of two looks its middle is taken.
+//! kept from its processor, is not known: then every request that is younger than the pause is given up, whether it has been completed or not,
+//! for to keep those alone that outlived it would make all of them long. In an ordinary distance of two looks its middle is taken.
 //!
 //! Whatever it reads comes from a hostile guest and may be stale: every value is checked, nothing it finds does harm, and a ring that makes
 //! no sense ends the probe.
@@ -29,9 +29,9 @@ pub const FOLLOWED_MAX: usize = 32;
 /// A submission between two looks that are farther apart than this is not sampled.
 const PRECISE_MAX: Nanos = Nanos::from_micros(8);
 /// After the time in which it takes requests it looks without a pause for this long at most.
-const SPIN_MAX: Nanos = Nanos::from_micros(250);
+const SPIN_MAX: Nanos = Nanos::from_micros(100);
 /// A distance of two looks that is not worth a sleep, which takes some fifty microseconds more than it was asked for.
-const SLEEP_MIN: Nanos = Nanos::from_micros(25);
+const SLEEP_MIN: Nanos = Nanos::from_micros(15);
 /// A look that comes later than it was asked for by this, and by as much as it was to wait, was kept from its processor.
 const LATE_MAX: Nanos = Nanos::from_micros(200);
 /// Descriptors of a chain that are read at most.
@@ -261,8 +261,7 @@ impl Probe {
             self.notice_kick(memory, avail, used, middle, now, sampled);
         }
         if now.since(self.next_at) > LATE_MAX + self.next_at.since(self.looked_at) {
-            self.followed = [None; FOLLOWED_MAX];
-            self.following = 0;
+            self.give_up_young(pause);
         }
         self.complete(memory, went, middle, precise, sampled);
         if came > 0 && collecting && precise {
@@ -342,6 +341,17 @@ impl Probe {
         self.used_event = memory.used_event(self.ring);
         self.avail_flags = memory.avail_flags(self.ring);
         self.used_flags = memory.used_flags(self.ring);
+    }
+
+    /// Gives up requests that were younger than the pause that has been, completed or not: what their latency was nobody can tell.
+    fn give_up_young(&mut self, pause: Nanos) {
+        let before = self.looked_at;
+        for followed in &mut self.followed {
+            if followed.is_some_and(|it| before.since(it.submitted) < pause) {
+                *followed = None;
+                self.following -= 1;
+            }
+        }
     }
 
     fn notice_kick(

@@ -332,7 +332,7 @@ impl Sampler {
         let mut at = 0;
         while at < self.probes.len() {
             let running = &mut self.probes[at];
-            let began = now();
+            let (began, spent) = (now(), spent());
             if began < running.at {
                 at += 1;
                 continue;
@@ -341,7 +341,7 @@ impl Sampler {
             // Where memory has changed the ring may be another one.
             let done = component.see() || component.look(running);
             // What probes cost is that part of the time at most, however many components are busy and whatever they do.
-            let cost = now().since(began);
+            let cost = self::spent().since(spent);
             self.next_probe = self.next_probe.max(began) + Nanos(cost.0.saturating_mul(PROBE_PAUSE));
             if done {
                 self.probes.swap_remove(at);
@@ -579,6 +579,13 @@ impl Served {
 fn images_of(files: &[OwnedFd]) -> Vec<Image> {
     let path = |file: &OwnedFd| format!("/proc/self/fd/{}", file.as_raw_fd());
     files.iter().filter_map(|file| Image::at(path(file).as_ref()).ok()).collect()
+}
+
+/// Processor time of this thread so far: what a probe costs is not what others did while it was kept from its processor.
+fn spent() -> Nanos {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    Nanos(seconds.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec as u64))
 }
 
 /// Nanoseconds since the Unix epoch.
