@@ -141,7 +141,7 @@ fn latencies_of_all_sizes_are_told_within_a_fifth() {
         assert!((told / latency_us as f64 - 1.0).abs() < 0.2, "{told} for {latency_us}");
         assert_eq!(
             (sampled.latencies[2].total(), sampled.statuses, sampled.errors),
-            (1, u64::from(latency_us <= 200), 0)
+            (1, u64::from(latency_us <= 100), 0)
         );
     }
 }
