@@ -19,6 +19,9 @@ const BYTES: u32 = 256;
 const PAGES: u16 = 16;
 const BUFFERS: u64 = 0x1_0000;
 
+/// A kick that nobody has answered for so long is given again.
+const KICK_AGAIN: Duration = Duration::from_millis(200);
+
 /// A process of the test's own. Killed on drop.
 struct Running(Child);
 
@@ -47,10 +50,17 @@ fn load(device: &Disk, seconds: f64) -> Vec<f64> {
         next = next.wrapping_add(1);
         device.put(AVAILABLE + 2, &next.to_le_bytes());
         device.kick();
-        let asked = Instant::now();
+        let mut asked = Instant::now();
+        let deadline = asked + PATIENCE;
         // Not slept for: what is measured is the device.
         while u16::from_le_bytes(device.get(USED + 2)) != next {
-            assert!(asked.elapsed() < PATIENCE, "random bytes do not come");
+            assert!(Instant::now() < deadline, "random bytes do not come");
+            if asked.elapsed() > KICK_AGAIN {
+                // Seen once in many thousand requests, whoever lost it: a driver may kick as often as it likes.
+                eprintln!("kicked again after {:?}", asked.elapsed());
+                device.kick();
+                asked = Instant::now();
+            }
             std::thread::yield_now();
         }
         came.push(unix_ms());
