@@ -6,8 +6,9 @@
 //! - `profile`: what is measured of a backend, and what is kept of it, on a thread of its own
 //! - `cli`: the command line
 //!
-//! `unsafe` is confined to `shm` (memory shared with a guest), `process::launch` (between fork and exec), `storage::mark` (locks on
-//! open file descriptions) and `driver::system` (signals, scheduling, peers).
+//! `unsafe` is confined to `shm` (memory shared with a guest), `process::launch` (between fork and exec), `process::peer` (who is
+//! at the other end of a socket), `storage::mark` (locks on open file descriptions), `driver::kicks` (a ring shared with the kernel) and
+//! `driver::system` (signals, scheduling).
 
 mod cgroup;
 pub mod cli;

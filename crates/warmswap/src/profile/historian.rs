@@ -56,7 +56,6 @@ pub(crate) fn history_path(dir: &Path, device: &str) -> PathBuf {
 
 /// What the historian is to know.
 #[derive(Debug)]
-#[allow(dead_code, reason = "the sampler makes them")]
 pub(crate) enum Noted {
     /// A tick of a device.
     Tick(Arc<str>, Record),

@@ -276,7 +276,7 @@ impl Sampler {
                 if let Some(at) = find(&mut self.components, number) {
                     let component = &mut self.components[at];
                     // What has happened since the last tick is what it is kept for.
-                    component.measure_now(Nanos(0), &self.pressure, unix_ns(), &self.notes);
+                    component.measure(Effort::Full, Nanos(0), &self.pressure, unix_ns(), &self.notes);
                     component.note(&self.notes, Noted::Freeze(Arc::clone(&component.name), reason, unix_ns()));
                 }
             }
@@ -332,7 +332,7 @@ impl Sampler {
         let mut at = 0;
         while at < self.probes.len() {
             let running = &mut self.probes[at];
-            let (began, spent) = (now(), spent());
+            let (began, before) = (now(), spent());
             if began < running.at {
                 at += 1;
                 continue;
@@ -341,7 +341,7 @@ impl Sampler {
             // Where memory has changed the ring may be another one.
             let done = component.see() || component.look(running);
             // What probes cost is that part of the time at most, however many components are busy and whatever they do.
-            let cost = self::spent().since(spent);
+            let cost = spent().since(before);
             self.next_probe = self.next_probe.max(began) + Nanos(cost.0.saturating_mul(PROBE_PAUSE));
             if done {
                 self.probes.swap_remove(at);
@@ -444,11 +444,6 @@ impl Component {
         if many && self.idle_ticks >= REST_TICKS {
             self.rest();
         }
-    }
-
-    /// A tick that does not wait for its time.
-    fn measure_now(&mut self, late: Nanos, pressure: &Pressure, end_unix_ns: u64, notes: &Notes) {
-        self.measure(Effort::Full, late, pressure, end_unix_ns, notes);
     }
 
     fn measure(&mut self, effort: Effort, late: Nanos, pressure: &Pressure, end_unix_ns: u64, notes: &Notes) {
