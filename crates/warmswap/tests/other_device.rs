@@ -109,7 +109,7 @@ fn a_device_that_is_no_disk_has_a_profile() {
     let mut vmm = Vmm::connect(&broker.socket);
     let device = Disk::new();
     vmm.start_with(&device, 0).expect("a VMM that keeps the rules is served");
-    let came = load(&device, 4.0);
+    let came = load(&device, 2.5);
     std::thread::sleep(Duration::from_millis(100));
     let shown = broker.ask(&["show", "disk", "--json"]);
     let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).expect("JSON");
