@@ -92,6 +92,8 @@ pub(crate) enum Purpose {
         ring: u32,
     },
     Handed,
+    /// Rings were given, or enabled, outside a failover.
+    Enabled,
     Isolated,
     Canary,
     Ping,

@@ -5,9 +5,10 @@
 
 mod support;
 
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::mm::{MapFlags, ProtFlags};
 use support::{AVAILABLE, Broker, DESCRIPTORS, Disk, PATIENCE, RING_SIZE, Scratch, USED, Vmm, wait_for};
@@ -59,17 +60,47 @@ impl Drop for Index {
     }
 }
 
+/// What the backend's threads and event descriptors are doing, for a failed test.
+fn state_of(backend: &Child, device: &Disk) -> String {
+    let layout = Layout::new(RING_SIZE).expect("a power of two");
+    let index = |at| u16::from_le_bytes(device.get(at));
+    let mut text = format!(
+        "avail.idx {}, used.idx {}, avail_event {}, avail.flags {}, used.flags {}\n",
+        index(AVAILABLE + 2),
+        index(USED + 2),
+        index(USED + layout.avail_event()),
+        index(AVAILABLE),
+        index(USED)
+    );
+    let process = PathBuf::from(format!("/proc/{}", backend.id()));
+    let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_else(|error| error.to_string());
+    for task in std::fs::read_dir(process.join("task")).into_iter().flatten().flatten() {
+        let words = ["comm", "wchan", "syscall"].map(|name| read(task.path().join(name)).trim().to_owned());
+        text += &format!("thread {}: {}\n", task.file_name().display(), words.join(", "));
+    }
+    for entry in std::fs::read_dir(process.join("fdinfo")).into_iter().flatten().flatten() {
+        let count = read(entry.path())
+            .lines()
+            .filter(|it| it.starts_with("eventfd-") || it.starts_with("tfd"))
+            .collect::<Vec<_>>()
+            .join("; ");
+        if !count.is_empty() {
+            text += &format!("descriptor {}: {count}\n", entry.file_name().display());
+        }
+    }
+    text
+}
+
 fn unix_ms() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_secs_f64() * 1e3
 }
 
-/// Asks for random bytes again and again, and notes when each came.
-fn load(device: &Disk, seconds: f64) -> Vec<f64> {
+/// Asks for random bytes again and again until it is told to stop, and notes when each came.
+fn load(backend: &Child, device: &Disk, stop: &AtomicBool) -> Vec<f64> {
     let layout = Layout::new(RING_SIZE).expect("a power of two");
-    let began = Instant::now();
     let index = Index::of(device);
     let (mut next, mut came) = (0_u16, Vec::new());
-    while began.elapsed().as_secs_f64() < seconds {
+    while !stop.load(Ordering::Relaxed) {
         let head = next % PAGES;
         let addr = BUFFERS + u64::from(head) * 4096;
         let descriptor = Descriptor { addr, len: BYTES, flags: DESC_F_WRITE, next: 0 };
@@ -81,13 +112,43 @@ fn load(device: &Disk, seconds: f64) -> Vec<f64> {
         let deadline = Instant::now() + PATIENCE;
         // Not slept for: what is measured is the device.
         while u16::from_le_bytes(device.get(USED + 2)) != next {
-            assert!(Instant::now() < deadline, "random bytes do not come");
+            assert!(Instant::now() < deadline, "random bytes do not come\n{}", state_of(backend, device));
             std::thread::yield_now();
         }
         came.push(unix_ms());
     }
     assert_ne!(device.get::<16>(BUFFERS), [0; 16], "they are random");
     came
+}
+
+/// Values that a window of this device has if nothing was kept from its processor for long.
+const MEASURED: [&str; 11] = [
+    "completions_per_s",
+    "read_share",
+    "device_write_share",
+    "size_mean_bytes",
+    "working_set_pages",
+    "latency_mean_us",
+    "latency_p50_us",
+    "kick_due_share",
+    "cpu_cores",
+    "rss_bytes",
+    "descriptors",
+];
+
+/// The last window, once there is one of nothing but load in which everything could be measured.
+fn whole_window(broker: &Broker, since_ms: f64) -> serde_json::Value {
+    let mut window = serde_json::Value::Null;
+    wait_for("a window in which everything was measured", || {
+        let shown = broker.ask(&["show", "disk", "--json"]);
+        let mut shown: serde_json::Value = serde_json::from_slice(&shown.stdout).expect("JSON");
+        window = shown["profile"]["window"].take();
+        let (Some(end), Some(span)) = (window["end_unix_ms"].as_f64(), window["span_ms"].as_f64()) else {
+            return false;
+        };
+        end - span > since_ms && MEASURED.iter().all(|name| window["values"][name].is_number())
+    });
+    window
 }
 
 #[test]
@@ -100,7 +161,7 @@ fn a_device_that_is_no_disk_has_a_profile() {
     let socket = scratch.path("rng.sock");
     let mut backend = Command::new(program);
     backend.arg("--socket-path").arg(&socket).stdin(Stdio::null());
-    let _backend = Running(backend.spawn().expect("it starts"));
+    let backend = Running(backend.spawn().expect("it starts"));
     // It serves several sockets, and numbers them.
     let first = scratch.path("rng.sock0");
     wait_for("the backend's socket", || first.exists());
@@ -109,15 +170,19 @@ fn a_device_that_is_no_disk_has_a_profile() {
     let mut vmm = Vmm::connect(&broker.socket);
     let device = Disk::new();
     vmm.start_with(&device, 0).expect("a VMM that keeps the rules is served");
-    let came = load(&device, 2.5);
-    std::thread::sleep(Duration::from_millis(100));
-    let shown = broker.ask(&["show", "disk", "--json"]);
-    let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).expect("JSON");
-    let window = &shown["profile"]["window"];
-    let value = |name: &str| window["values"][name].as_f64().unwrap_or_else(|| panic!("{name} is missing: {window}"));
+    let stop = AtomicBool::new(false);
+    let (window, came) = std::thread::scope(|scope| {
+        let (backend, device, stop) = (&backend.0, &device, &stop);
+        let began = unix_ms();
+        let loading = scope.spawn(|| load(backend, device, stop));
+        let window = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| whole_window(&broker, began)));
+        stop.store(true, Ordering::Relaxed);
+        let came = loading.join().expect("the device serves");
+        (window.expect("it is measured"), came)
+    });
+    let value = |name: &str| window["values"][name].as_f64().expect("it was waited for");
     let (end, span) = (window["end_unix_ms"].as_f64().expect("a time"), window["span_ms"].as_f64().expect("a time"));
     let truth = came.iter().filter(|at| (end - span..end).contains(*at)).count() as f64 / span * 1e3;
-    assert!(truth > 100.0, "the window lies in the load: {truth} per second, {window}");
     let told = value("completions_per_s");
     assert!((told / truth - 1.0).abs() < 0.1, "{told} per second, {truth} in truth");
     // The backend writes into every buffer, and nothing else.
@@ -125,8 +190,9 @@ fn a_device_that_is_no_disk_has_a_profile() {
         (value("read_share"), value("device_write_share"), value("size_mean_bytes")),
         (1.0, 1.0, f64::from(BYTES))
     );
+    // Reckoned from some ten requests that were looked into, on a busy machine.
     let pages = value("working_set_pages");
-    assert!((10.0..=20.0).contains(&pages), "{pages} pages, {PAGES} in truth");
+    assert!((8.0..=32.0).contains(&pages), "{pages} pages, {PAGES} in truth");
     for name in ["latency_mean_us", "latency_p50_us", "kick_due_share", "cpu_cores", "rss_bytes", "descriptors"] {
         assert!(value(name) > 0.0, "{name}");
     }

@@ -281,6 +281,7 @@ impl Pair {
             return;
         }
         if value == 0 {
+            self.rings_enabled(backend, value, step);
             self.enter(Phase::Confirming, step);
         } else {
             self.backend_lost(backend, "it refused the rings", step);

@@ -112,8 +112,33 @@ impl Pair {
     fn forward_ring_request(&mut self, index: u32, request: &Request, step: &mut Step<'_>) {
         let starts = matches!(request, Request::SetVringKick(_) | Request::SetVringEnable(_));
         let takes = |ring: &RingState| ring.served && !(starts && ring.drain.is_some());
-        if self.rings.get(index as usize).is_some_and(takes) {
-            self.tell_serving(request, step);
+        if !self.rings.get(index as usize).is_some_and(takes) {
+            return;
+        }
+        match request {
+            Request::SetVringEnable(VringState { value, .. }) if *value != 0 => {
+                if let Some(link) = self.serving().and_then(|id| self.link_mut(id)) {
+                    link.ask(request, Purpose::Enabled, step.out);
+                }
+            }
+            _ => self.tell_serving(request, step),
+        }
+    }
+
+    /// A backend has seen that its rings are enabled. What the driver has kicked until then may be lost: there are backends that take a
+    /// kick away and, as the ring is not enabled yet, do nothing (`vhost-user-backend`). One kick too many harms nobody.
+    pub(crate) fn rings_enabled(&mut self, backend: BackendId, value: u64, step: &mut Step<'_>) {
+        if self.serving() != Some(backend) {
+            return;
+        }
+        if value != 0 {
+            let entry = Entry::warning("RingRefused").with("backend", backend.0);
+            step.out.journal(entry.with("next", "what its rings do decides"));
+        }
+        for index in self.served_rings().into_iter().filter(|index| self.session.ring_enabled(*index)) {
+            if let Some(kick) = self.session.ring(index).and_then(|ring| ring.kick) {
+                step.out.push(Action::Signal(kick));
+            }
         }
     }
 
@@ -217,7 +242,7 @@ impl Pair {
         }
         let waiting = self.waiting_rings();
         if !waiting.is_empty() && self.has_region(serving, step) {
-            self.hand_rings(serving, &waiting, Purpose::Nobody, step);
+            self.hand_rings(serving, &waiting, Purpose::Enabled, step);
         }
     }
 

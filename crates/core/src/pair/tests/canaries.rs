@@ -91,6 +91,7 @@ fn a_failover_waits_for_a_read_under_way_and_no_ring_is_given_before() {
                 #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
         "#]],
     );
 }

@@ -22,6 +22,7 @@ fn a_planned_failover_diverts_drains_verifies_and_hands_over() {
                 #2 <- SET_VRING_BASE 0=2, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
                 retire #1
                 close #1.kick
                 close #1.call
@@ -63,6 +64,7 @@ fn a_drain_by_disabling_waits_until_what_was_taken_is_completed() {
                 #2 <- SET_VRING_BASE 0=2, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
                 retire #1
                 close #1.kick
                 close #1.call
@@ -93,6 +95,8 @@ fn a_drain_by_stopping_asks_every_ring_at_once() {
                 signal call0
                 signal kick1
                 signal call1
+                signal kick0
+                signal kick1
                 retire #1
                 close #1.kick
                 close #1.call
@@ -125,6 +129,7 @@ fn requests_that_arrive_while_the_primary_is_diverted_go_to_the_shadow() {
                 #2 <- SET_VRING_BASE 0=2, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > ring 0
                 avail 3 used 2 owed [3] flags 0 avail_event 0
             > complete 0 3
@@ -161,6 +166,7 @@ fn a_stop_that_is_not_verified_is_a_crash() {
                 #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > complete 0 1 2
             > wait 1ms
                 retire #1
@@ -209,6 +215,7 @@ fn a_failover_without_drain_fences_at_once() {
                 #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
                 retire #1
                 * FailoverSettled kind="planned" cause="operator: test" recovery="exact" fence="reaped"
                 answer: settled exact
@@ -240,6 +247,7 @@ fn a_drained_primary_is_killed_as_well_where_the_fence_demands_it() {
                 #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
                 retire #1
                 * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="reaped"
                 answer: settled drained
@@ -327,6 +335,7 @@ fn a_crash_hands_the_survivors_over_in_the_order_of_their_submission() {
                 #2 <- SET_VRING_BASE 0=3, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > ring 0
                 avail 6 used 3 owed [2 3 5] flags 0 avail_event 0
             > complete 0 2
@@ -368,6 +377,7 @@ fn survivors_are_placed_across_the_wrap_of_the_indices() {
                 #2 <- SET_VRING_BASE 0=65535, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > ring 0
                 avail 2 used 65535 owed [0 2 4] flags 0 avail_event 65533
         "#]],
@@ -393,6 +403,7 @@ fn nothing_is_written_where_the_slots_hold_the_survivors_already() {
                 #2 <- SET_VRING_BASE 0=1, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > ring 0
                 avail 3 used 1 owed [1 2] flags 0 avail_event 0
         "#]],
@@ -426,18 +437,20 @@ fn survivors_that_would_have_to_be_written_halt_where_that_is_switched_off() {
 }
 
 #[test]
-fn kicks_and_calls_are_signalled_exactly_once_per_ring() {
+fn every_ring_is_kicked_and_called_and_kicked_again_once_it_is_known_to_be_enabled() {
     check(
         "~ready 2\n~submit 0 1\n~submit 1 2\n~wait 1ms\n~exit 1\nfenced 1",
         &expect![[r#"
-        > fenced 1
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1, SET_VRING_BASE 1=0, SET_VRING_ADDR 1, SET_VRING_KICK kick1, SET_VRING_ENABLE! 1=1
-            signal kick0
-            signal call0
-            signal kick1
-            signal call1
-    "#]],
+            > fenced 1
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1, SET_VRING_BASE 1=0, SET_VRING_ADDR 1, SET_VRING_KICK kick1, SET_VRING_ENABLE! 1=1
+                signal kick0
+                signal call0
+                signal kick1
+                signal call1
+                signal kick0
+                signal kick1
+        "#]],
     );
 }
 
@@ -643,6 +656,7 @@ fn with_both_dead_a_cold_backend_is_started_and_the_guest_waits() {
                 #3 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > complete 0 1 2
             > wait 1ms
                 retire #1
@@ -696,6 +710,7 @@ fn a_pair_without_a_shadow_starts_a_cold_backend() {
                 #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > complete 0 1
             > wait 1ms
                 retire #1
@@ -795,6 +810,7 @@ fn a_target_that_dies_before_it_acknowledged_is_fenced_like_a_primary() {
                 #3 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > ring 0
                 avail 2 used 0 owed [1 2] flags 0 avail_event 0
         "#]],
@@ -831,6 +847,7 @@ fn a_target_that_dies_while_it_is_confirmed_is_fenced_like_a_primary() {
                 #3 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > status
                 failing-over Confirming; primary #2 ended, shadow #3 active; recovery exact; ring 0 served exact inflight 2
         "#]],
@@ -911,6 +928,7 @@ fn a_target_that_refuses_a_change_of_the_vmm_is_fenced_before_anybody_else_is_gi
                 #3 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > status
                 failing-over Confirming; primary #2 ended, shadow #3 active; recovery exact; ring 0 served exact inflight 1
         "#]],
@@ -922,21 +940,22 @@ fn a_target_on_a_slow_disk_is_accepted_once_it_answers() {
     check(
         "~ready 1\n~submit 0 1\n~wait 1ms\n~exit 1\nfenced 1\nwait 1500ms\nstatus",
         &expect![[r#"
-        > fenced 1
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-        > wait 1500ms
-            #2 <- GET_FEATURES
-            retire #1
-            * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1 message="the new primary answers, but has not completed anything yet"
-            start #3
-            #3 is shadow
-            #2 <- GET_FEATURES
-        > status
-            unprotected Idle; primary #2 active, shadow #3 starting; recovery exact; ring 0 served exact inflight 1
-    "#]],
+            > fenced 1
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                signal kick0
+            > wait 1500ms
+                #2 <- GET_FEATURES
+                retire #1
+                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1 message="the new primary answers, but has not completed anything yet"
+                start #3
+                #3 is shadow
+                #2 <- GET_FEATURES
+            > status
+                unprotected Idle; primary #2 active, shadow #3 starting; recovery exact; ring 0 served exact inflight 1
+        "#]],
     );
 }
 
@@ -1121,6 +1140,8 @@ fn buffers_that_wait_to_be_filled_are_no_requests_that_wait() {
                 signal call0
                 signal kick1
                 signal call1
+                signal kick0
+                signal kick1
                 retire #1
                 * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped"
                 start #3
@@ -1166,6 +1187,8 @@ fn a_kick_that_the_vmm_changes_during_a_drain_does_not_start_the_ring_again() {
                     signal call0
                     signal kick1
                     signal call1
+                    signal kick0
+                    signal kick1
                     retire #1
                     close #1.kick
                     close #1.call
@@ -1196,6 +1219,8 @@ fn a_kick_that_the_vmm_changes_during_a_drain_does_not_start_the_ring_again() {
                     signal call0
                     signal kick1
                     signal call1
+                    signal kick0
+                    signal kick1
                     retire #1
                     close #1.kick
                     close #1.call

@@ -80,6 +80,7 @@ fn after_three_deaths_each_suspect_runs_alone_and_the_guilty_one_is_answered_wit
                 #5 <- SET_VRING_BASE 0=1, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > status
                 failing-over Confirming; primary #3 ended, shadow #5 active; recovery exact; ring 0 served exact inflight 1
             > complete 0 5
@@ -150,6 +151,7 @@ fn an_innocent_request_is_completed_by_its_trial() {
                 #6 <- SET_VRING_BASE 0=2, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
                 retire #3
                 * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=6 attempts=2 isolated=1
                 start #7
@@ -277,6 +279,7 @@ fn a_ring_the_vmm_resets_during_the_trial_is_not_touched_afterwards() {
                 #5 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > ring 0
                 avail 2 used 0 owed [3 5] flags 0 avail_event 0
         "#]],
@@ -288,18 +291,19 @@ fn deaths_without_anything_in_flight_accuse_nobody() {
     check(
         "~ready 1\n~exit 1\n~fenced 1\n~up 3\n~exit 2\n~fenced 2\n~up 4\n~exit 3\nfenced 3\nstatus",
         &expect![[r#"
-        > fenced 3
-            #4 is primary
-            #4 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-            retire #3
-            * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped"
-            start #5
-            #5 is shadow
-        > status
-            unprotected Idle; primary #4 active, shadow #5 starting; recovery exact; ring 0 served exact inflight 0
-    "#]],
+            > fenced 3
+                #4 is primary
+                #4 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                signal kick0
+                retire #3
+                * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped"
+                start #5
+                #5 is shadow
+            > status
+                unprotected Idle; primary #4 active, shadow #5 starting; recovery exact; ring 0 served exact inflight 0
+        "#]],
     );
 }
 

@@ -44,7 +44,7 @@ fn both_backends_have_their_regions_when_the_first_ring_starts() {
                 * RingStarted size=8 goes_on=false
                 #1 <- GET_INFLIGHT_FD 2x8
                 #2 <- GET_INFLIGHT_FD 2x8
-                #1 <- SET_INFLIGHT_FD #1.region, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=0
+                #1 <- SET_INFLIGHT_FD #1.region, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=0
                 signal kick0
                 signal call0
                 #2 <- SET_INFLIGHT_FD #2.region
@@ -84,6 +84,8 @@ fn a_failover_finds_the_region_in_place() {
                 signal call0
                 signal kick1
                 signal call1
+                signal kick0
+                signal kick1
             > complete 0 1 2
             > wait 1ms
                 retire #1
@@ -124,10 +126,11 @@ fn a_ring_waits_for_the_region_of_its_backend() {
                 * RingStarted size=8 goes_on=false
                 #2 <- GET_INFLIGHT_FD 2x8
                 #1 <- GET_INFLIGHT_FD 2x8
-                #2 <- SET_INFLIGHT_FD #2.region, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=0
+                #2 <- SET_INFLIGHT_FD #2.region, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=0
                 signal kick0
                 signal call0
-                #2 <- SET_VRING_ENABLE 0=1
+                #2 <- SET_VRING_ENABLE! 0=1
+                signal kick0
             > unmute 1
                 * ShadowReady backend=1
                 #1 <- SET_INFLIGHT_FD #1.region
@@ -140,38 +143,39 @@ fn a_backend_that_offers_tracking_and_makes_no_region_is_lost() {
     check(
         "~start\n~up 1 inflight no-region\n~up 2 inflight\nboot 1\nstatus",
         &expect![[r#"
-        > boot 1
-            * VmmConnected
-            #1 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, GET_FEATURES
-            #2 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, GET_FEATURES
-            * PrimaryReady backend=1
-            * ShadowReady backend=2
-            #1 <- SET_VRING_NUM 0=8
-            #2 <- SET_VRING_NUM 0=8
-            #1 <- SET_VRING_CALL call0
-            #2 <- SET_VRING_CALL call0
-            * RingStarted size=8 goes_on=false
-            #1 <- GET_INFLIGHT_FD 2x8
-            #2 <- GET_INFLIGHT_FD 2x8
-            close #1.kick
-            close #1.call
-            close #1.probe
-            * PrimaryLost backend=1 reason="it offers in-flight tracking and makes no region" next="failing over"
-            * FailoverStarted kind="crash" cause="it offers in-flight tracking and makes no region" backend=1
-            retire #1
-            #2 <- SET_INFLIGHT_FD #2.region
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=0
-            signal kick0
-            signal call0
-            retire #1
-            * FailoverSettled kind="crash" cause="it offers in-flight tracking and makes no region" recovery="exact" fence="stopped"
-            start #3
-            #3 is shadow
-            #2 <- SET_VRING_ENABLE 0=1
-        > status
-            unprotected Idle; primary #2 active, shadow #3 starting; recovery exact; ring 0 served exact inflight 0
-    "#]],
+            > boot 1
+                * VmmConnected
+                #1 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, GET_FEATURES
+                #2 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, GET_FEATURES
+                * PrimaryReady backend=1
+                * ShadowReady backend=2
+                #1 <- SET_VRING_NUM 0=8
+                #2 <- SET_VRING_NUM 0=8
+                #1 <- SET_VRING_CALL call0
+                #2 <- SET_VRING_CALL call0
+                * RingStarted size=8 goes_on=false
+                #1 <- GET_INFLIGHT_FD 2x8
+                #2 <- GET_INFLIGHT_FD 2x8
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * PrimaryLost backend=1 reason="it offers in-flight tracking and makes no region" next="failing over"
+                * FailoverStarted kind="crash" cause="it offers in-flight tracking and makes no region" backend=1
+                retire #1
+                #2 <- SET_INFLIGHT_FD #2.region
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=0
+                signal kick0
+                signal call0
+                retire #1
+                * FailoverSettled kind="crash" cause="it offers in-flight tracking and makes no region" recovery="exact" fence="stopped"
+                start #3
+                #3 is shadow
+                #2 <- SET_VRING_ENABLE! 0=1
+                signal kick0
+            > status
+                unprotected Idle; primary #2 active, shadow #3 starting; recovery exact; ring 0 served exact inflight 0
+        "#]],
     );
 }
 
@@ -237,6 +241,7 @@ fn a_canary_has_a_region_of_its_own_and_the_guests_is_in_force_again_behind_it()
                 #3 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
                 retire #1
                 close #1.region
                 close private-ring
@@ -305,11 +310,12 @@ fn a_device_with_nothing_to_read_leaves_no_canarys_region_in_force() {
                 * RingStarted size=8 goes_on=false
                 #1 <- GET_INFLIGHT_FD 2x8
                 #2 <- GET_INFLIGHT_FD 2x8
-                #1 <- SET_INFLIGHT_FD #1.region, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=0
+                #1 <- SET_INFLIGHT_FD #1.region, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=0
                 signal kick0
                 signal call0
                 #2 <- SET_INFLIGHT_FD #2.region
-                #1 <- SET_VRING_ENABLE 0=1
+                #1 <- SET_VRING_ENABLE! 0=1
+                signal kick0
             > wait 1100ms
                 watch kick0
                 #1 <- GET_FEATURES
@@ -319,6 +325,7 @@ fn a_device_with_nothing_to_read_leaves_no_canarys_region_in_force() {
                 #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
                 retire #1
                 close #1.region
                 close private-ring
@@ -380,9 +387,10 @@ fn a_ring_of_another_driver_has_a_fresh_region() {
                 * RingStarted size=8 goes_on=false
                 close #1.region
                 #1 <- GET_INFLIGHT_FD 2x8
-                #1 <- SET_INFLIGHT_FD #1.region, SET_VRING_CALL call0, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1
+                #1 <- SET_INFLIGHT_FD #1.region, SET_VRING_CALL call0, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > submit 0 1
         "#]],
     );
@@ -406,10 +414,11 @@ fn a_larger_ring_has_a_larger_region_at_both_backends() {
                 #1 <- GET_INFLIGHT_FD 2x16
                 close #2.region
                 #2 <- GET_INFLIGHT_FD 2x16
-                #1 <- SET_INFLIGHT_FD #1.region, SET_VRING_CALL call0, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1
+                #1 <- SET_INFLIGHT_FD #1.region, SET_VRING_CALL call0, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
                 #2 <- SET_INFLIGHT_FD #2.region
+                signal kick0
         "#]],
     );
 }
@@ -419,27 +428,28 @@ fn a_backend_is_not_asked_twice_for_a_region_that_it_describes_as_it_likes() {
     check(
         "~start\n~up 1 inflight odd-region\n~up 2 inflight odd-region\nboot 1\nstatus",
         &expect![[r#"
-        > boot 1
-            * VmmConnected
-            #1 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, GET_FEATURES
-            #2 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, GET_FEATURES
-            * PrimaryReady backend=1
-            * ShadowReady backend=2
-            #1 <- SET_VRING_NUM 0=8
-            #2 <- SET_VRING_NUM 0=8
-            #1 <- SET_VRING_CALL call0
-            #2 <- SET_VRING_CALL call0
-            * RingStarted size=8 goes_on=false
-            #1 <- GET_INFLIGHT_FD 2x8
-            #2 <- GET_INFLIGHT_FD 2x8
-            #1 <- SET_INFLIGHT_FD #1.region, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=0
-            signal kick0
-            signal call0
-            #2 <- SET_INFLIGHT_FD #2.region
-            #1 <- SET_VRING_ENABLE 0=1
-        > status
-            protected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 0
-    "#]],
+            > boot 1
+                * VmmConnected
+                #1 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, GET_FEATURES
+                #2 <- SET_FEATURES 0x140002200, ADD_MEM_REG mem0, GET_FEATURES
+                * PrimaryReady backend=1
+                * ShadowReady backend=2
+                #1 <- SET_VRING_NUM 0=8
+                #2 <- SET_VRING_NUM 0=8
+                #1 <- SET_VRING_CALL call0
+                #2 <- SET_VRING_CALL call0
+                * RingStarted size=8 goes_on=false
+                #1 <- GET_INFLIGHT_FD 2x8
+                #2 <- GET_INFLIGHT_FD 2x8
+                #1 <- SET_INFLIGHT_FD #1.region, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=0
+                signal kick0
+                signal call0
+                #2 <- SET_INFLIGHT_FD #2.region
+                #1 <- SET_VRING_ENABLE! 0=1
+                signal kick0
+            > status
+                protected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 0
+        "#]],
     );
 }
 
@@ -476,6 +486,7 @@ fn a_ring_that_could_not_be_followed_is_taken_from_a_trusted_region() {
                 #2 <- SET_VRING_BASE 0=2, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > ring 0
                 avail 6 used 2 owed [1 3 5 6] flags 0 avail_event 0
             > wait 1ms
@@ -520,22 +531,23 @@ fn a_batch_whose_marks_were_not_cleared_is_not_owed() {
     check_trusted(
         &format!("{LOST}\n~publish 0 1 5\nexit 1\nfenced 1\nring 0"),
         &expect![[r#"
-        > exit 1
-            close #1.kick
-            close #1.call
-            close #1.probe
-            * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
-            * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
-            fence #1
-        > fenced 1
-            * RegionBelieved taken=1 owed=2
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=4, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-        > ring 0
-            avail 6 used 4 owed [3 6] flags 0 avail_event 0
-    "#]],
+            > exit 1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * PrimaryLost backend=1 reason="killed by signal 9" next="failing over"
+                * FailoverStarted kind="crash" cause="killed by signal 9" backend=1
+                fence #1
+            > fenced 1
+                * RegionBelieved taken=1 owed=2
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=4, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                signal kick0
+            > ring 0
+                avail 6 used 4 owed [3 6] flags 0 avail_event 0
+        "#]],
     );
 }
 
@@ -544,15 +556,16 @@ fn a_trusted_region_across_the_wrap_of_the_indices() {
     check_trusted(
         &format!("~at 0 65534\n{LOST}\n~exit 1\nfenced 1\nring 0"),
         &expect![[r#"
-        > fenced 1
-            * RegionBelieved taken=3 owed=4
-            #2 is primary
-            #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
-            signal kick0
-            signal call0
-        > ring 0
-            avail 4 used 0 owed [1 3 5 6] flags 0 avail_event 65534
-    "#]],
+            > fenced 1
+                * RegionBelieved taken=3 owed=4
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                signal kick0
+            > ring 0
+                avail 4 used 0 owed [1 3 5 6] flags 0 avail_event 65534
+        "#]],
     );
 }
 
@@ -568,6 +581,7 @@ fn a_region_that_was_never_used_says_that_nothing_was_taken() {
                 #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > ring 0
                 avail 3 used 0 owed [1 2 3] flags 0 avail_event 0
         "#]],
@@ -593,6 +607,7 @@ fn a_planned_failover_is_not_refused_for_a_ring_that_a_trusted_region_knows() {
                 #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > ring 0
                 avail 2 used 0 owed [1 2] flags 0 avail_event 0
         "#]],
@@ -740,6 +755,7 @@ fn a_witness_that_cannot_be_read_is_silent() {
                 #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > ring 0
                 avail 2 used 0 owed [1 2] flags 0 avail_event 0
         "#]],
@@ -756,6 +772,7 @@ fn a_region_that_knows_less_than_the_ring_is_no_contradiction() {
                 #2 <- SET_VRING_BASE 0=1, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
             > ring 0
                 avail 4 used 1 owed [1 3 4] flags 0 avail_event 0
         "#]],

@@ -436,10 +436,11 @@ fn a_ready_shadow_takes_the_place_of_a_primary_that_has_not_served_yet() {
                 #1 <- SET_VRING_CALL call0
                 #2 <- SET_VRING_CALL call0
                 * RingStarted size=8 goes_on=false
-                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=0
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=0
                 signal kick0
                 signal call0
-                #2 <- SET_VRING_ENABLE 0=1
+                #2 <- SET_VRING_ENABLE! 0=1
+                signal kick0
             > status
                 unprotected Idle; primary #2 active, shadow #1 warming; recovery exact; ring 0 served exact inflight 0
         "#]],

@@ -49,10 +49,12 @@ fn a_ring_can_be_stopped_and_started_while_another_runs_on() {
             > vmm SET_VRING_KICK 0
                 close kick0
                 * RingStarted size=8 goes_on=false
-                #1 <- SET_VRING_CALL call0, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1
+                #1 <- SET_VRING_CALL call0, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
                 vmm <- SET_VRING_KICK ok
+                signal kick0
+                signal kick1
             > status
                 protected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 0; ring 1 served exact inflight 0
         "#]],
@@ -272,10 +274,11 @@ fn a_vmm_that_leaves_requests_behind_finds_them_in_the_ring_when_it_comes_back()
                 #3 <- SET_VRING_CALL call0
                 #4 <- SET_VRING_CALL call0
                 * RingStarted size=8 base=1 pending=2 goes_on=false
-                #3 <- SET_VRING_BASE 0=1, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=0
+                #3 <- SET_VRING_BASE 0=1, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=0
                 signal kick0
                 signal call0
-                #3 <- SET_VRING_ENABLE 0=1
+                #3 <- SET_VRING_ENABLE! 0=1
+                signal kick0
             > complete 0 0 2
             > status
                 protected Idle; primary #3 active, shadow #4 ready; recovery exact; ring 0 served exact inflight 0
@@ -456,6 +459,8 @@ fn a_stop_is_never_answered_while_a_living_backend_may_still_serve_the_ring() {
             > wait 30ms
                 watch kick1
             > unmute 2
+                signal kick0
+                signal kick1
             > wait 30ms
                 retire #1
                 * FailoverSettled kind="crash" cause="killed by signal 9" recovery="exact" fence="reaped" survivors=1 message="the new primary answers, but has not completed anything yet"
@@ -489,6 +494,7 @@ fn a_stop_is_never_answered_while_a_living_backend_may_still_serve_the_ring() {
                 #2 <- SET_VRING_BASE 0=1, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
                 signal kick0
                 signal call0
+                signal kick0
                 retire #1
                 close #1.kick
                 close #1.call

@@ -51,13 +51,14 @@ fn a_ring_is_started_from_used_idx_whatever_base_the_vmm_names() {
                 vmm <- SET_VRING_ERR ok
             > vmm SET_VRING_KICK 0
                 * RingStarted size=8 base=5 base_asked=7 goes_on=false
-                #1 <- SET_VRING_BASE 0=5, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=0
+                #1 <- SET_VRING_BASE 0=5, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=0
                 signal kick0
                 signal call0
                 vmm <- SET_VRING_KICK ok
             > vmm SET_VRING_ENABLE 0 1
-                #1 <- SET_VRING_ENABLE 0=1
+                #1 <- SET_VRING_ENABLE! 0=1
                 vmm <- SET_VRING_ENABLE ok
+                signal kick0
             > status
                 protected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 0
         "#]],
