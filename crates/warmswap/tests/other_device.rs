@@ -112,7 +112,7 @@ fn load(backend: &Child, device: &Disk, stop: &AtomicBool) -> Vec<f64> {
         let deadline = Instant::now() + PATIENCE;
         // Not slept for: what is measured is the device.
         while u16::from_le_bytes(device.get(USED + 2)) != next {
-            assert!(Instant::now() < deadline, "random bytes do not come\n{}", state_of(backend, device));
+            assert!(Instant::now() < deadline, "random bytes do not come: {}", state_of(backend, device));
             std::thread::yield_now();
         }
         came.push(unix_ms());
@@ -177,8 +177,8 @@ fn a_device_that_is_no_disk_has_a_profile() {
         let loading = scope.spawn(|| load(backend, device, stop));
         let window = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| whole_window(&broker, began)));
         stop.store(true, Ordering::Relaxed);
-        let came = loading.join().expect("the device serves");
-        (window.expect("it is measured"), came)
+        let came = loading.join().unwrap_or_else(|_| panic!("the device does not serve: {}", broker.noted()));
+        (window.unwrap_or_else(|_| panic!("{}", broker.noted())), came)
     });
     let value = |name: &str| window["values"][name].as_f64().expect("it was waited for");
     let (end, span) = (window["end_unix_ms"].as_f64().expect("a time"), window["span_ms"].as_f64().expect("a time"));

@@ -11,6 +11,7 @@ use crate::failover::{Kind, Phase};
 use crate::journal::Entry;
 use crate::link::{Answered, LinkState, Offer, Purpose};
 use crate::memory::private_region;
+use crate::policy::Limits;
 use crate::time::Nanos;
 
 impl Pair {
@@ -356,6 +357,7 @@ impl Pair {
 
     pub(crate) fn poll_links(&mut self, step: &mut Step<'_>) {
         let limits = self.config.limits;
+        let (serving, completed_at) = self.last_completion();
         let mut silent = None;
         for link in &mut self.links {
             let starting = matches!(link.state, LinkState::Starting | LinkState::Negotiating);
@@ -373,8 +375,9 @@ impl Pair {
                 silent = Some((link.id, "it reads its messages but answers none".to_owned()));
             }
             match link.pinged_at {
-                Some(at) if step.now.since(at) >= limits.hang => {
-                    silent = Some((link.id, format!("its control channel has been silent for {}", limits.hang)));
+                Some(at) if step.now >= silent_at(at, completed_at.filter(|_| serving == Some(link.id)), &limits) => {
+                    let silence = step.now.since(at);
+                    silent = Some((link.id, format!("its control channel has been silent for {silence}")));
                 }
                 None if step.now.since(link.heard_at) >= limits.ping_every => link.ping(step.now, step.out),
                 _ => {}
@@ -398,15 +401,22 @@ impl Pair {
         }
     }
 
+    /// The backend that serves rings, and when it last completed something on one of them.
+    fn last_completion(&self) -> (Option<BackendId>, Option<Nanos>) {
+        let served = self.rings.iter().filter(|ring| ring.served);
+        (self.serving(), served.filter_map(|ring| ring.completed_at).max())
+    }
+
     pub(crate) fn next_link_check(&self) -> Option<Nanos> {
         let limits = &self.config.limits;
+        let (serving, completed_at) = self.last_completion();
         self.links.iter().fold(None, |next, link| {
             let due = match link.state {
                 LinkState::Starting | LinkState::Negotiating => link.started_at + limits.start_max,
                 LinkState::Warming if link.canary.state == CanaryState::Reading => return next,
                 LinkState::Warming => link.warming_at + limits.hang.max(limits.ping_every) + Nanos(1),
                 LinkState::Ready | LinkState::Active => match link.pinged_at {
-                    Some(at) => at + limits.hang,
+                    Some(at) => silent_at(at, completed_at.filter(|_| serving == Some(link.id)), limits),
                     None => link.heard_at + limits.ping_every,
                 },
                 LinkState::Offered | LinkState::Ended => return next,
@@ -585,4 +595,11 @@ fn difference_of_config(wanted: &[u8], other: &[u8]) -> String {
     };
     let field = if at < 8 { " (capacity)" } else { "" };
     format!("its configuration space differs from the device's at byte {at}{field}")
+}
+
+/// When a backend that was asked for a sign of life is taken for hung. Completions are signs of life: one that serves its rings may be kept
+/// from its control channel for as long as one that answers and serves nothing is borne with.
+fn silent_at(asked: Nanos, completed_at: Option<Nanos>, limits: &Limits) -> Nanos {
+    let alive = completed_at.map_or(asked, |at| at.max(asked));
+    (alive + limits.hang).min(asked + limits.stall.max(limits.hang))
 }

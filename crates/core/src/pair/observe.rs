@@ -62,6 +62,7 @@ impl Pair {
             state.progressed_at = now;
         }
         if seen.completed > 0 {
+            state.completed_at = Some(now);
             self.stall_max = self.config.limits.stall;
             self.put_off_since = None;
         }

@@ -34,6 +34,8 @@ pub(crate) struct RingState {
     pub(super) observe_at: Nanos,
     /// Last completion, or the moment it became busy.
     pub(crate) progressed_at: Nanos,
+    /// When a look last found something completed, since the ring was given to the backend that serves it.
+    pub(super) completed_at: Option<Nanos>,
     pub(super) idle_since: Option<Nanos>,
     pub(super) watched: bool,
     /// Entries per second, a decaying peak.
@@ -299,6 +301,7 @@ impl Pair {
             state.drain = None;
             state.observe_at = now;
             state.progressed_at = now;
+            state.completed_at = None;
         }
         if let Some(link) = self.link_mut(target) {
             link.state = LinkState::Active;

@@ -127,7 +127,7 @@ impl Broker {
     }
 
     /// What it has noted, for a failed test.
-    fn noted(&self) -> String {
+    pub(crate) fn noted(&self) -> String {
         let journal = std::fs::read_to_string(&self.journal).unwrap_or_default();
         let lines: Vec<&str> = journal.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")

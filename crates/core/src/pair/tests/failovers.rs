@@ -563,6 +563,37 @@ fn an_idle_primary_that_stops_answering_is_failed_over_as_well() {
 }
 
 #[test]
+fn a_primary_that_completes_but_does_not_answer_is_alive_until_it_completes_nothing() {
+    let busy = "~submit 0 1\n~wait 100ms\n~complete 0 1\n~wait 100ms\n".repeat(20);
+    check(
+        &format!("~ready 1\n~mute 1\n{busy}status\nwait 1200ms"),
+        &expect![[r#"
+        > status
+            protected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 0
+        > wait 1200ms
+            * FailoverStarted kind="hang" cause="its control channel has been silent for 3.4001s" backend=1
+            fence #1
+            close #1.kick
+            close #1.call
+            close #1.probe
+            #2 <- GET_FEATURES
+    "#]],
+    );
+}
+
+#[test]
+fn a_primary_that_completes_but_never_answers_is_failed_over_in_the_end() {
+    let busy = "~submit 0 1\n~wait 100ms\n~complete 0 1\n~wait 100ms\n".repeat(160);
+    check(
+        &format!("~ready 1\n~mute 1\n{busy}status"),
+        &expect![[r#"
+        > status
+            failing-over Fencing; primary #1 ended, shadow #2 ready; recovery exact; ring 0 served exact inflight 0
+    "#]],
+    );
+}
+
+#[test]
 fn a_primary_that_answers_but_completes_nothing_is_failed_over_once() {
     check(
         "~ready 1\n~wait 20ms\n~submit 0 1\n~wait 29000ms\nwait 1500ms\n~fenced 1\n~wait 2ms\nup 3\n~wait 29000ms\nwait 3000ms\nstatus",
