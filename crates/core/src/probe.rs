@@ -6,8 +6,9 @@
 //!           new requests are taken   until those taken are completed
 //! ```
 //! The broker's own following of a ring ([`crate::Observer`]) is exact and cheap because it looks rarely, so it resolves no latency below the
-//! time between two looks. A probe resolves a few microseconds, of a sample. What it samples are requests that arrive while it looks, so a
-//! short request is as likely to be taken as a long one. A request whose submission or completion fell into a pause, because the prober was
+//! time between two looks. A probe resolves a few microseconds, of a sample; or, where requests are known to take long, a sixteenth of what
+//! they take, and sleeps between two looks. What it samples are requests that arrive while it looks, so a short request is as likely to be
+//! taken as a long one. A request whose submission or completion fell into a pause, because the prober was
 //! kept from its processor, is not known: then every request that is younger than the pause is given up, whether it has been completed or not,
 //! for to keep those alone that outlived it would make all of them long. In an ordinary distance of two looks its middle is taken.
 //!
@@ -26,8 +27,10 @@ use crate::time::Nanos;
 
 /// Requests that one probe follows at most.
 pub const FOLLOWED_MAX: usize = 32;
-/// A submission between two looks that are farther apart than this is not sampled.
+/// What happened between two looks that are farther apart than this is not known well enough, unless requests take long.
 const PRECISE_MAX: Nanos = Nanos::from_micros(8);
+/// Looks in the time that a request is expected to take, at least.
+const LOOKS_PER_REQUEST: u64 = 16;
 /// After the time in which it takes requests it looks without a pause for this long at most.
 const SPIN_MAX: Nanos = Nanos::from_micros(100);
 /// A distance of two looks that is not worth a sleep, which takes some fifty microseconds more than it was asked for.
@@ -133,6 +136,8 @@ pub struct Sampled {
     pub errors: u64,
     /// Latencies: all, reads, writes, flushes.
     pub latencies: [Histogram; 4],
+    /// Their sum in nanoseconds.
+    pub latency_ns: u64,
     /// Longest of them in nanoseconds.
     pub longest: u64,
     /// Submissions, and those for which a kick was due.
@@ -155,6 +160,37 @@ pub struct Sampled {
     pub reaction_max_ns: u64,
     /// Pages of guest memory in which their buffers lie.
     pub pages: Pages,
+}
+
+impl Sampled {
+    /// Adds what another probe has sampled.
+    pub fn merge(&mut self, other: &Sampled) {
+        let pairs = [
+            (&mut self.requests, other.requests),
+            (&mut self.bytes, other.bytes),
+            (&mut self.written, other.written),
+            (&mut self.successors, other.successors),
+            (&mut self.sequential, other.sequential),
+            (&mut self.neighbours, other.neighbours),
+            (&mut self.local, other.local),
+            (&mut self.statuses, other.statuses),
+            (&mut self.errors, other.errors),
+            (&mut self.latency_ns, other.latency_ns),
+            (&mut self.submissions, other.submissions),
+            (&mut self.kicks, other.kicks),
+            (&mut self.completions, other.completions),
+            (&mut self.calls, other.calls),
+            (&mut self.pickups, other.pickups),
+            (&mut self.pickup_ns, other.pickup_ns),
+            (&mut self.reactions, other.reactions),
+            (&mut self.reaction_ns, other.reaction_ns),
+        ];
+        pairs.into_iter().chain(self.asked.iter_mut().zip(other.asked)).for_each(|(sum, more)| *sum += more);
+        self.latencies.iter_mut().zip(&other.latencies).for_each(|(all, more)| all.merge(more));
+        self.longest = self.longest.max(other.longest);
+        self.reaction_max_ns = self.reaction_max_ns.max(other.reaction_max_ns);
+        self.pages.merge(&other.pages);
+    }
 }
 
 /// When a probe wants to look again.
@@ -186,6 +222,10 @@ pub struct Probe {
     is_disk: bool,
     began: Nanos,
     collect_until: Nanos,
+    /// Distance of two looks while requests are taken; zero: without a pause.
+    step: Nanos,
+    /// What happened between two looks that are no farther apart than this is known well enough.
+    precise_max: Nanos,
     looked_at: Nanos,
     /// When it was to look again.
     next_at: Nanos,
@@ -204,17 +244,19 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Begins a probe of a ring, which takes requests for `collect`. `None` if there is no such ring.
+    /// Begins a probe of a ring, which takes requests for `collect`. `None` if there is no such ring. `expected`: what a request takes in
+    /// the mean, as far as that is known.
     #[must_use]
     pub fn begin(
         ring: u32,
-        device: DeviceType,
-        event_idx: bool,
-        collect: Nanos,
+        (device, event_idx): (DeviceType, bool),
+        (collect, expected): (Nanos, Nanos),
         memory: &dyn RingReader,
         now: Nanos,
     ) -> Option<Self> {
         let layout = memory.layout(ring)?;
+        let step = Nanos(expected.0 / LOOKS_PER_REQUEST).min(LOOK_MAX);
+        let step = if step < SLEEP_MIN { Nanos(0) } else { step };
         Some(Probe {
             ring,
             layout,
@@ -222,6 +264,8 @@ impl Probe {
             is_disk: device == DeviceType::Blk,
             began: now,
             collect_until: now + collect,
+            step,
+            precise_max: PRECISE_MAX.max(Nanos(expected.0 / 4)),
             looked_at: now,
             next_at: now,
             used: memory.used_idx(ring),
@@ -243,10 +287,18 @@ impl Probe {
         self.ring
     }
 
-    /// Looks once.
-    pub fn look(&mut self, memory: &dyn RingReader, trail: &mut Trail, now: Nanos, sampled: &mut Sampled) -> Next {
+    /// Looks once. The clock is read before and after the indices: a prober may be kept from its processor between the two as well.
+    pub fn look(
+        &mut self,
+        memory: &dyn RingReader,
+        trail: &mut Trail,
+        mut clock: impl FnMut() -> Nanos,
+        sampled: &mut Sampled,
+    ) -> Next {
         let ring = self.ring;
+        let before = clock();
         let (used, avail) = (memory.used_idx(ring), memory.avail_idx(ring));
+        let now = clock();
         let (came, went) = (avail.wrapping_sub(self.avail), used.wrapping_sub(self.used));
         let size = self.layout.size();
         if came > size || went > size || avail.wrapping_sub(used) > size {
@@ -255,7 +307,7 @@ impl Probe {
         }
         let pause = now.since(self.looked_at);
         let middle = Nanos(self.looked_at.0 + pause.0 / 2);
-        let precise = pause <= PRECISE_MAX;
+        let precise = pause <= self.precise_max;
         let collecting = now < self.collect_until;
         if precise {
             self.notice_kick(memory, avail, used, middle, now, sampled);
@@ -265,14 +317,14 @@ impl Probe {
         }
         self.complete(memory, went, middle, precise, sampled);
         if came > 0 && collecting && precise {
-            self.take(memory, came, middle, trail, sampled);
+            self.take(memory, (came, went), (middle, pause), trail, sampled);
         }
         if precise {
             self.notice_call(memory, avail, used, middle, now, sampled);
         } else {
             self.skip(memory);
         }
-        (self.avail, self.used, self.looked_at) = (avail, used, now);
+        (self.avail, self.used, self.looked_at) = (avail, used, before);
         let next = self.next(now, collecting);
         self.next_at = if let Next::At(at) = next { at } else { now };
         next
@@ -280,7 +332,7 @@ impl Probe {
 
     fn next(&self, now: Nanos, collecting: bool) -> Next {
         if collecting {
-            return Next::Now;
+            return if self.step == Nanos(0) { Next::Now } else { Next::At(now + self.step) };
         }
         let Some(since) = self.followed.iter().flatten().map(|it| it.submitted).max() else { return Next::Done };
         if now.since(self.began) > FOLLOW_MAX {
@@ -288,22 +340,53 @@ impl Probe {
         }
         // The youngest decides: every latency is told within an eighth.
         let distance = Nanos(now.since(since).0 / 8).min(LOOK_MAX);
-        let spins = now < self.collect_until + SPIN_MAX;
+        let spins = self.step == Nanos(0) && now < self.collect_until + SPIN_MAX;
         if spins && distance < SLEEP_MIN { Next::Now } else { Next::At(now + distance.max(SLEEP_MIN)) }
     }
 
     /// New requests.
-    fn take(&mut self, memory: &dyn RingReader, came: u16, at: Nanos, trail: &mut Trail, sampled: &mut Sampled) {
+    fn take(
+        &mut self,
+        memory: &dyn RingReader,
+        (came, went): (u16, u16),
+        (at, pause): (Nanos, Nanos),
+        trail: &mut Trail,
+        sampled: &mut Sampled,
+    ) {
         for step in 0..came {
-            let Some(free) = self.followed.iter().position(Option::is_none) else { return };
-            let head = memory.avail_slot(self.ring, self.layout.slot(self.avail.wrapping_add(step)));
+            let place = self.avail.wrapping_add(step);
+            let head = memory.avail_slot(self.ring, self.layout.slot(place));
             if head >= self.layout.size() || self.followed.iter().flatten().any(|it| it.head == head) {
                 continue;
             }
-            let request = self.read(memory, head, self.avail.wrapping_add(step), trail, sampled);
-            self.followed[free] = Some(Followed { head, submitted: at, request });
-            self.following += 1;
+            let completions = (0..went).filter(|step| self.used_head(memory, *step) == u32::from(head)).count();
+            // The first of them is of the request before with this head, if that was in flight.
+            let is_done = completions > usize::from(completions > 0 && self.was_in_flight(memory, head));
+            let Some(free) = self.followed.iter().position(Option::is_none) else { return };
+            let request = self.read(memory, head, place, trail, sampled);
+            let followed = Followed { head, submitted: at, request };
+            if is_done {
+                // It came and went in one pause: two instants at random are a third of it apart in the mean.
+                self.finish(memory, &followed, Nanos(pause.0 / 3), true, sampled);
+            } else {
+                self.followed[free] = Some(followed);
+                self.following += 1;
+            }
         }
+    }
+
+    /// Whether a head was in flight at the last look, as far as the last submissions tell: most devices do not leave a request behind for
+    /// long.
+    fn was_in_flight(&self, memory: &dyn RingReader, head: u16) -> bool {
+        let outstanding = self.avail.wrapping_sub(self.used);
+        let back = outstanding.saturating_mul(2).min(self.layout.size());
+        let head_before = |back| memory.avail_slot(self.ring, self.layout.slot(self.avail.wrapping_sub(back)));
+        (1..=back).any(|back| head_before(back) == head)
+    }
+
+    /// Head of the entry so many after the last that has been seen in the used ring.
+    fn used_head(&self, memory: &dyn RingReader, step: u16) -> u32 {
+        memory.used_slot(self.ring, self.layout.slot(self.used.wrapping_add(step))).id
     }
 
     fn complete(&mut self, memory: &dyn RingReader, went: u16, at: Nanos, precise: bool, sampled: &mut Sampled) {
@@ -311,26 +394,38 @@ impl Probe {
             return;
         }
         for step in 0..went {
-            let id = memory.used_slot(self.ring, self.layout.slot(self.used.wrapping_add(step))).id;
+            let id = self.used_head(memory, step);
             let found = self.followed.iter_mut().find(|it| it.is_some_and(|it| u32::from(it.head) == id));
             let Some(followed) = found.and_then(Option::take) else { continue };
             self.following -= 1;
-            let latency = at.since(followed.submitted);
-            sampled.latencies[0].record(latency.0);
-            sampled.longest = sampled.longest.max(latency.0);
-            let Some(request) = followed.request else { continue };
-            match request.asked {
-                Asked::Read => sampled.latencies[1].record(latency.0),
-                Asked::Write => sampled.latencies[2].record(latency.0),
-                Asked::Flush => sampled.latencies[3].record(latency.0),
-                Asked::Discard | Asked::Other => {}
-            }
-            // A driver may use the buffer again as soon as it has seen the completion: only a status seen at once is one.
-            let mut status = [0xff];
-            if precise && request.status.is_some_and(|addr| memory.read_guest(addr, &mut status)) && status[0] <= 2 {
-                sampled.statuses += 1;
-                sampled.errors += u64::from(status[0] != 0);
-            }
+            self.finish(memory, &followed, at.since(followed.submitted), precise, sampled);
+        }
+    }
+
+    /// A request that was followed has been completed.
+    fn finish(
+        &self,
+        memory: &dyn RingReader,
+        followed: &Followed,
+        latency: Nanos,
+        precise: bool,
+        sampled: &mut Sampled,
+    ) {
+        sampled.latencies[0].record(latency.0);
+        sampled.latency_ns += latency.0;
+        sampled.longest = sampled.longest.max(latency.0);
+        let Some(request) = followed.request else { return };
+        match request.asked {
+            Asked::Read => sampled.latencies[1].record(latency.0),
+            Asked::Write => sampled.latencies[2].record(latency.0),
+            Asked::Flush => sampled.latencies[3].record(latency.0),
+            Asked::Discard | Asked::Other => {}
+        }
+        // A driver may use the buffer again as soon as it has seen the completion: only a status seen at once is one.
+        let mut status = [0xff];
+        if precise && request.status.is_some_and(|addr| memory.read_guest(addr, &mut status)) && status[0] <= 2 {
+            sampled.statuses += 1;
+            sampled.errors += u64::from(status[0] != 0);
         }
     }
 
@@ -378,7 +473,7 @@ impl Probe {
             self.kicked = None;
         }
         // What came in a pause may have been many submissions, each with a kick.
-        if came > 0 && now.since(self.looked_at) <= PRECISE_MAX {
+        if came == 1 || came > 0 && now.since(self.looked_at) <= PRECISE_MAX {
             sampled.submissions += u64::from(came);
             if due {
                 // One kick, however many requests it is for.
@@ -416,7 +511,7 @@ impl Probe {
             sampled.reaction_max_ns = sampled.reaction_max_ns.max(took);
             self.called = None;
         }
-        if went > 0 && now.since(self.looked_at) <= PRECISE_MAX {
+        if went == 1 || went > 0 && now.since(self.looked_at) <= PRECISE_MAX {
             sampled.completions += u64::from(went);
             if due {
                 sampled.calls += 1;

@@ -21,6 +21,12 @@ impl Nanos {
         Nanos(millis * 1_000_000)
     }
 
+    /// The same without what is less than a millisecond, for people.
+    #[must_use]
+    pub const fn to_the_millisecond(self) -> Self {
+        Nanos(self.0 / 1_000_000 * 1_000_000)
+    }
+
     /// Span since an earlier instant; zero if that lies in the future.
     #[must_use]
     pub fn since(self, earlier: Nanos) -> Nanos {

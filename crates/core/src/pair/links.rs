@@ -376,7 +376,7 @@ impl Pair {
             }
             match link.pinged_at {
                 Some(at) if step.now >= silent_at(at, completed_at.filter(|_| serving == Some(link.id)), &limits) => {
-                    let silence = step.now.since(at);
+                    let silence = step.now.since(at).to_the_millisecond();
                     silent = Some((link.id, format!("its control channel has been silent for {silence}")));
                 }
                 None if step.now.since(link.heard_at) >= limits.ping_every => link.ping(step.now, step.out),

@@ -143,7 +143,7 @@ impl Pair {
             } else {
                 ring.woken_at = None;
             }
-            ring.observe_at = now + period;
+            ring.observe_at = now + unevenly(period, now);
             return;
         }
         ring.woken_at = None;
@@ -223,12 +223,16 @@ impl Pair {
         }
         let silent = link.pinged_at.is_some_and(|at| step.now.since(at) >= half);
         if waited >= limits.hang && silent {
-            let cause = format!("nothing was completed for {waited} and its control channel is silent");
+            let cause =
+                format!("nothing was completed for {} and its control channel is silent", waited.to_the_millisecond());
             self.hang_found(primary, cause, step);
         } else if waited >= self.stall_max {
             // Once: if the next primary stalls as well, the fault lies below both.
             self.stall_max = Nanos(self.stall_max.0.saturating_mul(8));
-            let cause = format!("it answers, but has completed nothing for {waited} while requests wait");
+            let cause = format!(
+                "it answers, but has completed nothing for {} while requests wait",
+                waited.to_the_millisecond()
+            );
             self.hang_found(primary, cause, step);
         }
     }
@@ -269,4 +273,12 @@ fn will_kick(index: u32, event_idx: bool, step: &Step<'_>) -> bool {
     } else {
         step.memory.used_flags(index) & USED_F_NO_NOTIFY == 0
     }
+}
+
+/// A period, somewhat shorter or longer: looks as regular as a load that comes by the clock would see it at the same point of its way every
+/// time, and take that for the whole.
+fn unevenly(period: Nanos, now: Nanos) -> Nanos {
+    // The upper bits of a product with an odd constant (Knuth, TAOCP 3, 6.4: multiplicative hashing) are as good as random.
+    let part = now.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56;
+    Nanos(period.0 / 4 * 3 + (u128::from(period.0) * u128::from(part) / (256 * 3)) as u64)
 }

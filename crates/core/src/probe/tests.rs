@@ -106,7 +106,7 @@ fn run(world: &RefCell<World>, collect_us: u64, happen: &mut dyn FnMut(&mut Worl
     let (mut trail, mut sampled) = (Trail::default(), Sampled::default());
     let collect = Nanos::from_micros(collect_us);
     let now = Nanos(world.borrow().now);
-    let probe = Probe::begin(0, DeviceType::Blk, true, collect, &Reader(world), now);
+    let probe = Probe::begin(0, (DeviceType::Blk, true), (collect, Nanos(0)), &Reader(world), now);
     let mut probe = probe.expect("the ring is there");
     let mut next = Next::Now;
     loop {
@@ -119,7 +119,7 @@ fn run(world: &RefCell<World>, collect_us: u64, happen: &mut dyn FnMut(&mut Worl
             world.borrow_mut().now += 1_000;
             happen(&mut world.borrow_mut());
         }
-        next = probe.look(&Reader(world), &mut trail, Nanos(until), &mut sampled);
+        next = probe.look(&Reader(world), &mut trail, || Nanos(until), &mut sampled);
     }
 }
 
@@ -190,11 +190,12 @@ fn a_pause_of_the_prober_samples_nothing_it_cannot_know() {
     world.borrow_mut().describe(3, 1, 8, (0x8000, 4096));
     let (mut trail, mut sampled) = (Trail::default(), Sampled::default());
     let reader = Reader(&world);
-    let mut probe = Probe::begin(0, DeviceType::Blk, true, Nanos::from_micros(900), &reader, Nanos(0)).expect("a ring");
+    let mut probe = Probe::begin(0, (DeviceType::Blk, true), (Nanos::from_micros(900), Nanos(0)), &reader, Nanos(0))
+        .expect("a ring");
     world.borrow_mut().submit(3);
-    assert_eq!(probe.look(&reader, &mut trail, Nanos::from_micros(500), &mut sampled), Next::Now);
+    assert_eq!(probe.look(&reader, &mut trail, || Nanos::from_micros(500), &mut sampled), Next::Now);
     world.borrow_mut().complete(3);
-    probe.look(&reader, &mut trail, Nanos::from_micros(501), &mut sampled);
+    probe.look(&reader, &mut trail, || Nanos::from_micros(501), &mut sampled);
     assert_eq!(sampled.latencies[0].total(), 0);
     assert_eq!(
         (sampled.submissions, sampled.completions),
@@ -245,20 +246,61 @@ fn a_stream_is_one_although_most_of_it_passes_between_probes() {
         for round in 0..4_u64 {
             let now = Nanos::from_millis(20 * (round + 1));
             let reader = Reader(&world);
-            let mut probe = Probe::begin(0, DeviceType::Blk, true, collect, &reader, now).expect("a ring");
+            let mut probe =
+                Probe::begin(0, (DeviceType::Blk, true), (collect, Nanos(0)), &reader, now).expect("a ring");
             // Five that nobody saw, and one that is sampled.
             (0..5).for_each(|_| {
                 world.borrow_mut().submit(3);
                 world.borrow_mut().complete(3);
             });
-            probe.look(&reader, &mut trail, now + Nanos::from_micros(50), &mut sampled);
+            probe.look(&reader, &mut trail, || now + Nanos::from_micros(50), &mut sampled);
             let sector = u64::from(world.borrow().avail_idx) * step;
             world.borrow_mut().describe(3, 0, sector, (0x8000, 4096));
             world.borrow_mut().submit(3);
-            probe.look(&reader, &mut trail, now + Nanos::from_micros(51), &mut sampled);
+            probe.look(&reader, &mut trail, || now + Nanos::from_micros(51), &mut sampled);
             world.borrow_mut().complete(3);
-            probe.look(&reader, &mut trail, now + Nanos::from_micros(52), &mut sampled);
+            probe.look(&reader, &mut trail, || now + Nanos::from_micros(52), &mut sampled);
         }
         assert_eq!((sampled.successors, sampled.sequential), expected, "{step} sectors further each time");
     }
+}
+
+#[test]
+fn what_comes_and_goes_between_two_looks_is_sampled_and_another_request_of_the_same_head_is_not_taken_for_it() {
+    let world = RefCell::new(World::new(8));
+    let mut sampled = Sampled::default();
+    let (mut trail, ms) = (Trail::default(), Nanos::from_millis);
+    let begin = |collect, expected| {
+        Probe::begin(0, (DeviceType::Blk, true), (collect, expected), &Reader(&world), Nanos(0)).expect("a ring")
+    };
+    // Requests are known to take 16 ms: a look every millisecond.
+    let mut probe = begin(ms(100), ms(16));
+    assert_eq!(probe.look(&Reader(&world), &mut trail, || ms(1), &mut sampled), Next::At(ms(2)));
+    world.borrow_mut().submit(3);
+    world.borrow_mut().complete(3);
+    probe.look(&Reader(&world), &mut trail, || ms(2), &mut sampled);
+    assert_eq!((sampled.latencies[0].total(), sampled.latency_ns), (1, 333_333));
+    // Submitted, and completed and submitted again with the same head in one pause: the second is still in flight.
+    world.borrow_mut().submit(3);
+    probe.look(&Reader(&world), &mut trail, || ms(3), &mut sampled);
+    world.borrow_mut().complete(3);
+    world.borrow_mut().submit(3);
+    probe.look(&Reader(&world), &mut trail, || ms(4), &mut sampled);
+    assert_eq!((sampled.latencies[0].total(), sampled.latency_ns), (2, 1_333_333));
+    world.borrow_mut().complete(3);
+    probe.look(&Reader(&world), &mut trail, || ms(20), &mut sampled);
+    assert_eq!(sampled.latencies[0].total(), 2, "kept from its processor for longer than that request was known");
+}
+
+#[test]
+fn a_prober_that_is_kept_from_its_processor_between_clock_and_ring_takes_nothing() {
+    let world = RefCell::new(World::new(8));
+    let (mut sampled, mut trail, us) = (Sampled::default(), Trail::default(), Nanos::from_micros);
+    let mut probe =
+        Probe::begin(0, (DeviceType::Blk, true), (us(900), Nanos(0)), &Reader(&world), Nanos(0)).expect("a ring");
+    world.borrow_mut().submit(3);
+    world.borrow_mut().complete(3);
+    let mut times = [us(1), us(40)].into_iter();
+    probe.look(&Reader(&world), &mut trail, || times.next().expect("it is read twice"), &mut sampled);
+    assert_eq!((sampled.latencies[0].total(), sampled.requests), (0, 0));
 }

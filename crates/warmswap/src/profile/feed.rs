@@ -117,6 +117,11 @@ impl RingFeed {
         (self.completed.load(Ordering::Relaxed), self.size.load(Ordering::Relaxed))
     }
 
+    /// Requests completed so far, and requests in flight times nanoseconds.
+    pub(crate) fn work(&self) -> (u64, u64) {
+        (self.completed.load(Ordering::Relaxed), self.depth_ns.load(Ordering::Relaxed))
+    }
+
     /// Reads it; greatest values begin anew.
     pub(crate) fn take(&self) -> RingReading {
         let looks = self.looks();

@@ -12,7 +12,8 @@ pub(crate) mod group;
 pub(crate) mod historian;
 pub(crate) mod host;
 pub(crate) mod page;
-pub(crate) mod process;
+pub(crate) mod prober;
+mod process;
 mod rings;
 pub(crate) mod sampler;
 pub(crate) mod source;
@@ -30,4 +31,12 @@ fn keep_to(cpus: &[usize]) {
     if set.count() > 0 {
         let _refused = rustix::thread::sched_setaffinity(None, &set);
     }
+}
+
+/// The calling thread runs from now on only where a processor would otherwise have nothing to do, and wakes when it asked to.
+fn run_where_nobody_else_does() {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the parameters outlive the call, which changes this thread alone.
+    let _refused = unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };
+    let _refused = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1_000));
 }

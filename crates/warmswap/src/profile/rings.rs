@@ -14,6 +14,9 @@ use super::page::longest_ns;
 /// The working set is of so many ticks that were measured, and of as many before them.
 const PAGES_TICKS: u32 = 100;
 
+/// Where more requests are completed in a tick probes meet some of them, and resolve better than looks what woke a ring.
+const WOKEN_MAX: u64 = 10;
+
 /// What is kept of one ring between ticks.
 #[derive(Debug)]
 pub(crate) struct Ring {
@@ -171,24 +174,28 @@ impl Rings {
 
     /// Adds what came since the last tick. `page_tells`: the backend's own page has told kinds, bytes and latencies of each kind, which is
     /// better than samples.
-    pub(crate) fn measure(&mut self, span_s: f64, sampled: &mut Sampled, page_tells: bool, into: &mut Measure) {
+    pub(crate) fn measure(&mut self, span_s: f64, sampled: &Sampled, page_tells: bool, into: &mut Measure) {
         let (mut completed, mut submitted, mut busy) = (0, 0, 0);
-        let mut depth_ns = Some(0);
+        let (mut depth_ns, mut sightings) = (Some(0), 0.0);
         for ring in &mut self.rings {
             let reading = ring.feed.take();
-            ring.looks = reading.looks;
+            let looks = reading.looks.saturating_sub(std::mem::replace(&mut ring.looks, reading.looks));
             ring.so_far = reading.submitted;
             ring.outstanding = reading.outstanding;
             let requests = self.device.carries_requests(ring.index);
             let depth = ring.measure(&reading, requests, into);
             if requests {
                 depth_ns = depth_ns.zip(depth).map(|(sum, depth)| sum + depth);
+                sightings += looks as f64 * depth.unwrap_or(0) as f64 / 1e9 / span_s;
                 completed += ring.completions;
                 submitted += ring.arrivals;
                 busy += u32::from(ring.completions > 0);
                 let is_new = ring.before.is_none();
                 let latencies = if is_new || ring.completions > 0 { ring.new_latencies() } else { None };
-                if let Some(latencies) = latencies {
+                if let Some(mut latencies) = latencies {
+                    if ring.completions > WOKEN_MAX {
+                        latencies[1] = Histogram::default();
+                    }
                     self.latencies.add(&latencies, &reading);
                 }
             }
@@ -201,10 +208,10 @@ impl Rings {
         into.note(Feature::RingsBusy, f64::from(busy));
         if let Some(depth_ns) = depth_ns {
             into.add(Feature::Depth, depth_ns as f64 / 1e9, span_s);
+            add_mean(depth_ns, completed, sightings, sampled, into);
         }
         self.add_sampled(sampled, submitted, completed, page_tells, span_s, into);
         self.latencies.put(sampled, completed, page_tells, into);
-        *sampled = Sampled::default();
     }
 
     /// What probes have sampled of this tick's requests.
@@ -319,8 +326,7 @@ impl Ring {
         if !requests {
             return depth;
         }
-        if let (Some(depth), Some(metered), Some(inexact)) = (depth, metered, inexact) {
-            into.add(Feature::LatencyMean, depth as f64 / 1e3, self.completions as f64);
+        if let (Some(metered), Some(inexact)) = (metered, inexact) {
             into.add(Feature::Inexact, inexact as f64, metered as f64);
         }
         into.note(Feature::DepthMax, reading.depth_max.into());
@@ -333,6 +339,20 @@ impl Ring {
         }
         depth
     }
+}
+
+/// The mean latency by Little's law, which is of all requests but knows only of what looks have seen in flight; where that is little, samples
+/// count as well, each as much as a request that was seen.
+fn add_mean(depth_ns: u64, completed: u64, sightings: f64, sampled: &Sampled, into: &mut Measure) {
+    let samples = sampled.latencies[0].total() as f64;
+    if completed == 0 || sightings + samples == 0.0 {
+        // In flight and not completed: that is latency of requests to come.
+        return into.add(Feature::LatencyMean, depth_ns as f64 / 1e3, completed as f64);
+    }
+    let little_us = depth_ns as f64 / 1e3 / completed as f64;
+    let sampled_us = if samples > 0.0 { sampled.latency_ns as f64 / 1e3 / samples } else { 0.0 };
+    let mean_us = (sightings * little_us + samples * sampled_us) / (sightings + samples);
+    into.add(Feature::LatencyMean, mean_us * completed as f64, completed as f64);
 }
 
 /// Latencies from two sources: all of those that were long against the time between looks, and samples of the others. They are kept until
@@ -507,7 +527,7 @@ mod tests {
         disk.meter.completed += 10;
         disk.feed.publish(&disk.meter);
         let mut measure = Measure::default();
-        disk.rings.measure(0.1, &mut sampled(100_000, 10), true, &mut measure);
+        disk.rings.measure(0.1, &sampled(100_000, 10), true, &mut measure);
         let values = [Feature::ReadP50, Feature::ReadShare, Feature::Bytes, Feature::Kicks].map(|it| measure.value(it));
         assert_eq!(values, [None; 4]);
         // How long they waited in the ring it does not know.
@@ -524,7 +544,7 @@ mod tests {
         let mut rings = Rings::new(DeviceType::Blk);
         rings.rings.push(Ring::new(0, feed));
         let mut measure = Measure::default();
-        rings.measure(0.1, &mut Sampled::default(), false, &mut measure);
+        rings.measure(0.1, &Sampled::default(), false, &mut measure);
         assert_eq!(measure.value(Feature::Arrivals), Some(0.0));
         assert_eq!(measure.value(Feature::Depth), None);
     }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use warmswap_core::{Nanos, Next, Probe, Sampled, Trail};
+use warmswap_core::{Nanos, Sampled};
 use warmswap_predict::{Feature, Measure, Profiler};
 use warmswap_wire::DeviceType;
 
@@ -19,6 +19,7 @@ use super::group::Group;
 use super::historian::{Noted, Notes};
 use super::host::{Pressure, Store};
 use super::page::Page;
+use super::prober::{Probed, Prober};
 use super::process::Process;
 use super::rings::{Ring, Rings};
 use super::source::{Effort, Image, Resting, Source, Subject};
@@ -27,18 +28,6 @@ use crate::shm::View;
 
 /// What may be told before the sampler has read any of it.
 const TOLD_MAX: usize = 256;
-/// Time between two probes of one component, at most.
-const PROBE_EVERY: Nanos = Nanos::from_millis(20);
-/// A probe takes requests for at least this long, and at most that long.
-const COLLECT_MIN: Nanos = Nanos::from_micros(30);
-/// See `COLLECT_MIN`.
-const COLLECT_MAX: Nanos = Nanos::from_micros(200);
-/// Requests that a probe hopes to meet.
-const COLLECT_REQUESTS: f64 = 10.0;
-/// After a probe so many times its length pass until the next, of any component: what probes cost is bounded by that.
-const PROBE_PAUSE: u64 = 100;
-/// Probes under way.
-const PROBES_MAX: usize = 64;
 /// What is costly to know is looked for this often.
 const DEEP_TICKS: u32 = 100;
 
@@ -144,12 +133,13 @@ struct Served {
 struct Component {
     number: u16,
     name: Arc<str>,
-    device: DeviceType,
     feed: Arc<DeviceFeed>,
     view: Option<View>,
     event_idx: bool,
     /// Number of the view.
     views: u64,
+    /// As the prober sees it.
+    probed: Arc<Probed>,
     rings: Rings,
     /// Generation of the backend that serves.
     backend: u64,
@@ -160,26 +150,15 @@ struct Component {
     idle_ticks: u32,
     profiler: Profiler,
     measure: Measure,
-    sampled: Sampled,
-    trails: Vec<Trail>,
     /// When it was measured last, and ticks since.
     measured_at: Nanos,
     ticks: u32,
     lost: u32,
     /// Ticks in all, for what is done rarely.
     age: u32,
-    /// Rings are probed in turn.
-    turn: usize,
     records_lost: u64,
     /// Requests completed since the processor time was known last.
     completed: u64,
-}
-
-/// A probe under way.
-struct Running {
-    component: usize,
-    probe: Probe,
-    at: Nanos,
 }
 
 /// See the module.
@@ -189,26 +168,23 @@ pub(crate) struct Sampler {
     pace: Pace,
     components: Vec<Component>,
     pressure: Pressure,
-    probes: Vec<Running>,
+    /// Whom the prober is told of.
+    prober: Sender<Arc<Probed>>,
     next_tick: Nanos,
-    next_probe: Nanos,
-    /// Components are probed in turn.
-    turn: usize,
 }
 
 /// Starts it, on `cpus` if any are named. It ends when nobody can tell it anything any more.
 pub(crate) fn start(pace: Pace, cpus: Vec<usize>, notes: Notes) -> std::io::Result<Teller> {
     let (sender, told) = crossbeam_channel::bounded(TOLD_MAX);
+    let prober = Prober::start(pace.tick, cpus.clone())?;
     let mut sampler = Sampler {
         told,
         notes,
         pace,
         components: Vec::new(),
         pressure: Pressure::default(),
-        probes: Vec::new(),
+        prober,
         next_tick: now() + pace.tick,
-        next_probe: now(),
-        turn: 0,
     };
     std::thread::Builder::new().name("sampler".to_owned()).stack_size(256 * 1024).spawn(move || {
         super::keep_to(&cpus);
@@ -220,7 +196,7 @@ pub(crate) fn start(pace: Pace, cpus: Vec<usize>, notes: Notes) -> std::io::Resu
 impl Sampler {
     fn run(&mut self) {
         loop {
-            let wait = self.next_due().since(now());
+            let wait = self.next_tick.since(now());
             match self.told.recv_timeout(Duration::from_nanos(wait.0)) {
                 Ok(told) => {
                     self.learn(told);
@@ -231,21 +207,11 @@ impl Sampler {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            self.follow();
             let now = now();
             if now >= self.next_tick {
                 self.tick(now);
             }
-            if now >= self.next_probe {
-                self.begin_probe();
-            }
         }
-    }
-
-    fn next_due(&self) -> Nanos {
-        let probes = self.probes.iter().map(|running| running.at);
-        let begin = self.components.iter().any(Component::is_busy).then_some(self.next_probe);
-        probes.chain(begin).chain([self.next_tick]).min().expect("there is always a next tick")
     }
 
     fn learn(&mut self, told: Told) {
@@ -253,11 +219,16 @@ impl Sampler {
         let find = |components: &mut Vec<Component>, number| components.iter().position(|it| it.number == number);
         match told {
             Told::Device { number, name, device, feed } => {
-                self.components.push(Component::new(number, name, device, feed, self.pace.window));
+                let probed = Arc::new(Probed::new(device));
+                // Without a prober nothing is sampled, and what it would tell is missing.
+                let _ended = self.prober.send(Arc::clone(&probed));
+                self.components.push(Component::new(number, name, feed, probed, self.pace.window));
             }
             Told::Ring { number, index, feed } => {
                 if let Some(at) = find(&mut self.components, number) {
-                    let rings = &mut self.components[at].rings.rings;
+                    let component = &mut self.components[at];
+                    component.probed.add_ring(index, Arc::clone(&feed));
+                    let rings = &mut component.rings.rings;
                     rings.retain(|ring| ring.index != index);
                     rings.push(Ring::new(index, feed));
                     rings.sort_by_key(|ring| ring.index);
@@ -267,8 +238,6 @@ impl Sampler {
                 let subject = subject.map(|subject| Subject { images: images_of(&files), ..subject });
                 drop(files);
                 if let Some(at) = find(&mut self.components, number) {
-                    // What they follow was asked of another.
-                    self.probes.retain(|running| running.component != at);
                     self.components[at].serve(backend, subject, many);
                 }
             }
@@ -293,90 +262,38 @@ impl Sampler {
         let end_unix_ns = unix_ns();
         let many = self.components.len() > KEPT_OPEN_MAX;
         let mut awake = self.components.iter().filter(|it| it.served.is_some()).count();
-        for (at, component) in self.components.iter_mut().enumerate() {
-            if component.see() {
-                self.probes.retain(|running| running.component != at);
-            }
+        for component in &mut self.components {
+            component.see();
             let was_awake = component.served.is_some();
             let room = was_awake || awake < KEPT_OPEN_MAX;
             component.tick(missed, late, &self.pressure, end_unix_ns, &self.notes, (many, room));
             awake = awake + usize::from(component.served.is_some()) - usize::from(was_awake);
         }
     }
-
-    /// Begins a probe of the next busy component.
-    fn begin_probe(&mut self) {
-        let busy = self.components.iter().filter(|it| it.is_busy()).count() as u64;
-        let began = now();
-        self.next_probe = began + self.pace.tick;
-        if busy == 0 || self.probes.len() >= PROBES_MAX {
-            return;
-        }
-        let count = self.components.len();
-        let Some(at) = (1..=count).map(|step| (self.turn + step) % count).find(|at| self.components[*at].is_busy())
-        else {
-            return;
-        };
-        self.turn = at;
-        let component = &mut self.components[at];
-        component.see();
-        let tick_s = self.pace.tick.0 as f64 / 1e9;
-        let Some(probe) = component.probe(tick_s, began) else { return };
-        self.next_probe = began + Nanos(PROBE_EVERY.0 / busy);
-        self.probes.push(Running { component: at, probe, at: began });
-        self.follow();
-    }
-
-    /// Looks where probes want to.
-    fn follow(&mut self) {
-        let mut at = 0;
-        while at < self.probes.len() {
-            let running = &mut self.probes[at];
-            let (began, before) = (now(), spent());
-            if began < running.at {
-                at += 1;
-                continue;
-            }
-            let component = &mut self.components[running.component];
-            // Where memory has changed the ring may be another one.
-            let done = component.see() || component.look(running);
-            // What probes cost is that part of the time at most, however many components are busy and whatever they do.
-            let cost = spent().since(before);
-            self.next_probe = self.next_probe.max(began) + Nanos(cost.0.saturating_mul(PROBE_PAUSE));
-            if done {
-                self.probes.swap_remove(at);
-            } else {
-                at += 1;
-            }
-        }
-    }
 }
 
 impl Component {
-    fn new(number: u16, name: Arc<str>, device: DeviceType, feed: Arc<DeviceFeed>, window: u32) -> Self {
+    fn new(number: u16, name: Arc<str>, feed: Arc<DeviceFeed>, probed: Arc<Probed>, window: u32) -> Self {
         Component {
             number,
             name,
-            device,
             feed,
             view: None,
             event_idx: false,
             views: 0,
-            rings: Rings::new(device),
+            rings: Rings::new(probed.device()),
+            probed,
             backend: 0,
             served: None,
             resting: None,
             idle_ticks: 0,
             profiler: Profiler::new(window),
             measure: Measure::default(),
-            sampled: Sampled::default(),
-            trails: Vec::new(),
             measured_at: now(),
             ticks: 0,
             lost: 0,
             // Those that begin together do not do what is costly together.
             age: u32::from(number) % DEEP_TICKS,
-            turn: 0,
             records_lost: 0,
             completed: 0,
         }
@@ -394,25 +311,20 @@ impl Component {
         self.rings.forget();
         (self.ticks, self.lost, self.measured_at) = (0, 0, now());
         self.measure.clear();
-        self.sampled = Sampled::default();
+        self.probed.forget();
     }
 
-    /// Takes the last view. True if it is another one.
-    fn see(&mut self) -> bool {
+    /// Takes the last view.
+    fn see(&mut self) {
         let views = self.feed.views.load(Ordering::Acquire);
         if views == self.views {
-            return false;
+            return;
         }
         self.views = views;
         if let Some((view, event_idx)) = self.feed.view.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            self.probed.show(view.clone(), event_idx);
             (self.view, self.event_idx) = (Some(view), event_idx);
-            self.trails.clear();
         }
-        true
-    }
-
-    fn is_busy(&self) -> bool {
-        self.view.is_some() && self.rings.rings.iter().any(|ring| ring.arrivals > 0)
     }
 
     /// A tick has passed.
@@ -454,13 +366,14 @@ impl Component {
         let rings = self.rings.completed();
         let page_tells =
             self.served.as_mut().is_some_and(|served| served.measure(span_s, effort, rings, &mut self.measure));
+        let mut sampled = self.probed.take();
         match &self.view {
             // Guest memory has vanished: what was sampled there may be made of nothing.
-            Some(view) if !view.is_whole() => self.sampled = Sampled::default(),
+            Some(view) if !view.is_whole() => sampled = Sampled::default(),
             Some(view) if self.event_idx => self.rings.look_for_overdue(view, now, &mut self.measure),
             _ => {}
         }
-        self.rings.measure(span_s, &mut self.sampled, page_tells, &mut self.measure);
+        self.rings.measure(span_s, &sampled, page_tells, &mut self.measure);
         pressure.add(&mut self.measure);
         self.add_own(late, notes);
         let span_us = u32::try_from(span.0 / 1_000).unwrap_or(u32::MAX);
@@ -512,38 +425,6 @@ impl Component {
         // What finds no room is counted there.
         let _lost = notes.send(noted);
     }
-
-    /// A probe of the next busy ring.
-    fn probe(&mut self, tick_s: f64, now: Nanos) -> Option<Probe> {
-        let view = self.view.as_ref()?;
-        let rings = &self.rings.rings;
-        let count = rings.len();
-        let at = (1..=count).map(|step| (self.turn + step) % count).find(|at| rings[*at].arrivals > 0)?;
-        self.turn = at;
-        let rate = rings[at].arrivals as f64 / tick_s;
-        let collect = Nanos((COLLECT_REQUESTS / rate * 1e9) as u64).clamp(COLLECT_MIN, COLLECT_MAX);
-        Probe::begin(rings[at].index, self.device, self.event_idx, collect, view, now)
-    }
-
-    /// Looks as long as a probe wants to at once. True if it is done.
-    fn look(&mut self, running: &mut Running) -> bool {
-        let Some(view) = &self.view else { return true };
-        let ring = running.probe.ring() as usize;
-        if self.trails.len() <= ring {
-            self.trails.resize(ring + 1, Trail::default());
-        }
-        let trail = &mut self.trails[ring];
-        loop {
-            match running.probe.look(view, trail, now(), &mut self.sampled) {
-                Next::Now => std::hint::spin_loop(),
-                Next::At(at) => {
-                    running.at = at;
-                    return false;
-                }
-                Next::Done => return true,
-            }
-        }
-    }
 }
 
 impl Served {
@@ -574,13 +455,6 @@ impl Served {
 fn images_of(files: &[OwnedFd]) -> Vec<Image> {
     let path = |file: &OwnedFd| format!("/proc/self/fd/{}", file.as_raw_fd());
     files.iter().filter_map(|file| Image::at(path(file).as_ref()).ok()).collect()
-}
-
-/// Processor time of this thread so far: what a probe costs is not what others did while it was kept from its processor.
-fn spent() -> Nanos {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
-    Nanos(seconds.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec as u64))
 }
 
 /// Nanoseconds since the Unix epoch.

@@ -111,7 +111,10 @@ impl Broker {
     ) -> Self {
         let (socket, journal) = (scratch.path("vmm.sock"), scratch.path("journal"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_warmswap"));
-        command.args(["guard", "--name", "disk", "--socket"]).arg(&socket);
+        command.args(["guard", "--socket"]).arg(&socket);
+        if !options.contains(&"--name") {
+            command.args(["--name", "disk"]);
+        }
         command.arg("--control").arg(&scratch.0).arg("--journal").arg(&journal).args(options);
         if !backend.is_empty() {
             command.arg("--").args(backend);
@@ -122,7 +125,7 @@ impl Broker {
         let stdout = child.stdout.as_mut().expect("it is piped");
         std::io::BufReader::new(stdout).read_line(&mut ready).expect("plain text");
         let broker = Broker { child, socket, control: scratch.0.clone(), journal };
-        assert!(ready.starts_with("ready: disk"), "{ready}{}", broker.noted());
+        assert!(ready.starts_with("ready: "), "{ready}{}", broker.noted());
         broker
     }
 

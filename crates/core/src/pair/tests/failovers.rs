@@ -571,7 +571,7 @@ fn a_primary_that_completes_but_does_not_answer_is_alive_until_it_completes_noth
         > status
             protected Idle; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 0
         > wait 1200ms
-            * FailoverStarted kind="hang" cause="its control channel has been silent for 3.4001s" backend=1
+            * FailoverStarted kind="hang" cause="its control channel has been silent for 3.4s" backend=1
             fence #1
             close #1.kick
             close #1.call
