@@ -219,7 +219,7 @@ fn what_a_killed_broker_left_running_ends_before_the_next_one_starts_anything() 
     let own = ["--name", "left-behind"];
     let mut broker = Broker::start(&scratch, &own, &backend);
     broker.wait_for_state("protected");
-    let sockets = format!("{}.{}/", scratch.path("disk").display(), broker.child.id());
+    let sockets = format!("{}.{}/", scratch.path("left-behind").display(), broker.child.id());
     let primary = broker.status()["primary"]["pid"].as_u64().expect("a process");
     let group = std::fs::read_to_string(format!("/proc/{primary}/cgroup")).expect("it lives");
     broker.child.kill().and_then(|()| broker.child.wait()).expect("our own child");

@@ -597,9 +597,14 @@ fn difference_of_config(wanted: &[u8], other: &[u8]) -> String {
     format!("its configuration space differs from the device's at byte {at}{field}")
 }
 
-/// When a backend that was asked for a sign of life is taken for hung. Completions are signs of life: one that serves its rings may be kept
-/// from its control channel for as long as one that answers and serves nothing is borne with.
+/// Times the patience with a backend that does neither, one that serves its rings and does not answer is borne with: where a machine is
+/// short of processors a control thread was seen to be kept from answering for longer than that patience, and a backend whose control
+/// thread is lost for good can be neither drained nor given new memory.
+const SILENT_HANGS: u64 = 10;
+
+/// When a backend that was asked for a sign of life is taken for hung. Completions are signs of life, for a while.
 fn silent_at(asked: Nanos, completed_at: Option<Nanos>, limits: &Limits) -> Nanos {
     let alive = completed_at.map_or(asked, |at| at.max(asked));
-    (alive + limits.hang).min(asked + limits.stall.max(limits.hang))
+    let patience = Nanos(limits.hang.0.saturating_mul(SILENT_HANGS)).min(limits.stall).max(limits.hang);
+    (alive + limits.hang).min(asked + patience)
 }

@@ -92,6 +92,7 @@ pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 pub(crate) struct Broker {
     pub(crate) child: Child,
     pub(crate) socket: PathBuf,
+    name: String,
     control: PathBuf,
     journal: PathBuf,
 }
@@ -111,9 +112,11 @@ impl Broker {
     ) -> Self {
         let (socket, journal) = (scratch.path("vmm.sock"), scratch.path("journal"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_warmswap"));
+        let named = options.windows(2).find(|pair| pair[0] == "--name");
+        let name = named.map_or("disk", |pair| pair[1]);
         command.args(["guard", "--socket"]).arg(&socket);
-        if !options.contains(&"--name") {
-            command.args(["--name", "disk"]);
+        if named.is_none() {
+            command.args(["--name", name]);
         }
         command.arg("--control").arg(&scratch.0).arg("--journal").arg(&journal).args(options);
         if !backend.is_empty() {
@@ -124,8 +127,8 @@ impl Broker {
         let mut ready = String::new();
         let stdout = child.stdout.as_mut().expect("it is piped");
         std::io::BufReader::new(stdout).read_line(&mut ready).expect("plain text");
-        let broker = Broker { child, socket, control: scratch.0.clone(), journal };
-        assert!(ready.starts_with("ready: "), "{ready}{}", broker.noted());
+        let broker = Broker { child, socket, name: name.to_owned(), control: scratch.0.clone(), journal };
+        assert!(ready.starts_with(&format!("ready: {name}")), "{ready}{}", broker.noted());
         broker
     }
 
@@ -157,7 +160,7 @@ impl Broker {
 
     pub(crate) fn status(&self) -> serde_json::Value {
         let control = self.control.to_str().expect("plain text");
-        let output = warmswap(&["status", "disk", "--json", "--control", control]);
+        let output = warmswap(&["status", &self.name, "--json", "--control", control]);
         let text = String::from_utf8_lossy(&output.stdout);
         let status: serde_json::Value = serde_json::from_str(&text)
             .unwrap_or_else(|error| panic!("{error} in {text:?}, {}", String::from_utf8_lossy(&output.stderr)));
@@ -199,7 +202,7 @@ impl Broker {
         disk.write(&mut vmm, 3, 0xa5);
         self.wait_for_state("protected");
         let control = self.control.to_str().expect("plain text");
-        let output = warmswap(&["failover", "disk", "--reason", "test", "--control", control]);
+        let output = warmswap(&["failover", &self.name, "--reason", "test", "--control", control]);
         assert!(output.status.success(), "{}{}", String::from_utf8_lossy(&output.stdout), self.noted());
         assert_eq!(disk.read(&mut vmm, 3), vec![0xa5; 512]);
         drop(vmm);
