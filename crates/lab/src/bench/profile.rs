@@ -14,9 +14,8 @@
 //!   its own: beyond p99 of a device without a telemetry page it is the luck of some hundred samples a second. Requests that are long
 //!   against the distance of looks are all known; a long one among many that is shorter than that is seen if it was sampled, so the
 //!   greatest latency is a lower bound.
-//! * *A processor for everybody*: where broker, backend and driver share fewer, who looks on takes the place of who is looked at: while the
-//!   control thread looks, one of them stands still and the other goes on, and a probe that is kept waiting samples nothing. Figures of a
-//!   machine with two processors show that more than anything else.
+//! * *A processor for the prober*: it runs only where one has nothing to do. Where driver and backend poll on the only two there are it gets
+//!   moments at which one of them slept, few and not like the others; where they sleep between requests it sees nearly all.
 //! * *Shares and sizes*: of some hundred sampled requests a second, a few points of a hundred. With a telemetry page they are exact.
 //! * *Kicks and calls*: without a page from samples. A look cannot tell two kicks in one look apart: told is too low at high rates.
 //! * *Working set*: a sketch of 256 pages, 6 %; of many more pages than were sampled twice it is an estimate with an error of a third.

@@ -32,9 +32,11 @@ const TOLD_MAX: usize = 256;
 const DEEP_TICKS: u32 = 100;
 
 /// Components of whose backends everything is kept open that is read of them, some fifteen descriptors each. Where there are more, one that
-/// has been at rest for [`REST_TICKS`] is looked into every [`DEEP_TICKS`] only, and has nothing open in between; and of those that are
+/// has been at rest for [`REST_TICKS`] is looked into every [`DEEP_RESTING_TICKS`] only, and has nothing open in between; and of those that are
 /// busy so many are looked into at a time.
 const KEPT_OPEN_MAX: usize = 48;
+/// See `KEPT_OPEN_MAX`. To open everything, read it and close it takes half a millisecond.
+const DEEP_RESTING_TICKS: u32 = 6 * DEEP_TICKS;
 /// See `KEPT_OPEN_MAX`.
 const REST_TICKS: u32 = 20;
 
@@ -293,7 +295,7 @@ impl Component {
             ticks: 0,
             lost: 0,
             // Those that begin together do not do what is costly together.
-            age: u32::from(number) % DEEP_TICKS,
+            age: u32::from(number) % DEEP_RESTING_TICKS,
             records_lost: 0,
             completed: 0,
         }
@@ -345,7 +347,8 @@ impl Component {
             self.rings.rest();
             return;
         }
-        let deep = self.age % DEEP_TICKS < self.ticks;
+        let deep_ticks = if self.resting.is_some() { DEEP_RESTING_TICKS } else { DEEP_TICKS };
+        let deep = self.age % deep_ticks < self.ticks;
         let at_rest = self.rings.are_at_rest();
         self.idle_ticks = if at_rest { self.idle_ticks.saturating_add(self.ticks) } else { 0 };
         if room && (!at_rest || deep) {
