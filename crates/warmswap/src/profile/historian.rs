@@ -20,6 +20,7 @@ use warmswap_store::{
 };
 
 use super::consumer::Consumer;
+use super::windows::{LastWindows, WINDOWS_MAX};
 use crate::journal::JournalSender;
 
 /// Notes on their way to the historian: more than a minute of one device.
@@ -30,8 +31,6 @@ const QUEUE_PER_DEVICE: usize = 4;
 const FLIGHT_BYTES_ALL: usize = 16 << 20;
 /// Bytes of one, at most: two minutes of a device of which everything changes at every tick.
 const FLIGHT_BYTES_ONE: usize = 160 << 10;
-/// Windows of a device that are kept in memory.
-const WINDOWS_MAX: usize = 120;
 /// Windows that wait for the disk: well before they go from memory they are there.
 const PENDING_MAX: usize = WINDOWS_MAX / 2;
 /// Recordings of a device that are kept in memory.
@@ -108,7 +107,7 @@ struct Follower {
 #[derive(Debug, Default)]
 struct Device {
     recorder: FlightRecorder,
-    windows: VecDeque<Record>,
+    windows: LastWindows,
     recordings: VecDeque<Recording>,
     consumer: Consumer,
     followers: Vec<Follower>,
@@ -161,10 +160,7 @@ impl HistoryHandle {
 
     /// The last windows, the oldest first.
     pub(crate) fn last_windows(&self, device: &str, count: usize) -> Vec<Record> {
-        self.of(device, |device| {
-            let skip = device.windows.len().saturating_sub(count);
-            device.windows.iter().skip(skip).copied().collect()
-        })
+        self.of(device, |device| device.windows.last(count))
     }
 
     /// The last tick, exactly.
@@ -205,7 +201,7 @@ impl HistoryHandle {
             }
         }
         let asked = |end: u64| (from_unix_ns..=to_unix_ns).contains(&end);
-        newest.iter().filter(|it| asked(it.end_unix_ns) && Some(it.end_unix_ns) > last).try_for_each(each)
+        newest.iter().filter(|it| asked(it.end_unix_ns) && Some(it.end_unix_ns) > last).try_for_each(|it| each(&it))
     }
 
     /// The same of ticks: those of recordings, and those of the last minutes.
@@ -452,10 +448,7 @@ impl Historian {
         match record.grain {
             Grain::Tick => device.recorder.push(record),
             Grain::Window => {
-                if device.windows.len() == WINDOWS_MAX {
-                    device.windows.pop_front();
-                }
-                device.windows.push_back(*record);
+                device.windows.push(record);
             }
         }
         device.followers.retain(|follower| match follower.queue.try_send(*record) {

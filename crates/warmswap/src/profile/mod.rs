@@ -20,6 +20,7 @@ pub(crate) mod source;
 pub(crate) mod stream;
 mod text;
 mod threads;
+mod windows;
 
 #[cfg(test)]
 mod costs;
