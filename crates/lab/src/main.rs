@@ -9,6 +9,7 @@ mod eval;
 mod fence;
 mod guest;
 mod rig;
+mod score;
 mod vm;
 mod vus;
 
@@ -35,6 +36,8 @@ enum Instrument {
     Crash(crash::Args),
     /// The late write of a killed backend, and the fence that holds it off.
     Fence(fence::Args),
+    /// How unusual each row of a series is: the detector of the failure model on any table.
+    Score(score::Args),
     /// How well the scores of a detector agree with labels: VUS-PR.
     Vus(vus::Args),
 }
@@ -58,6 +61,7 @@ fn main() -> std::process::ExitCode {
         Instrument::Bench(args) => bench::run(&args),
         Instrument::Crash(args) => crash::run(&args),
         Instrument::Fence(args) => fence::run(&args),
+        Instrument::Score(args) => score::run(&args),
         Instrument::Vus(args) => vus::run(&args),
     };
     match outcome {

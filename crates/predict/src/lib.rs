@@ -17,15 +17,39 @@
 #![forbid(unsafe_code)]
 
 mod counter;
+mod evidence;
+mod exhaust;
+mod hazard;
+mod inputs;
+mod knowledge;
+mod math;
 mod measure;
+mod model;
+mod outcomes;
 mod pages;
 mod profiler;
 mod record;
+mod regress;
+mod scale;
 mod schema;
+mod series;
+mod trained;
+mod verdict;
 
 pub use counter::Counter;
+pub use evidence::Evidence;
+pub use exhaust::{Exhaustion, Forecast};
+pub use hazard::{BINS, HORIZON_COUNT, HORIZONS, Hazard, LOGIT_STEP};
+pub use inputs::{INPUT_COUNT, INPUTS, Input};
 pub use measure::{LatencyKind, Measure};
+pub use model::{COMMIT_EVERY, Model, WARM_AFTER, WINDOWS_PER_FALSE_ALARM};
+pub use outcomes::{CONTEXT_COUNT, Kind, OUTCOME_COUNT, OUTCOMES, context, outcome};
 pub use pages::{PAGES_KEPT, Pages};
 pub use profiler::{Profiler, Recorded};
 pub use record::{DecodeError, Grain, RECORD_BYTES, Record, SCHEMA_VERSION};
+pub use regress::{Gain, Regression};
+pub use scale::{Scale, Z_MAX};
 pub use schema::{FEATURE_COUNT, FEATURES, Feature, Role, Source, Spec, Summary, Unit};
+pub use series::{CONTEXT_MAX, ColumnCause, Scored, SeriesDetector};
+pub use trained::{TRAINED_BYTES, Trained, TrainedError};
+pub use verdict::{Alarm, Cause, Law, Verdict};

@@ -2,4 +2,5 @@
 
 pub(crate) mod columns;
 pub(crate) mod period;
+pub(crate) mod table;
 pub(crate) mod vus;

@@ -1,0 +1,225 @@
+//! When a bounded resource will be used up.
+//!
+//! A few points of its share of the bound are kept, evenly spread over the time since it was first seen or the last of it, and the median
+//! slope of all their pairs is its drift (Theil-Sen: P. K. Sen, Estimates of the regression coefficient based on Kendall's tau, JASA 63, 1968): a step, an
+//! outlier or a saw-tooth does not make a trend. Time to the bound is that of a Wiener process with that drift (first passage; the
+//! second term in the log domain, where the exponential alone would overflow).
+
+use crate::math::normal;
+
+/// Points that are kept.
+const POINTS: usize = 16;
+const PAIRS: usize = POINTS * (POINTS - 1) / 2;
+/// A forecast is made of at least so many.
+const POINTS_MIN: usize = 6;
+/// Windows between two estimates of the slope.
+const EVERY: u32 = 8;
+
+/// The share of one resource over time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Exhaustion {
+    /// Greatest distance of two points, in windows.
+    stride_max: u32,
+    points: [f32; POINTS],
+    count: u8,
+    /// Windows between two points, and since the last.
+    stride: u32,
+    since: u32,
+    /// Sum of what came since the last point.
+    sum: f32,
+    now: f32,
+    /// Slopes per window: 10, 50 and 90 of a hundred pairs are below.
+    slopes: [f32; 3],
+    /// Deviation of one window's step from the drift.
+    deviation: f32,
+    until_next: u32,
+    known: bool,
+}
+
+/// When a resource will be used up.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Forecast {
+    /// Share of the bound in use now.
+    pub share: f32,
+    /// Windows until the bound is reached, at the median drift; infinite if it does not grow.
+    pub windows: f32,
+    /// The same at the fastest and slowest drift that is plausible: an interval of 80 %.
+    pub between: (f32, f32),
+}
+
+impl Exhaustion {
+    /// Of which the last windows are looked at, sixteen times as many as this.
+    #[must_use]
+    pub const fn new(stride_max: u32) -> Self {
+        Exhaustion {
+            stride_max,
+            points: [0.0; POINTS],
+            count: 0,
+            stride: 1,
+            since: 0,
+            sum: 0.0,
+            now: 0.0,
+            slopes: [0.0; 3],
+            deviation: 0.0,
+            until_next: 0,
+            known: false,
+        }
+    }
+
+    /// Takes the share of the bound that is used in a window: 1 is the bound.
+    pub fn see(&mut self, share: f32) {
+        if !share.is_finite() {
+            return;
+        }
+        self.now = share;
+        self.sum += share;
+        self.since += 1;
+        if self.since == self.stride {
+            self.keep(self.sum / self.stride as f32);
+            (self.sum, self.since) = (0.0, 0);
+        }
+        self.until_next = self.until_next.saturating_sub(1);
+        if self.until_next == 0 && usize::from(self.count) >= POINTS_MIN {
+            self.until_next = EVERY;
+            self.estimate();
+        }
+    }
+
+    fn keep(&mut self, point: f32) {
+        if usize::from(self.count) == POINTS {
+            self.make_room();
+        }
+        self.points[usize::from(self.count)] = point;
+        self.count += 1;
+    }
+
+    fn make_room(&mut self) {
+        if self.stride.saturating_mul(2) > self.stride_max {
+            self.points.rotate_left(1);
+            self.count -= 1;
+            return;
+        }
+        // Every two become one: half as many, twice as far apart.
+        for at in 0..POINTS / 2 {
+            self.points[at] = (self.points[2 * at] + self.points[2 * at + 1]) / 2.0;
+        }
+        (self.count, self.stride) = ((POINTS / 2) as u8, self.stride * 2);
+    }
+
+    fn estimate(&mut self) {
+        let points = &self.points[..usize::from(self.count)];
+        let stride = self.stride as f32;
+        let mut slopes = [0.0_f32; PAIRS];
+        let mut pairs = 0;
+        for (at, one) in points.iter().enumerate() {
+            for (apart, other) in points[at + 1..].iter().enumerate() {
+                slopes[pairs] = (other - one) / ((apart + 1) as f32 * stride);
+                pairs += 1;
+            }
+        }
+        let slopes = &mut slopes[..pairs];
+        self.slopes = [10, 50, 90].map(|percent| {
+            let at = (pairs - 1) * percent / 100;
+            *slopes.select_nth_unstable_by(at, f32::total_cmp).1
+        });
+        let steps = points.windows(2).map(|two| two[1] - two[0] - self.slopes[1] * stride);
+        let squares: f32 = steps.map(|step| step * step).sum();
+        // A step of so many windows has a variance of so many times that of one.
+        self.deviation = libm::sqrtf(squares / ((points.len() - 1) as f32 * stride));
+        self.known = true;
+    }
+
+    /// When the bound will be reached, once there is enough to tell.
+    #[must_use]
+    pub fn forecast(&self) -> Option<Forecast> {
+        if !self.known {
+            return None;
+        }
+        let left = (1.0 - self.now).max(0.0);
+        let at = |slope: f32| if slope > 0.0 { left / slope } else { f32::INFINITY };
+        let [slow, median, fast] = self.slopes;
+        Some(Forecast { share: self.now, windows: at(median), between: (at(fast), at(slow)) })
+    }
+
+    /// The probability that the bound is reached within so many windows.
+    #[must_use]
+    pub fn within(&self, windows: f32) -> f32 {
+        if !self.known {
+            return 0.0;
+        }
+        let left = 1.0 - self.now;
+        if left <= 0.0 {
+            return 1.0;
+        }
+        let [slow, drift, fast] = self.slopes;
+        // What is not known of the drift: an interval of 80 % of a normal distribution is 2.563 deviations wide.
+        let unsure = (fast - slow).max(0.0) / 2.563 * windows;
+        let spread = libm::sqrtf(self.deviation * self.deviation * windows + unsure * unsure).max(1e-6);
+        let variance = spread * spread / windows;
+        let direct = normal((drift * windows - left) / spread);
+        let beyond = normal((-left - drift * windows) / spread);
+        let reflected =
+            if beyond > 0.0 { libm::expf((2.0 * drift * left / variance + libm::logf(beyond)).min(0.0)) } else { 0.0 };
+        (direct + reflected).clamp(0.0, 1.0)
+    }
+
+    /// Whether it grows, and not by chance: nine of ten pairs of points say so.
+    #[must_use]
+    pub fn grows(&self) -> bool {
+        self.known && self.slopes[0] > 0.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(windows: u32, share: impl Fn(u32) -> f32) -> Exhaustion {
+        let mut resource = Exhaustion::new(1_024);
+        (0..windows).for_each(|window| resource.see(share(window)));
+        resource
+    }
+
+    fn wobble(window: u32) -> f32 {
+        libm::sinf(window as f32 * 1.7) * 0.01
+    }
+
+    #[test]
+    fn a_leak_is_forecast_at_half_its_life() {
+        for life in [100.0, 400.0, 3_000.0] {
+            let resource = after((life / 2.0) as u32, |window| window as f32 / life + wobble(window));
+            let forecast = resource.forecast().expect("there is enough");
+            assert!((forecast.windows / (life / 2.0) - 1.0).abs() < 0.15, "{life}: {forecast:?}");
+            assert!(forecast.between.0 <= forecast.windows && forecast.windows <= forecast.between.1);
+            assert!(resource.grows());
+            assert!(resource.within(life / 4.0) < 0.1 && resource.within(life) > 0.9, "{life}: {resource:?}");
+        }
+    }
+
+    #[test]
+    fn a_short_memory_sees_a_leak_that_began_lately() {
+        let mut resource = Exhaustion::new(2);
+        (0..1_000).for_each(|_| resource.see(0.2));
+        (0..40).for_each(|window| resource.see(0.2 + window as f32 * 0.01));
+        let forecast = resource.forecast().expect("there is enough");
+        assert!(resource.grows() && (forecast.windows / 41.0 - 1.0).abs() < 0.15, "{forecast:?}");
+    }
+
+    #[test]
+    fn what_does_not_grow_is_never_used_up() {
+        for share in [|window| 0.6 + wobble(window), |window| if window > 150 { 0.9 } else { 0.5 }] {
+            let resource = after(1_000, share);
+            assert!(!resource.grows());
+            assert!(resource.within(10.0) < 0.01, "{resource:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_used_up_is_and_nothing_is_said_too_early() {
+        assert_eq!(after(3, |_| 0.99).forecast(), None);
+        assert_eq!(after(40, |_| 1.0).within(1.0), 1.0);
+        let mut resource = after(40, |_| 0.5);
+        resource.see(f32::NAN);
+        assert!(resource.forecast().expect("there is enough").share == 0.5);
+    }
+}
