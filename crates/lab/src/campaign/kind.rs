@@ -21,7 +21,7 @@ pub(super) enum Outside {
     Squeeze,
     /// A throttle group of qemu-storage-daemon.
     Throttle,
-    /// Descriptors that qemu-storage-daemon is handed and keeps.
+    /// Files that qemu-storage-daemon opens and never closes.
     Descriptors,
     /// A limit of the block device's requests.
     Disk,

@@ -119,7 +119,9 @@ fn make_image(path: &Path, blocks: u64, sparse: bool) -> anyhow::Result<()> {
     if sparse {
         return Ok(std::fs::File::create(path)?.set_len(bytes as u64)?);
     }
-    std::fs::write(path, vec![0x5a; bytes]).with_context(|| format!("writing {}", path.display()))
+    std::fs::write(path, vec![0x5a; bytes]).with_context(|| format!("writing {}", path.display()))?;
+    // Whoever reads past the page cache, or flushes, would wait for all of it.
+    Ok(std::fs::File::open(path)?.sync_all()?)
 }
 
 fn command_line(spec: &Spec, image: &Path, directory: &Path, fault: Option<String>) -> Vec<String> {

@@ -17,7 +17,7 @@ pub(super) struct Quota {
     last: (u64, i64),
 }
 
-/// From this level on the period is a second.
+/// From this level on there is hardly any left.
 const COLLAPSE: f64 = 0.9;
 
 impl Quota {
@@ -65,8 +65,8 @@ pub(super) struct Hogs {
     last: u64,
 }
 
-/// Rivals.
-const RIVALS: usize = 2;
+/// Rivals, at first and when it collapses: the more there are, the longer one waits for its turn.
+const RIVALS: [usize; 2] = [2, 24];
 
 /// A process that computes for ever. Killed on drop.
 #[derive(Debug)]
@@ -113,7 +113,9 @@ impl Injector for Hogs {
             self.rivals.clear();
             return Ok(());
         }
-        while self.rivals.len() < RIVALS {
+        let wanted = RIVALS[usize::from(level >= COLLAPSE)];
+        self.rivals.truncate(wanted);
+        while self.rivals.len() < wanted {
             let rival = Rival::start()?;
             self.set.add(rival.pid())?;
             self.rivals.push(rival);

@@ -41,7 +41,7 @@ pub(super) fn injector(outside: Outside, scene: &Scene) -> anyhow::Result<Box<dy
         Outside::Kill => Box::new(pause::Kill::new(pid)?),
         Outside::Squeeze => Box::new(memory::Squeeze::new(name, pid, &scene.image)?),
         Outside::Throttle => Box::new(qmp::Throttle::new(&scene.monitor())?),
-        Outside::Descriptors => Box::new(qmp::Descriptors::new(&scene.monitor(), pid)?),
+        Outside::Descriptors => Box::new(qmp::Descriptors::new(&scene.monitor(), pid, &scene.image)?),
         Outside::Disk => Box::new(disk::Disk::new(name, pid, &scene.image)?),
         Outside::Fill => Box::new(fill::Filler::new(scene.small.as_ref().context("no small file system")?)),
         Outside::Store(fault) => {

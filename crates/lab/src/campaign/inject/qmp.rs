@@ -1,14 +1,11 @@
-//! qemu-storage-daemon by its monitor: a throttle group that becomes tighter, descriptors that are never given back.
+//! qemu-storage-daemon by its monitor: a throttle group that becomes tighter, files that are opened and never closed.
 
-use std::io::{BufRead, BufReader, IoSlice, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use rustix::process::{Pid, Resource, Rlimit};
 use serde_json::{Value, json};
 
@@ -109,11 +106,12 @@ impl Injector for Throttle {
     }
 }
 
-/// Descriptors that are handed over and kept.
+/// Files that are opened and never closed.
 #[derive(Debug)]
 pub(super) struct Descriptors {
     monitor: Monitor,
-    handed: u64,
+    file: PathBuf,
+    kept: u64,
     full: bool,
 }
 
@@ -122,40 +120,31 @@ const ROOM: u64 = 200;
 
 impl Descriptors {
     /// Bounds a process' descriptors, a little above what it has.
-    pub(super) fn new(path: &Path, pid: u32) -> anyhow::Result<Self> {
+    pub(super) fn new(path: &Path, pid: u32, image: &Path) -> anyhow::Result<Self> {
         let open = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64;
         let limit = Rlimit { current: Some(open + ROOM), maximum: Some(open + ROOM) };
         let process = Pid::from_raw(pid.cast_signed()).context("a backend without a process")?;
         rustix::process::prlimit(Some(process), Resource::Nofile, limit)?;
-        Ok(Descriptors { monitor: Monitor::connect(path)?, handed: 0, full: false })
+        let file = image.with_extension("small");
+        std::fs::write(&file, [0; 4096])?;
+        Ok(Descriptors { monitor: Monitor::connect(path)?, file, kept: 0, full: false })
     }
 
-    fn hand_over(&mut self) -> anyhow::Result<()> {
-        let command = json!({"execute": "getfd", "arguments": {"fdname": format!("kept-{}", self.handed)}});
-        let text = format!("{command}\n");
-        let null = std::fs::File::open("/dev/null")?;
-        let fds = [null.as_fd()];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        control.push(SendAncillaryMessage::ScmRights(&fds));
-        rustix::net::sendmsg(
-            self.monitor.stream.get_ref(),
-            &[IoSlice::new(text.as_bytes())],
-            &mut control,
-            SendFlags::empty(),
-        )?;
-        self.handed += 1;
-        // Where there is no room for it, it is refused.
-        self.full |= self.monitor.answer(&command).is_err();
-        Ok(())
+    fn hand_over(&mut self) {
+        let arguments = json!({
+            "driver": "file", "node-name": format!("kept-{}", self.kept), "filename": self.file, "read-only": true, "locking": "off",
+        });
+        self.kept += 1;
+        // Where there is no descriptor left, it is refused.
+        self.full |= self.monitor.ask(&json!({"execute": "blockdev-add", "arguments": arguments})).is_err();
     }
 }
 
 impl Injector for Descriptors {
     fn set(&mut self, level: f64) -> anyhow::Result<()> {
         let wanted = (level * (ROOM + 8) as f64) as u64;
-        while self.handed < wanted {
-            self.hand_over()?;
+        while self.kept < wanted && !self.full {
+            self.hand_over();
         }
         Ok(())
     }
