@@ -1,6 +1,5 @@
 //! One run from its beginning to its end.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -18,7 +17,7 @@ use super::inject::{Injector, injector};
 use super::kind::{Hook, Means};
 use super::plan::{Plan, Spec};
 use super::runs::{Label, Run};
-use super::scene::{DEVICE, Scene};
+use super::scene::{DEVICE, Place, Scene};
 use super::workload;
 use crate::common::process::Target;
 use crate::common::rng::Rng;
@@ -66,9 +65,9 @@ impl Times {
     }
 }
 
-/// Makes a run in an empty directory.
-pub(super) fn make(spec: &Spec, plan: &Plan, directory: &Path) -> anyhow::Result<Made> {
-    let mut rng = Rng::new(spec.seed, 1);
+/// Makes a run at a place.
+pub(super) fn make(spec: &Spec, plan: &Plan, place: Place<'_>) -> anyhow::Result<Made> {
+    let mut rng = spec.chance(1);
     let times = Times::of(spec, plan, &mut rng);
     let shape = Shape::new(spec.form, &mut rng);
     let phases = workload::phases(spec.workload, &mut rng).context("there is no such workload")?;
@@ -80,7 +79,7 @@ pub(super) fn make(spec: &Spec, plan: &Plan, directory: &Path) -> anyhow::Result
         }
         _ => None,
     };
-    let scene = Scene::new(spec, plan, directory, fault)?;
+    let scene = Scene::new(spec, plan, place, fault)?;
     let injector = spec.kind.outside().map(|outside| injector(outside, &scene)).transpose()?;
     let records = follow(&scene)?;
     let table = match spec.kind.means {
@@ -95,7 +94,7 @@ pub(super) fn make(spec: &Spec, plan: &Plan, directory: &Path) -> anyhow::Result
         _ => Timetable::default(),
     };
     let backend = Target::open(scene.pid)?;
-    let guest_rng = [Rng::new(spec.seed, 2), Rng::new(spec.seed, 3)];
+    let guest_rng = [spec.chance(2), spec.chance(3)];
     let timeout = Duration::from_millis(plan.timeout_ms);
     let driver = Driver::boot(scene.socket(), backend, (phases, scene.blocks), timeout, guest_rng)
         .with_context(|| scene.last_words())?;

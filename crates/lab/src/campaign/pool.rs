@@ -14,6 +14,7 @@ use super::Args;
 use super::make::{Made, make};
 use super::plan::{Plan, Spec};
 use super::runs;
+use super::scene::Place;
 use crate::common::interrupt;
 use crate::common::workspace::Workspace;
 use crate::guest::Latencies;
@@ -58,8 +59,9 @@ pub(super) fn run(args: &Args, plan: &Plan, specs: &[Spec], out: &Path) -> anyho
         adding: Mutex::new(()),
     };
     std::thread::scope(|scope| {
-        for _ in 0..args.jobs {
-            scope.spawn(|| pool.work());
+        let pool = &pool;
+        for worker in 0..args.jobs {
+            scope.spawn(move || pool.work(worker));
         }
     });
     let failed = pool.failed.into_inner();
@@ -78,12 +80,13 @@ fn repair(out: &Path) -> anyhow::Result<HashSet<String>> {
 }
 
 impl Pool<'_> {
-    fn work(&self) {
+    fn work(&self, worker: u16) {
+        let image = self.workspace.path().join(format!("image-{worker}"));
         while let Some(spec) = self.take() {
-            let mut result = self.make(spec);
+            let mut result = self.make(spec, &image);
             for _ in 1..TRIES {
                 if result.is_err() && !interrupt::is_asked() {
-                    result = self.make(spec);
+                    result = self.make(spec, &image);
                 }
             }
             match result.and_then(|made| self.add(spec, &made)) {
@@ -108,9 +111,9 @@ impl Pool<'_> {
         self.left.get(self.next.fetch_add(1, Ordering::Relaxed)).copied()
     }
 
-    fn make(&self, spec: &Spec) -> anyhow::Result<Made> {
+    fn make(&self, spec: &Spec, image: &Path) -> anyhow::Result<Made> {
         let directory = self.workspace.directory(&spec.name)?;
-        let made = make(spec, self.plan, &directory);
+        let made = make(spec, self.plan, Place { directory: &directory, image });
         // What is mounted there was unmounted; what is left is in nobody's way.
         let _ = std::fs::remove_dir_all(&directory);
         made

@@ -28,6 +28,15 @@ const LOG_LINES: usize = 20;
 /// Blocks of an image that takes space only where it is written: 512 MiB.
 const SPARSE_BLOCKS: u64 = 131_072;
 
+/// Where a run is made.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place<'a> {
+    /// An empty directory.
+    pub(super) directory: &'a Path,
+    /// An image, if there is one already: what runs one after the other use, so that none begins with a disk that is busy writing it.
+    pub(super) image: &'a Path,
+}
+
 /// A guarded device.
 #[derive(Debug)]
 pub(super) struct Scene {
@@ -49,12 +58,13 @@ pub(super) struct Scene {
 }
 
 impl Scene {
-    /// Sets one up in an empty directory. `fault` is a plan for our own backend.
-    pub(super) fn new(spec: &Spec, plan: &Plan, directory: &Path, fault: Option<String>) -> anyhow::Result<Self> {
+    /// Sets one up at a place. `fault` is a plan for our own backend.
+    pub(super) fn new(spec: &Spec, plan: &Plan, place: Place<'_>, fault: Option<String>) -> anyhow::Result<Self> {
+        let directory = place.directory;
         let outside = spec.kind.outside();
         let small = if outside == Some(Outside::Fill) { Some(Small::mount(&directory.join("small"))?) } else { None };
         let blocks = if small.is_some() { SPARSE_BLOCKS } else { BLOCKS };
-        let file = small.as_ref().map_or(directory, Small::path).join("image");
+        let file = small.as_ref().map_or_else(|| place.image.to_path_buf(), |small| small.path().join("image"));
         make_image(&file, blocks, small.is_some())?;
         let store = match outside {
             Some(Outside::Store(_)) => {
@@ -118,6 +128,10 @@ fn make_image(path: &Path, blocks: u64, sparse: bool) -> anyhow::Result<()> {
     let bytes = blocks as usize * BLOCK;
     if sparse {
         return Ok(std::fs::File::create(path)?.set_len(bytes as u64)?);
+    }
+    if let Ok(there) = std::fs::File::options().write(true).open(path) {
+        // It may have grown.
+        return Ok(there.set_len(bytes as u64)?);
     }
     std::fs::write(path, vec![0x5a; bytes]).with_context(|| format!("writing {}", path.display()))?;
     // Whoever reads past the page cache, or flushes, would wait for all of it.
