@@ -226,7 +226,7 @@ mod tests {
     fn the_plans_of_the_repository_are_right() {
         for text in [
             include_str!("../../plans/default.toml"),
-            include_str!("../../plans/half-hour.toml"),
+            include_str!("../../plans/hour.toml"),
             include_str!("../../plans/smoke.toml"),
         ] {
             let specs = Plan::parse(text).and_then(|plan| plan.specs()).expect("it is right");

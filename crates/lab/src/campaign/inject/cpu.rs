@@ -60,13 +60,18 @@ impl Injector for Quota {
 pub(super) struct Hogs {
     // Dropped first: rivals end before their group goes.
     rivals: Vec<Rival>,
+    /// One that goes first, when it collapses.
+    first: Option<Rival>,
     shares: Group,
     set: Group,
     last: u64,
 }
 
-/// Rivals, at first and when it collapses: the more there are, the longer one waits for its turn.
-const RIVALS: [usize; 2] = [2, 24];
+/// Rivals.
+const RIVALS: usize = 2;
+
+/// Arguments of a shell that computes for ever.
+const ENDLESS: [&str; 2] = ["-c", "while :; do :; done"];
 
 /// A process that computes for ever. Killed on drop.
 #[derive(Debug)]
@@ -75,9 +80,17 @@ pub(in crate::campaign) struct Rival(Child);
 impl Rival {
     /// Starts one.
     pub(in crate::campaign) fn start() -> anyhow::Result<Self> {
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", "while :; do :; done"]).stdin(Stdio::null()).stdout(Stdio::null());
-        Ok(Rival(die_with_parent(&mut command).spawn().context("starting a rival")?))
+        Rival::spawn(Command::new("/bin/sh").args(ENDLESS))
+    }
+
+    /// Starts one of real-time priority (SCHED_FIFO): others get the twentieth of the processor that the kernel keeps for them.
+    fn start_first() -> anyhow::Result<Self> {
+        Rival::spawn(Command::new("chrt").args(["--fifo", "1", "/bin/sh"]).args(ENDLESS))
+    }
+
+    fn spawn(command: &mut Command) -> anyhow::Result<Self> {
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        Ok(Rival(die_with_parent(command).spawn().context("starting a rival")?))
     }
 
     /// Its process.
@@ -103,7 +116,15 @@ impl Hogs {
         set.write("cpuset.mems", "0")?;
         shares.add(pid)?;
         set.add(pid)?;
-        Ok(Hogs { rivals: Vec::new(), shares, set, last: 1_024 })
+        Ok(Hogs { rivals: Vec::new(), first: None, shares, set, last: 1_024 })
+    }
+}
+
+impl Hogs {
+    /// Has a rival compete for the one processor.
+    fn rival(&self, rival: Rival) -> anyhow::Result<Rival> {
+        self.set.add(rival.pid())?;
+        Ok(rival)
     }
 }
 
@@ -111,14 +132,16 @@ impl Injector for Hogs {
     fn set(&mut self, level: f64) -> anyhow::Result<()> {
         if level <= 0.0 {
             self.rivals.clear();
+            self.first = None;
             return Ok(());
         }
-        let wanted = RIVALS[usize::from(level >= COLLAPSE)];
-        self.rivals.truncate(wanted);
-        while self.rivals.len() < wanted {
-            let rival = Rival::start()?;
-            self.set.add(rival.pid())?;
-            self.rivals.push(rival);
+        while self.rivals.len() < RIVALS {
+            self.rivals.push(self.rival(Rival::start()?)?);
+        }
+        if level < COLLAPSE {
+            self.first = None;
+        } else if self.first.is_none() {
+            self.first = Some(self.rival(Rival::start_first()?)?);
         }
         let shares = between(1_024.0, 2.0, level) as u64;
         if shares != self.last {

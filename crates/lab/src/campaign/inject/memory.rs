@@ -50,10 +50,10 @@ pub(in crate::campaign) fn drop_cache(image: &Path) -> anyhow::Result<()> {
 impl Injector for Squeeze {
     fn set(&mut self, level: f64) -> anyhow::Result<()> {
         let bytes = between(WHOLE, NOTHING, level) as u64 / 4096 * 4096;
-        if bytes.abs_diff(self.last) * 50 > self.last {
+        let changed = bytes.abs_diff(self.last) * 50 > self.last;
+        // Refused while the group holds more that cannot be given back just now; tried again until it can.
+        if changed && self.group.write("memory.limit_in_bytes", &bytes.to_string()).is_ok() {
             self.last = bytes;
-            // Refused while it holds more that cannot be given back; the next one may succeed.
-            let _ = self.group.write("memory.limit_in_bytes", &bytes.to_string());
         }
         Ok(())
     }
