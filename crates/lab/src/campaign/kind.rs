@@ -222,7 +222,7 @@ pub(super) const KINDS: &[Kind] = &[
     Kind {
         backends: CACHED,
         workloads: READING,
-        exhausts: Some(MemoryShare),
+        // No exhausts: what can be given back is given back, and its share says nothing of the time that is left.
         causes: &[
             MemoryShare,
             MajorFaults,
