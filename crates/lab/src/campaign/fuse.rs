@@ -79,7 +79,7 @@ impl Store {
         let device = File::options().read(true).write(true).open("/dev/fuse").context("/dev/fuse")?;
         let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_fd().as_raw_fd());
         let options = std::ffi::CString::new(options).expect("there is no zero in it");
-        rustix::mount::mount("warmswap-lab", mount, "fuse", MountFlags::NOSUID | MountFlags::NODEV, &*options)
+        rustix::mount::mount(super::MOUNTS, mount, "fuse", MountFlags::NOSUID | MountFlags::NODEV, &*options)
             .with_context(|| format!("mounting a store in user space at {}", mount.display()))?;
         let faults = Arc::new(Faults::default());
         let mut store = Store { mount: mount.to_path_buf(), faults: Arc::clone(&faults), threads: Vec::new() };

@@ -4,6 +4,9 @@
 //! It has lost its disk when a request has had no answer for as long as it waits for one, when one is answered with an error, or when the
 //! backend is dead. What whoever injects a fault knows of it does not count.
 
+#[cfg(test)]
+mod tests;
+
 use std::os::fd::AsFd;
 use std::time::Duration;
 

@@ -38,6 +38,8 @@ pub(crate) use runs::{Label, Run, read};
 
 /// Prefix of the names of control groups.
 const GROUPS: &str = "lab-campaign-";
+/// Name of what is mounted, as the kernel tells it.
+const MOUNTS: &str = "warmswap-lab";
 /// File of the plan within a campaign.
 const PLAN: &str = "plan.toml";
 

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use serde_json::json;
 
-use super::Args;
 use super::make::{Made, make};
 use super::plan::{Plan, Spec};
 use super::runs;
 use super::scene::Place;
+use super::{Args, MOUNTS};
 use crate::common::interrupt;
 use crate::common::workspace::Workspace;
 use crate::guest::Latencies;
@@ -47,6 +47,7 @@ pub(super) fn run(args: &Args, plan: &Plan, specs: &[Spec], out: &Path) -> anyho
     let left: Vec<&Spec> = specs.iter().filter(|spec| !done.contains(&spec.name)).collect();
     eprintln!("campaign: {} runs, {} to be made, {} at a time", specs.len(), left.len(), args.jobs);
     let parent = args.work_dir.clone().unwrap_or_else(std::env::temp_dir);
+    unmount_abandoned();
     let pool = Pool {
         args,
         plan,
@@ -67,6 +68,18 @@ pub(super) fn run(args: &Args, plan: &Plan, specs: &[Spec], out: &Path) -> anyho
     let failed = pool.failed.into_inner();
     ensure!(failed == 0, "{failed} runs could not be made; they are tried again when the campaign is gone on with");
     Ok(())
+}
+
+/// Unmounts what campaigns that were killed have left mounted in their directories.
+fn unmount_abandoned() {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    for path in mounts.lines().filter_map(|line| line.strip_prefix(MOUNTS)?.trim_start().split(' ').next()) {
+        let owner = path.split("/lab-campaign-").nth(1).and_then(|rest| rest.split('/').next());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // Whatever cannot be unmounted is in nobody's way.
+            let _ = rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH);
+        }
+    }
 }
 
 /// Drops a label that was being written when a campaign was killed. Returns the names of the runs that are there.

@@ -48,8 +48,9 @@ pub(super) fn print(out: &Path, json: bool) -> anyhow::Result<()> {
     let (faulty, clean): (usize, usize) = (windows(true), windows(false));
     if json {
         let kinds: BTreeMap<&str, Value> = rows.iter().map(|(kind, row)| (*kind, row.json())).collect();
+        let words: Vec<String> = std::env::args().skip(1).collect();
         let report = json!({
-            "command": "lab campaign", "commit": commit(), "runs": runs.len(), "windows_faulty": faulty,
+            "command": format!("cargo run -rq -p lab -- {}", words.join(" ")), "commit": commit(), "runs": runs.len(), "windows_faulty": faulty,
             "windows_clean": clean, "kinds": kinds,
         });
         println!("{report:#}");

@@ -90,3 +90,27 @@ fn remove_abandoned(parent: &Path, prefix: &str) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_in_its_group_until_the_group_goes() {
+        let Ok(group) = Group::new("cpu", "lab-test-", "one") else {
+            eprintln!("not tested: this system lets us make no control groups of version 1");
+            return;
+        };
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("everybody has one");
+        group.add(child.id()).expect("it lives");
+        let membership = |pid: u32| fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("it lives");
+        assert!(membership(child.id()).contains("lab-test-"));
+        group.write("cpu.shares", "2").expect("a file of that controller");
+        assert_eq!(group.number("cpu.shares").expect("a number"), 2);
+        group.write("cpu.sharks", "2").expect_err("there is no such file");
+        let path = group.path.clone();
+        drop(group);
+        assert!(!path.exists() && !membership(child.id()).contains("lab-test-"));
+        child.kill().and_then(|()| child.wait()).expect("our own child");
+    }
+}

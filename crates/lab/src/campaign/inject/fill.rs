@@ -23,7 +23,7 @@ impl Small {
     pub(in crate::campaign) fn mount(path: &Path) -> anyhow::Result<Self> {
         std::fs::create_dir_all(path)?;
         let options = std::ffi::CString::new(format!("size={SIZE}")).expect("there is no zero in it");
-        rustix::mount::mount("warmswap-lab", path, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, &*options)
+        rustix::mount::mount(crate::campaign::MOUNTS, path, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, &*options)
             .with_context(|| format!("mounting a small file system at {}", path.display()))?;
         Ok(Small(path.to_path_buf()))
     }

@@ -153,3 +153,20 @@ impl Injector for Descriptors {
         self.full
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_throttle_stands_before_its_export() {
+        let mut line: Vec<String> =
+            ["qsd", "--blockdev", "driver=file,node-name=disk", "--export", "id=e,node-name=disk"]
+                .map(str::to_owned)
+                .to_vec();
+        throttled(&mut line);
+        assert_eq!(line[3..5], ["--object", "throttle-group,id=limits"]);
+        assert!(line[6].starts_with("driver=throttle,node-name=slow") && line[6].ends_with("file=disk"), "{}", line[6]);
+        assert_eq!(line[7..], ["--export", "id=e,node-name=slow"]);
+    }
+}
