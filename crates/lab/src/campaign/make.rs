@@ -35,6 +35,8 @@ const MORE_S: f64 = 2.5;
 pub(super) struct Made {
     pub(super) run: Run,
     pub(super) felt: Felt,
+    /// Its ticks, if they are wanted.
+    pub(super) ticks: Vec<Record>,
     /// Records that did not get through.
     pub(super) lost: u64,
 }
@@ -81,7 +83,7 @@ pub(super) fn make(spec: &Spec, plan: &Plan, place: Place<'_>) -> anyhow::Result
     };
     let scene = Scene::new(spec, plan, place, fault)?;
     let injector = spec.kind.outside().map(|outside| injector(outside, &scene)).transpose()?;
-    let records = follow(&scene)?;
+    let records = follow(&scene, spec.ticks)?;
     let table = match spec.kind.means {
         Means::Harmless(what) => timetable(what, times.onset, times.end, &mut rng),
         Means::LostKicks => Timetable { guest: lost(spec.form, times, Event::LoseKicks), aside: Vec::new() },
@@ -121,14 +123,14 @@ pub(super) fn make(spec: &Spec, plan: &Plan, place: Place<'_>) -> anyhow::Result
         std::thread::sleep(Duration::from_millis(plan.window_ms / 2));
     }
     drop(scene);
-    let (windows, lost) = records.join().expect("it does not panic");
+    let Followed { windows, ticks, lost } = records.join().expect("it does not panic");
     let unix = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64 - now_ns();
     let onset = match spec.kind.means {
         Means::Harmless(_) => first,
         _ => Some(ns(times.onset)),
     };
     let label = label(spec, plan, &felt, onset.map(|at| at + unix), injected.ok().flatten(), unix);
-    Ok(Made { run: Run { label, windows }, felt, lost })
+    Ok(Made { run: Run { label, windows }, felt, ticks, lost })
 }
 
 fn label(spec: &Spec, plan: &Plan, felt: &Felt, onset: Option<u64>, exhausted: Option<u64>, unix: u64) -> Label {
@@ -214,21 +216,33 @@ fn beside(scene: &Scene, table: &[(u64, Aside)], began: u64, ended: &AtomicBool)
     Ok(())
 }
 
-/// Collects the windows of a device until its broker ends, and counts records that did not get through.
-fn follow(scene: &Scene) -> anyhow::Result<JoinHandle<(Vec<Record>, u64)>> {
+/// What was told of a device.
+#[derive(Debug, Default)]
+struct Followed {
+    windows: Vec<Record>,
+    ticks: Vec<Record>,
+    /// Records that did not get through.
+    lost: u64,
+}
+
+/// Collects what is told of a device until its broker ends; ticks where they are wanted.
+fn follow(scene: &Scene, ticks: bool) -> anyhow::Result<JoinHandle<Followed>> {
     let mut client = Client::connect(&scene.control())?;
     client.tell(&json!({"verb": "stream", "device": DEVICE}))?;
     Ok(std::thread::Builder::new().name("records".to_owned()).spawn(move || {
-        let (mut windows, mut lost) = (Vec::new(), 0);
+        let mut followed = Followed::default();
         while let Ok(line) = client.line() {
             if line.get("end").is_some() {
                 break;
             }
-            lost += line["lost"].as_u64().unwrap_or(0);
-            let record = line["record"].as_str().and_then(bytes_of).and_then(|bytes| Record::decode(&bytes).ok());
-            windows.extend(record.filter(|record| record.grain == Grain::Window));
+            followed.lost += line["lost"].as_u64().unwrap_or(0);
+            match line["record"].as_str().and_then(bytes_of).and_then(|bytes| Record::decode(&bytes).ok()) {
+                Some(record) if record.grain == Grain::Window => followed.windows.push(record),
+                Some(record) if ticks => followed.ticks.push(record),
+                _ => {}
+            }
         }
-        (windows, lost)
+        followed
     })?)
 }
 

@@ -16,6 +16,7 @@
 //! workloads = ["read-qd1"] # the same
 //! seeds = [1, 2]
 //! count = 3               # runs for each kind, form and seed; backends and workloads take turns
+//! ticks = true            # keep their ticks as well as their windows
 //! ```
 
 use std::path::Path;
@@ -61,6 +62,8 @@ struct Entry {
     seeds: Vec<u64>,
     #[serde(default = "one")]
     count: u64,
+    #[serde(default)]
+    ticks: bool,
 }
 
 fn one() -> u64 {
@@ -78,6 +81,8 @@ pub(super) struct Spec {
     pub(super) workload: &'static str,
     /// Everything that chance decides comes from it.
     pub(super) seed: u64,
+    /// Its ticks are kept.
+    pub(super) ticks: bool,
 }
 
 impl Spec {
@@ -148,7 +153,15 @@ impl Entry {
                         let workload = workloads[(turn + turn / workloads.len() as u64) as usize % workloads.len()];
                         // Runs that differ in nothing else differ in their seed.
                         let seed = seed + number * 1_000;
-                        specs.push(Spec { name: String::new(), kind, form: *form, backend, workload, seed });
+                        specs.push(Spec {
+                            name: String::new(),
+                            kind,
+                            form: *form,
+                            backend,
+                            workload,
+                            seed,
+                            ticks: self.ticks,
+                        });
                         turn += 1;
                     }
                 }

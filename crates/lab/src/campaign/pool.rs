@@ -137,7 +137,7 @@ impl Pool<'_> {
             bail!("the broker told of no window");
         }
         let _one = self.adding.lock().expect("nobody panics with it");
-        runs::add(self.out, &made.run)?;
+        runs::add(self.out, &made.run, &made.ticks)?;
         let [before, after] = [0, 1].map(|at| felt(&made.felt.latencies[at]));
         let line = json!({"name": spec.name, "before": before, "after": after, "records_lost": made.lost});
         let path = self.out.join("guests.jsonl");

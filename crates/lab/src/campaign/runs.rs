@@ -1,13 +1,14 @@
 //! What a campaign leaves behind: labels, one JSON object a line in `runs.jsonl`, and the windows of each run in a file of its name.
 //!
-//! `NAME.records.gz` is what [`Record::encode`] makes of each window, one after the other, compressed. A run counts once its label is
+//! `NAME.records.gz` is what [`Record::encode`] makes of each window, one after the other, compressed; `NAME.ticks.gz` the same of its ticks,
+//! for runs whose plan wants them. A run counts once its label is
 //! written, which comes last: what was killed in between is made again.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use flate2::Compression;
 use flate2::read::MultiGzDecoder;
 use flate2::write::GzEncoder;
@@ -67,8 +68,18 @@ pub(crate) struct Label {
 /// # Errors
 /// A label or a record cannot be read; the error names the file and where in it.
 pub(crate) fn read(dir: &Path) -> anyhow::Result<Vec<Run>> {
-    let run = |label: Label| Ok(Run { windows: read_windows(&records_path(dir, &label.name))?, label });
+    let run = |label: Label| Ok(Run { windows: read_records(&records_path(dir, &label.name), Grain::Window)?, label });
     read_labels(dir)?.into_iter().map(run).collect()
+}
+
+/// The ticks of a run, oldest first; none where its plan did not want them.
+///
+/// # Errors
+/// As [`read`].
+#[allow(dead_code, reason = "part of the interface: for whoever asks how soon something was seen")]
+pub(crate) fn read_ticks(dir: &Path, label: &Label) -> anyhow::Result<Vec<Record>> {
+    let path = ticks_path(dir, &label.name);
+    if path.exists() { read_records(&path, Grain::Tick) } else { Ok(Vec::new()) }
 }
 
 /// The labels alone, in the order of the plan. A line without an end was being written when the campaign was killed: it does not count.
@@ -96,9 +107,12 @@ pub(super) fn write_labels(dir: &Path, labels: &[Label]) -> anyhow::Result<()> {
     replace(&dir.join(LABELS), text.as_bytes())
 }
 
-/// Adds a run.
-pub(super) fn add(dir: &Path, run: &Run) -> anyhow::Result<()> {
+/// Adds a run, with its ticks if there are any.
+pub(super) fn add(dir: &Path, run: &Run, ticks: &[Record]) -> anyhow::Result<()> {
     replace(&records_path(dir, &run.label.name), &encode(&run.windows)?)?;
+    if !ticks.is_empty() {
+        replace(&ticks_path(dir, &run.label.name), &encode(ticks)?)?;
+    }
     let path = dir.join(LABELS);
     let mut file = File::options().create(true).append(true).open(&path)?;
     let line = serde_json::to_string(&run.label)? + "\n";
@@ -109,13 +123,17 @@ fn records_path(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.records.gz"))
 }
 
+fn ticks_path(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.ticks.gz"))
+}
+
 fn encode(windows: &[Record]) -> anyhow::Result<Vec<u8>> {
     let mut out = GzEncoder::new(Vec::new(), Compression::default());
     windows.iter().try_for_each(|window| out.write_all(&window.encode()))?;
     Ok(out.finish()?)
 }
 
-fn decode(bytes: &[u8]) -> anyhow::Result<Vec<Record>> {
+fn decode(bytes: &[u8], grain: Grain) -> anyhow::Result<Vec<Record>> {
     let mut raw = Vec::new();
     MultiGzDecoder::new(bytes).take(BYTES_MAX).read_to_end(&mut raw)?;
     ensure!(
@@ -124,15 +142,17 @@ fn decode(bytes: &[u8]) -> anyhow::Result<Vec<Record>> {
         raw.len()
     );
     let record = |(row, bytes): (usize, &[u8])| Record::decode(bytes).with_context(|| format!("record {row}"));
-    let windows = raw.chunks_exact(RECORD_BYTES).enumerate().map(record).collect::<anyhow::Result<Vec<_>>>()?;
-    let tick = windows.iter().position(|it| it.grain != Grain::Window);
-    ensure!(tick.is_none(), "record {} is of a tick, expected windows", tick.unwrap_or(0));
-    Ok(windows)
+    let records = raw.chunks_exact(RECORD_BYTES).enumerate().map(record).collect::<anyhow::Result<Vec<_>>>()?;
+    let other = records.iter().enumerate().find(|(_, it)| it.grain != grain);
+    if let Some((row, other)) = other {
+        bail!("record {row} is of a {}, expected one of a {}", other.grain.name(), grain.name());
+    }
+    Ok(records)
 }
 
-fn read_windows(path: &Path) -> anyhow::Result<Vec<Record>> {
+fn read_records(path: &Path, grain: Grain) -> anyhow::Result<Vec<Record>> {
     let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
-    decode(&bytes).with_context(|| path.display().to_string())
+    decode(&bytes, grain).with_context(|| path.display().to_string())
 }
 
 /// Writes a file under another name first: what is killed leaves no part of one.
@@ -198,7 +218,7 @@ mod tests {
     fn runs_come_back_whole_and_in_order_whichever_was_done_first() {
         let dir = Dir::new("order");
         for it in [run("00002", 3), run("00000", 0), run("00001", 500)] {
-            add(&dir.0, &it).expect("added");
+            add(&dir.0, &it, &[]).expect("added");
         }
         let back = read(&dir.0).expect("whole");
         assert_eq!(back.iter().map(|it| it.label.name.as_str()).collect::<Vec<_>>(), ["00000", "00001", "00002"]);
@@ -209,7 +229,7 @@ mod tests {
     #[test]
     fn a_label_that_was_being_written_does_not_count_and_one_that_is_broken_is_named() {
         let dir = Dir::new("torn");
-        add(&dir.0, &run("00000", 1)).expect("added");
+        add(&dir.0, &run("00000", 1), &[]).expect("added");
         let path = dir.0.join(LABELS);
         let whole = std::fs::read_to_string(&path).expect("labels");
         std::fs::write(&path, format!("{whole}{{\"name\":\"00001\"")).expect("torn");
@@ -224,11 +244,22 @@ mod tests {
     #[test]
     fn records_that_are_cut_or_no_windows_are_refused() {
         let whole = encode(&run("00000", 20).windows).expect("memory has room");
-        assert_eq!(decode(&whole).expect("whole").len(), 20);
-        decode(&whole[..whole.len() - 9]).expect_err("cut");
+        assert_eq!(decode(&whole, Grain::Window).expect("whole").len(), 20);
+        decode(&whole[..whole.len() - 9], Grain::Window).expect_err("cut");
         let tick = Record::new(Grain::Tick, 0, 1, 0, 20_000);
-        let error = decode(&encode(&[tick]).expect("memory has room")).expect_err("a tick").to_string();
-        assert!(error.contains("record 0 is of a tick"), "{error}");
+        let error = decode(&encode(&[tick]).expect("memory has room"), Grain::Window).expect_err("a tick").to_string();
+        assert!(error.contains("record 0 is of a tick, expected one of a window"), "{error}");
+    }
+
+    #[test]
+    fn ticks_are_kept_where_there_are_any() {
+        let dir = Dir::new("ticks");
+        let ticks = [0, 1].map(|number| Record::new(Grain::Tick, number, 1, number, 20_000));
+        add(&dir.0, &run("00000", 3), &ticks).expect("added");
+        add(&dir.0, &run("00001", 3), &[]).expect("added");
+        assert_eq!(read_ticks(&dir.0, &label("00000")).expect("there"), ticks);
+        assert_eq!(read_ticks(&dir.0, &label("00001")).expect("none"), []);
+        assert_eq!(read(&dir.0).expect("whole").len(), 2);
     }
 
     #[test]
