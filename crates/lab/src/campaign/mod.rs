@@ -26,6 +26,7 @@ mod plan;
 mod pool;
 mod runs;
 mod scene;
+mod script;
 mod summary;
 mod workload;
 
