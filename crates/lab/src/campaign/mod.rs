@@ -11,8 +11,9 @@
 //! once in five.
 //!
 //! What is made is what its plan and seeds say, times to the millisecond; what the machine does meanwhile is not. `DIR` holds `plan.toml`,
-//! `runs.jsonl` (see [`Label`]), `NNNNN.records.gz` and `guests.jsonl`, what each guest felt. A campaign that was ended goes on where it was
-//! when it is started again with the same plan.
+//! `runs.jsonl` (see [`Label`]), `NNNNN.records.gz` and `guests.jsonl`, what each guest felt. A guest that loses its disk where no fault has
+//! begun says something of the machine, not of the run: that run is void, is noted in `void.jsonl` and made again. A campaign that was ended
+//! goes on where it was when it is started again with the same plan.
 
 mod form;
 mod fuse;

@@ -87,7 +87,8 @@ fn repair(out: &Path) -> anyhow::Result<HashSet<String>> {
     if !out.join("runs.jsonl").exists() {
         return Ok(HashSet::new());
     }
-    let labels = runs::read_labels(out)?;
+    let (void, labels): (Vec<_>, Vec<_>) = runs::read_labels(out)?.into_iter().partition(runs::Label::is_void);
+    void.iter().try_for_each(|label| runs::note_void(out, label))?;
     runs::write_labels(out, &labels)?;
     Ok(labels.into_iter().map(|label| label.name).collect())
 }
@@ -98,7 +99,10 @@ impl Pool<'_> {
         while let Some(spec) = self.take() {
             let mut result = self.make(spec, &image);
             for _ in 1..TRIES {
-                if result.is_err() && !interrupt::is_asked() {
+                if let Err(error) = &result
+                    && !interrupt::is_asked()
+                {
+                    eprintln!("{} {}: {error:#}; once more", spec.name, spec.kind.name);
                     result = self.make(spec, &image);
                 }
             }
@@ -129,7 +133,14 @@ impl Pool<'_> {
         let made = make(spec, self.plan, Place { directory: &directory, image });
         // What is mounted there was unmounted; what is left is in nobody's way.
         let _ = std::fs::remove_dir_all(&directory);
-        made
+        let made = made?;
+        let label = &made.run.label;
+        if label.is_void() {
+            let _one = self.adding.lock().expect("nobody panics with it");
+            runs::note_void(self.out, label)?;
+            bail!("void: {} with no fault yet", label.failure.as_deref().unwrap_or_default());
+        }
+        Ok(made)
     }
 
     fn add(&self, spec: &Spec, made: &Made) -> anyhow::Result<()> {

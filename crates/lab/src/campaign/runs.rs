@@ -16,6 +16,8 @@ use warmswap_predict::{Grain, RECORD_BYTES, Record};
 
 /// File of the labels.
 const LABELS: &str = "runs.jsonl";
+/// File of the labels of runs that were void.
+const VOID: &str = "void.jsonl";
 /// A run has fewer bytes of records than this: hours of windows.
 const BYTES_MAX: u64 = 256 << 20;
 
@@ -63,6 +65,15 @@ pub(crate) struct Label {
     pub(crate) causes: Vec<String>,
 }
 
+impl Label {
+    /// Whether the guest lost its disk to something that nobody injected, the machine's other work most likely. Such a run is neither a
+    /// failure nor its absence.
+    pub(super) fn is_void(&self) -> bool {
+        let before = self.failure_unix_ns.zip(self.onset_unix_ns).is_some_and(|(failure, onset)| failure < onset);
+        self.failure.is_some() && (!self.fault || before)
+    }
+}
+
 /// Every run of a campaign, in the order of its plan.
 ///
 /// # Errors
@@ -97,6 +108,11 @@ pub(super) fn read_labels(dir: &Path) -> anyhow::Result<Vec<Label>> {
     Ok(labels)
 }
 
+/// Notes a run that is void, and will be made again.
+pub(super) fn note_void(dir: &Path, label: &Label) -> anyhow::Result<()> {
+    append(&dir.join(VOID), label)
+}
+
 /// Replaces all labels by these.
 pub(super) fn write_labels(dir: &Path, labels: &[Label]) -> anyhow::Result<()> {
     let mut text = String::new();
@@ -113,10 +129,13 @@ pub(super) fn add(dir: &Path, run: &Run, ticks: &[Record]) -> anyhow::Result<()>
     if !ticks.is_empty() {
         replace(&ticks_path(dir, &run.label.name), &encode(ticks)?)?;
     }
-    let path = dir.join(LABELS);
-    let mut file = File::options().create(true).append(true).open(&path)?;
-    let line = serde_json::to_string(&run.label)? + "\n";
-    file.write_all(line.as_bytes()).with_context(|| format!("writing {}", path.display()))
+    append(&dir.join(LABELS), &run.label)
+}
+
+fn append(path: &Path, label: &Label) -> anyhow::Result<()> {
+    let line = serde_json::to_string(label)? + "\n";
+    let file = File::options().create(true).append(true).open(path);
+    file.and_then(|mut file| file.write_all(line.as_bytes())).with_context(|| format!("writing {}", path.display()))
 }
 
 fn records_path(dir: &Path, name: &str) -> PathBuf {
@@ -260,6 +279,19 @@ mod tests {
         assert_eq!(read_ticks(&dir.0, &label("00000")).expect("there"), ticks);
         assert_eq!(read_ticks(&dir.0, &label("00001")).expect("none"), []);
         assert_eq!(read(&dir.0).expect("whole").len(), 2);
+    }
+
+    #[test]
+    fn a_guest_that_loses_its_disk_to_nobody_makes_a_run_void() {
+        let onset = label("00000").onset_unix_ns.expect("it has one");
+        let failed = |fault: bool, at: u64| Label {
+            fault,
+            failure_unix_ns: Some(at),
+            failure: Some("gone".to_owned()),
+            ..label("00000")
+        };
+        assert!(!label("00000").is_void() && !failed(true, onset + 1).is_void());
+        assert!(failed(true, onset - 1).is_void() && failed(false, onset + 1).is_void());
     }
 
     #[test]
