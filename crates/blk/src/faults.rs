@@ -315,5 +315,12 @@ mod tests {
         }
         let fault = parse("latency:shape=ramp,us=5,over_ms=10,from_ms=1,for_ms_in_all=2").expect("it is right");
         assert_eq!((fault.from_ns, fault.until_ns), (1_000_000, 3_000_000));
+        let times = [999_999, 1_000_000, 2_999_999, 3_000_000].map(|elapsed| fault.is_active_at(Some(elapsed)));
+        assert_eq!((times, fault.is_active_at(None)), ([false, true, true, false], false));
+        for (text, expected) in [("descriptors:every=7", 7), ("threads:every=0", 1)] {
+            let fault = parse(text).expect(text);
+            let (What::Descriptors { every } | What::Threads { every }) = fault.what else { panic!("{text}") };
+            assert_eq!(every, expected, "{text}");
+        }
     }
 }
