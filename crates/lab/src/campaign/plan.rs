@@ -2,7 +2,7 @@
 //!
 //! ```toml
 //! healthy_s = 10.0        # before a fault begins
-//! fault_s = 10.0          # from there to collapse
+//! fault_s = 10.0          # from there to collapse; what runs out has 120 windows, poison grows by a hundredth a window to four times
 //! harmless_s = 25.0       # a run without a fault
 //! timeout_ms = 1000       # a guest that gets no answer for so long has lost its disk
 //! tick_ms = 20
