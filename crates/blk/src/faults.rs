@@ -11,6 +11,8 @@
 //! | `lose-completion` | `every` | its completion is never published |
 //! | `lose-interrupt` | `every` | the call that is due is not sent |
 //! | `leak` | `bytes` | so much memory is lost with every request |
+//! | `descriptors` | `every` | with every so many-th request a descriptor is lost; where there is none left the process aborts |
+//! | `threads` | `every` | the same with threads |
 //! | `convoy` | `hold_us`, `every_us` | the worker queues for a lock that another thread holds that long, that often |
 //! | `spin` | | the worker computes for ever; the control thread answers |
 //! | `kill` | `store` | the process is killed before that store, counted from one, into memory shared with others |
@@ -49,6 +51,8 @@ enum What {
     LoseCompletion { every: u64 },
     LoseInterrupt { every: u64 },
     Leak { bytes: usize },
+    Descriptors { every: u64 },
+    Threads { every: u64 },
     Convoy { hold: Duration, every: Duration },
     Spin,
     Kill,
@@ -109,6 +113,8 @@ fn parse(text: &str) -> Result<Fault, String> {
         "lose-completion" => What::LoseCompletion { every: number("every", 1000)?.max(1) },
         "lose-interrupt" => What::LoseInterrupt { every: number("every", 1000)?.max(1) },
         "leak" => What::Leak { bytes: number("bytes", 4096)? as usize },
+        "descriptors" => What::Descriptors { every: number("every", 100)?.max(1) },
+        "threads" => What::Threads { every: number("every", 100)?.max(1) },
         "convoy" => What::Convoy {
             hold: Duration::from_micros(number("hold_us", 1000)?),
             every: Duration::from_micros(number("every_us", 2000)?),
@@ -127,13 +133,38 @@ fn parse(text: &str) -> Result<Fault, String> {
     Ok(Fault { what, from_ns, until_ns, count: AtomicU64::new(0) })
 }
 
-fn convoy(hold: Duration, every: Duration) {
+/// Where it is not its time, a convoy looks again so much later.
+const CONVOY_AGAIN: Duration = Duration::from_millis(5);
+
+fn convoy(fault: &Fault, hold: Duration, every: Duration) {
     loop {
-        std::thread::sleep(every);
-        if active().any(|fault| matches!(fault.what, What::Convoy { .. })) {
+        if fault.is_active() {
+            std::thread::sleep(every);
             let _held = CONVOY.lock();
             std::thread::sleep(hold);
+        } else {
+            std::thread::sleep(CONVOY_AGAIN);
         }
+    }
+}
+
+/// Loses a descriptor. A program that cannot go on without one aborts.
+fn lose_descriptor() {
+    match rustix::io::dup(std::io::stderr()) {
+        Ok(lost) => std::mem::forget(lost),
+        Err(_) => std::process::abort(),
+    }
+}
+
+/// Loses a thread.
+fn lose_thread() {
+    let forever = || {
+        loop {
+            std::thread::park();
+        }
+    };
+    if std::thread::Builder::new().stack_size(64 << 10).spawn(forever).is_err() {
+        std::process::abort();
     }
 }
 
@@ -141,7 +172,7 @@ fn convoy(hold: Duration, every: Duration) {
 pub(crate) fn start() {
     for fault in PLAN.get().into_iter().flatten() {
         if let What::Convoy { hold, every } = fault.what {
-            std::thread::spawn(move || convoy(hold, every));
+            std::thread::spawn(move || convoy(fault, hold, every));
         }
     }
 }
@@ -162,10 +193,18 @@ fn elapsed_ns() -> Option<u64> {
 fn active() -> impl Iterator<Item = &'static Fault> {
     let elapsed = elapsed_ns();
     let plan = PLAN.get().map_or(&[][..], Vec::as_slice);
-    plan.iter().filter(move |fault| elapsed.is_some_and(|it| it >= fault.from_ns && it < fault.until_ns))
+    plan.iter().filter(move |fault| fault.is_active_at(elapsed))
 }
 
 impl Fault {
+    fn is_active(&self) -> bool {
+        self.is_active_at(elapsed_ns())
+    }
+
+    fn is_active_at(&self, elapsed: Option<u64>) -> bool {
+        elapsed.is_some_and(|it| it >= self.from_ns && it < self.until_ns)
+    }
+
     fn is_turn(&self, every: u64) -> bool {
         self.count.fetch_add(1, Ordering::Relaxed) % every == every - 1
     }
@@ -203,7 +242,7 @@ pub(crate) fn delay_ns(kind: Kind, sector: u64) -> u64 {
             if sector < *first || sector > *last || of.is_some_and(|of| of != kind) {
                 return 0;
             }
-            let since = elapsed - fault.from_ns;
+            let since = elapsed.saturating_sub(fault.from_ns);
             match shape {
                 Shape::Step => *ns,
                 Shape::Ramp { over_ns } => {
@@ -219,12 +258,24 @@ pub(crate) fn delay_ns(kind: Kind, sector: u64) -> u64 {
             }
         }
         What::Stop { every_ns, for_ns } => {
-            let at = (elapsed - fault.from_ns) % (*every_ns).max(1);
+            let at = elapsed.saturating_sub(fault.from_ns) % (*every_ns).max(1);
             for_ns.saturating_sub(at)
         }
         What::Leak { bytes } => {
             // Touched, or it would cost nothing.
             std::mem::forget(vec![1_u8; *bytes]);
+            0
+        }
+        What::Descriptors { every } => {
+            if fault.is_turn(*every) {
+                lose_descriptor();
+            }
+            0
+        }
+        What::Threads { every } => {
+            if fault.is_turn(*every) {
+                lose_thread();
+            }
             0
         }
         _ => 0,
@@ -264,5 +315,12 @@ mod tests {
         }
         let fault = parse("latency:shape=ramp,us=5,over_ms=10,from_ms=1,for_ms_in_all=2").expect("it is right");
         assert_eq!((fault.from_ns, fault.until_ns), (1_000_000, 3_000_000));
+        let times = [999_999, 1_000_000, 2_999_999, 3_000_000].map(|elapsed| fault.is_active_at(Some(elapsed)));
+        assert_eq!((times, fault.is_active_at(None)), ([false, true, true, false], false));
+        for (text, expected) in [("descriptors:every=7", 7), ("threads:every=0", 1)] {
+            let fault = parse(text).expect(text);
+            let (What::Descriptors { every } | What::Threads { every }) = fault.what else { panic!("{text}") };
+            assert_eq!(every, expected, "{text}");
+        }
     }
 }

@@ -3,6 +3,7 @@
 //! Each subcommand is one instrument; its module says what it checks and what it does not.
 
 mod bench;
+mod campaign;
 mod common;
 mod crash;
 mod eval;
@@ -34,6 +35,8 @@ enum Instrument {
     Bench(bench::Args),
     /// Our own backend alone, killed before every store it makes into shared memory, and what the next one makes of it.
     Crash(crash::Args),
+    /// Fault campaigns: real backends driven into failure, and healthy ones, with labels and profiles.
+    Campaign(campaign::Args),
     /// The late write of a killed backend, and the fence that holds it off.
     Fence(fence::Args),
     /// How unusual each row of a series is: the detector of the failure model on any table.
@@ -60,6 +63,7 @@ fn main() -> std::process::ExitCode {
         Instrument::Rig(args) => rig::run(&args),
         Instrument::Bench(args) => bench::run(&args),
         Instrument::Crash(args) => crash::run(&args),
+        Instrument::Campaign(args) => campaign::run(&args),
         Instrument::Fence(args) => fence::run(&args),
         Instrument::Score(args) => score::run(&args),
         Instrument::Vus(args) => vus::run(&args),

@@ -3,6 +3,7 @@
 
 pub(crate) mod blk;
 pub(crate) mod broker;
+pub(crate) mod cgroup;
 pub(crate) mod commit;
 pub(crate) mod interrupt;
 pub(crate) mod lines;

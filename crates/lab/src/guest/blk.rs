@@ -397,6 +397,11 @@ impl BlkQueue {
         needed
     }
 
+    /// As [`BlkQueue::kick`], but the kick goes astray. True: it was due.
+    pub(crate) fn lose_kick(&mut self) -> bool {
+        self.vring.needs_kick()
+    }
+
     /// Takes the next completed request.
     ///
     /// # Errors
