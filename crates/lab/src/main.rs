@@ -11,6 +11,7 @@ mod fence;
 mod guest;
 mod rig;
 mod score;
+mod train;
 mod vm;
 mod vus;
 
@@ -41,6 +42,10 @@ enum Instrument {
     Fence(fence::Args),
     /// How unusual each row of a series is: the detector of the failure model on any table.
     Score(score::Args),
+    /// Fits the model that components begin with to the runs of a campaign.
+    Train(train::Args),
+    /// What the failure model is worth, beside what others run.
+    Eval(eval::Args),
     /// How well the scores of a detector agree with labels: VUS-PR.
     Vus(vus::Args),
 }
@@ -66,6 +71,8 @@ fn main() -> std::process::ExitCode {
         Instrument::Campaign(args) => campaign::run(&args),
         Instrument::Fence(args) => fence::run(&args),
         Instrument::Score(args) => score::run(&args),
+        Instrument::Train(args) => train::run(&args),
+        Instrument::Eval(args) => eval::run(&args),
         Instrument::Vus(args) => vus::run(&args),
     };
     match outcome {

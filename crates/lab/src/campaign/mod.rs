@@ -25,7 +25,7 @@ mod kind;
 mod make;
 mod plan;
 mod pool;
-mod runs;
+pub(crate) mod runs;
 mod scene;
 mod script;
 mod summary;

@@ -1,6 +1,34 @@
-//! What the evaluation of detectors rests on: the measures, and the tables they are computed from.
+//! How good detectors are: measures, tables, what others run, and the protocol by which the failure model is judged.
 
+pub(crate) mod baselines;
 pub(crate) mod columns;
+pub(crate) mod components;
+pub(crate) mod fit;
+pub(crate) mod health;
 pub(crate) mod period;
+pub(crate) mod protocol;
+pub(crate) mod replay;
 pub(crate) mod table;
+pub(crate) mod trees;
 pub(crate) mod vus;
+
+/// Options of `lab eval`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+/// What is judged, and by what.
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// The failure model, by the runs of a campaign: recall, lead times, false alarms, calibration, baselines.
+    Runs(protocol::Args),
+}
+
+/// Judges.
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    match &args.what {
+        What::Runs(args) => protocol::run(args),
+    }
+}
