@@ -11,7 +11,7 @@ use crate::math::normal;
 const POINTS: usize = 16;
 const PAIRS: usize = POINTS * (POINTS - 1) / 2;
 /// A forecast is made of at least so many.
-const POINTS_MIN: usize = 6;
+const POINTS_MIN: usize = 8;
 /// Windows between two estimates of the slope.
 const EVERY: u32 = 8;
 

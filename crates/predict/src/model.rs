@@ -16,7 +16,7 @@ use crate::evidence::Evidence;
 use crate::exhaust::Exhaustion;
 use crate::inputs::{INPUT_COUNT, INPUTS, Input};
 use crate::knowledge::{Knowledge, Seen};
-use crate::outcomes::{Kind, OUTCOME_COUNT, OUTCOMES};
+use crate::outcomes::{Kind, MISSES, OUTCOME_COUNT, OUTCOMES};
 use crate::record::Record;
 use crate::scale::Scale;
 use crate::schema::Feature;
@@ -60,6 +60,15 @@ const STRIDES: [u32; 2] = [2, 512];
 /// A drift that is borne with, as a part of [`WHOLE_SLOWDOWN`]: 1.3 times.
 const DRIFT_BORNE: f32 = 0.19;
 
+/// Memory is looked at in this, in bytes.
+const ANON_UNIT: f32 = (1u32 << 30) as f32;
+/// A backend that just began is still filling what it needs.
+const STARTED_AFTER: u64 = 15;
+/// One that had no processor for more than this share of the time is starved: it has lost nothing.
+const STARVED: f32 = 0.2;
+/// Requests that fail or are tried again, per second, at harm 1, as a logarithm to the base 2.
+const WHOLE_ERRORS: f32 = 10.0;
+
 /// Changes of the scores of one kind of outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Change {
@@ -81,6 +90,15 @@ struct Volatile {
     /// The last means of a block of harm and of risk, in the making.
     blocks: [f32; 2],
     block: u32,
+    /// Shares as they were read last: some are read once a second only.
+    shares: [f32; RESOURCES.len()],
+    /// Memory that is not of files, in [`ANON_UNIT`]s: what leaks.
+    anon: Exhaustion,
+    anon_share: f32,
+    /// Share that the page cache did not have, as it was told last.
+    misses: f32,
+    /// For how long a kick and an interrupt had no effect at the end of the last window, in microseconds.
+    overdue: [f32; 2],
     /// Windows of this process.
     windows: u64,
 }
@@ -94,6 +112,11 @@ impl Default for Volatile {
             evidence: [Evidence::default(); 3],
             blocks: [0.0; 2],
             block: 0,
+            shares: [f32::NAN; RESOURCES.len()],
+            anon: Exhaustion::new(STRIDES[0]),
+            anon_share: f32::NAN,
+            misses: 0.0,
+            overdue: [0.0; 2],
             windows: 0,
         }
     }
@@ -155,7 +178,11 @@ impl Model {
             self.backend = record.backend;
             self.volatile = Volatile::default();
         }
-        let seen = Seen::of(record);
+        let mut seen = Seen::of(record);
+        // Told once a second only.
+        let misses = &mut self.volatile.misses;
+        *misses = record.get(Feature::ReadBytes).map_or(*misses, |_| seen.context[MISSES]);
+        seen.context[MISSES] = *misses;
         self.volatile.windows += 1;
         let residuals = self.accepted.residuals(&seen, &trained.floors);
         self.scores = residuals.map(|(_, score)| score.clamp(-SCORE_MAX, SCORE_MAX));
@@ -260,10 +287,16 @@ impl Model {
     }
 
     fn see_resources(&mut self, record: &Record) {
-        for (resource, feature) in self.volatile.resources.iter_mut().zip(RESOURCES) {
-            if let Some(share) = record.get(feature) {
-                resource.iter_mut().for_each(|resource| resource.see(share));
+        let Volatile { windows, resources, shares, anon, anon_share, .. } = &mut self.volatile;
+        for ((resource, share), feature) in resources.iter_mut().zip(shares).zip(RESOURCES) {
+            *share = record.get(feature).unwrap_or(*share);
+            if *windows > STARTED_AFTER {
+                resource.iter_mut().for_each(|resource| resource.see(*share));
             }
+        }
+        *anon_share = record.get(Feature::RssAnon).map_or(*anon_share, |bytes| bytes / ANON_UNIT);
+        if *windows > STARTED_AFTER {
+            anon.see(*anon_share);
         }
     }
 
@@ -279,8 +312,8 @@ impl Model {
         let drift = self.drift(seen);
         let value = |feature| record.get(feature).unwrap_or(0.0);
         let against = |us: f32, usual: f32| libm::logf(1.0 + us / usual.max(1.0)).max(0.0);
-        let resources = &self.volatile.resources;
-        let most = |of: &dyn Fn(&Exhaustion) -> f32| resources.iter().flatten().map(of).fold(0.0, f32::max);
+        let most =
+            |of: &dyn Fn(&Exhaustion) -> f32| self.resources().map(|(_, resource)| of(resource)).fold(0.0, f32::max);
         core::array::from_fn(|at| match INPUTS[at] {
             Input::Score(kind) => worst[kind as usize],
             Input::Sum(kind) => self.volatile.changes[kind as usize].slow,
@@ -289,7 +322,7 @@ impl Model {
             Input::Joint => self.joint,
             Input::Trend => trend,
             Input::Drift => drift,
-            Input::Share => RESOURCES.into_iter().map(value).fold(0.0, f32::max),
+            Input::Share => self.volatile.shares.into_iter().fold(0.0, f32::max),
             Input::Full10 => most(&|resource| if resource.grows() { resource.within(10.0) } else { 0.0 }),
             Input::Full60 => most(&|resource| if resource.grows() { resource.within(60.0) } else { 0.0 }),
             Input::Oldest => against(value(Feature::OldestAge), self.longest_us.max(LOST_US / 10.0)),
@@ -319,8 +352,7 @@ impl Model {
         if !self.is_warm() {
             return;
         }
-        let failing = record.get(Feature::ErrorShare).unwrap_or(0.0);
-        let harm = [slowdown.max(failing), risk];
+        let harm = [slowdown.max(visible(record)), risk];
         let borne = [SLOWDOWN_BORNE, trained.tolerance];
         for at in 0..2 {
             let tolerance = borne[at].max(OWN_MARGIN * self.own[at]).min(TOLERANCE_MAX);
@@ -364,10 +396,20 @@ impl Model {
     fn broken_law(&mut self, record: &Record) -> Option<Law> {
         let value = |feature| record.get(feature).unwrap_or(0.0);
         let limit = LOST_US.max(2.0 * self.longest_us);
+        let starved = value(Feature::RunDelay).max(value(Feature::Throttled)) > STARVED;
+        let overdue = [value(Feature::KickOverdue), value(Feature::CallOverdue)];
+        // What has had no effect for a whole window and longer, not what was late again and again.
+        let span = 0.9 * record.span_us as f32;
+        let [kick, call] = [0, 1].map(|at| overdue[at] > limit && overdue[at] >= self.volatile.overdue[at] + span);
+        self.volatile.overdue = overdue;
         let others = value(Feature::Completions) > 0.0 && value(Feature::Gap) < LOST_US;
-        let law = if value(Feature::KickOverdue) > limit {
+        let law = if starved {
+            None
+        } else if kick {
             Some(Law::KickIsSeen)
-        } else if self.is_warm() && others && value(Feature::OldestAge) > 4.0 * limit {
+        } else if call {
+            Some(Law::InterruptIsTaken)
+        } else if self.is_warm() && others && value(Feature::OldestAge) > 2.0 * limit {
             Some(Law::RequestIsCompleted)
         } else {
             None
@@ -379,12 +421,12 @@ impl Model {
         law
     }
 
-    /// Every view of every resource.
+    /// Every view of every resource. A group's memory is mostly page cache, which fills it in health: it counts if other memory grows.
     fn resources(&self) -> impl Iterator<Item = (Feature, &Exhaustion)> {
-        RESOURCES
-            .into_iter()
-            .zip(&self.volatile.resources)
-            .flat_map(|(feature, views)| views.iter().map(move |view| (feature, view)))
+        let leaks = self.volatile.anon.grows();
+        let there = RESOURCES.into_iter().zip(&self.volatile.resources);
+        let there = there.filter(move |(feature, _)| *feature != Feature::MemoryShare || leaks);
+        there.flat_map(|(feature, views)| views.iter().map(move |view| (feature, view)))
     }
 
     fn first_exhausted(&self) -> Option<(Feature, crate::exhaust::Forecast)> {
@@ -466,6 +508,16 @@ fn worst(scores: &[f32; OUTCOME_COUNT]) -> [f32; Kind::COUNT] {
         }
     }
     worst
+}
+
+/// What a guest sees without knowing what is usual: the share of time without a completion while requests waited, requests that fail, requests
+/// that had to be tried again.
+fn visible(record: &Record) -> f32 {
+    let value = |feature| record.get(feature).unwrap_or(0.0).max(0.0);
+    let stalled = value(Feature::Gap) / (record.span_us as f32).max(1.0);
+    let troubled = value(Feature::Errors) + value(Feature::Retries) + value(Feature::Malformed);
+    let troubled = libm::log2f(1.0 + troubled) / WHOLE_ERRORS;
+    stalled.max(value(Feature::ErrorShare)).max(troubled).min(1.0)
 }
 
 /// How much slower requests are than expected, as a part of [`WHOLE_SLOWDOWN`], 0 to 1: the mean over the latencies that are there.
@@ -588,8 +640,12 @@ mod tests {
     fn a_leak_is_announced_well_before_its_end() {
         let mut component = Component::new();
         (0..200).for_each(|_| assert_eq!(component.see(2.0, &healthy).alarm, None));
-        let leak =
-            |step: u32| move |record: &mut Record| record.set(Feature::MemoryShare, Some(0.4 + step as f32 / 500.0));
+        let leak = |step: u32| {
+            move |record: &mut Record| {
+                record.set(Feature::MemoryShare, Some(0.4 + step as f32 / 500.0));
+                record.set(Feature::RssAnon, Some(1e7 + step as f32 * 1e6));
+            }
+        };
         let found = (0..300).find(|step| component.see(2.0, &leak(*step)).alarm.is_some());
         let left = 300 - found.expect("it is announced");
         assert!((20..150).contains(&left), "{left} windows before");
@@ -603,8 +659,9 @@ mod tests {
     #[test]
     fn a_lost_kick_needs_no_learning() {
         let mut component = Component::new();
-        let lost = |record: &mut Record| record.set(Feature::KickOverdue, Some(200_000.0));
-        assert_eq!(component.see(1.0, &lost).alarm, Some(Alarm::Law(Law::KickIsSeen)));
+        let lost = |us: f32| move |record: &mut Record| record.set(Feature::KickOverdue, Some(us));
+        assert_eq!(component.see(1.0, &lost(200_000.0)).alarm, None, "it may only be late");
+        assert_eq!(component.see(1.0, &lost(1_200_000.0)).alarm, Some(Alarm::Law(Law::KickIsSeen)));
     }
 
     #[test]

@@ -112,9 +112,11 @@ pub const OUTCOMES: [(Feature, Kind); OUTCOME_COUNT] = [
 pub const OUTCOME_COUNT: usize = 37;
 
 /// Number of terms of context, the constant 1 among them.
-pub const CONTEXT_COUNT: usize = 8;
+pub const CONTEXT_COUNT: usize = 9;
 /// Place of the depth among them.
 pub(crate) const DEPTH: usize = 1;
+/// Place of the share that the page cache did not have.
+pub(crate) const MISSES: usize = 8;
 
 /// An outcome on its scale, if it is not missing.
 #[must_use]
@@ -126,8 +128,8 @@ pub fn outcome(record: &Record, at: usize) -> Option<f32> {
 /// A value on the scale of its unit.
 fn scaled(feature: Feature, value: f32) -> f32 {
     let least = match feature.spec().unit {
-        // One where a slowdown begins to matter to anybody.
-        Unit::Micros => 10.0,
+        // Where a slowdown begins to matter to anybody; what is shorter is also measured less well.
+        Unit::Micros => 50.0,
         Unit::PerSecond | Unit::Count => 1.0,
         Unit::Bytes | Unit::BytesPerSecond => 65_536.0,
         Unit::Cores => 0.01,
@@ -136,7 +138,8 @@ fn scaled(feature: Feature, value: f32) -> f32 {
     libm::logf(1.0 + (value / least).max(0.0))
 }
 
-/// The terms that outcomes are regressed on, each about as large as 1: what the guest asks for, and the host's pressure.
+/// The terms that outcomes are regressed on, each about as large as 1: what the guest asks for, how much of it the page cache did not have, and
+/// the host's pressure.
 ///
 /// Not the rate of requests: where the guest waits for answers it falls because the backend is slow, and would explain that away. The
 /// depth is the guest's choice there; where requests come by the clock it grows with latency, which is why its weight is bounded.
@@ -152,6 +155,7 @@ pub fn context(record: &Record) -> [f32; CONTEXT_COUNT] {
         libm::logf(value(Feature::Size).max(4096.0) / 4096.0) / 3.0,
         value(Feature::SequentialShare),
         value(Feature::HostCpuPressure),
+        (value(Feature::ReadBytes) / value(Feature::Bytes).max(1.0)).min(1.0),
     ]
 }
 
@@ -176,6 +180,6 @@ mod tests {
     fn what_is_missing_is_no_outcome_and_no_context() {
         let record = Record::new(Grain::Window, 0, 1, 0, 1);
         assert!((0..OUTCOME_COUNT).all(|at| outcome(&record, at).is_none()));
-        assert_eq!(context(&record), [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        assert_eq!(context(&record), [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
     }
 }

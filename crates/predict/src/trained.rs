@@ -7,7 +7,7 @@ use core::fmt;
 
 use crate::hazard::{BINS, HORIZON_COUNT, Hazard};
 use crate::inputs::{INPUT_COUNT, INPUTS, Input};
-use crate::outcomes::{CONTEXT_COUNT, DEPTH, Kind, OUTCOME_COUNT, OUTCOMES};
+use crate::outcomes::{CONTEXT_COUNT, DEPTH, Kind, MISSES, OUTCOME_COUNT, OUTCOMES};
 use crate::record::SCHEMA_VERSION;
 use crate::schema::Unit;
 
@@ -89,7 +89,9 @@ impl Trained {
         });
         let mut weights = [[0.0; CONTEXT_COUNT]; OUTCOME_COUNT];
         for (weights, (_, kind)) in weights.iter_mut().zip(OUTCOMES) {
-            weights[DEPTH] = if matches!(kind, Kind::Latency | Kind::Tail) { 0.7 } else { 0.0 };
+            if matches!(kind, Kind::Latency | Kind::Tail) {
+                (weights[DEPTH], weights[MISSES]) = (0.7, 1.0);
+            }
         }
         Trained { floors, weights, hazard: Self::prior_hazard(), tolerance: 0.05 }
     }

@@ -1,6 +1,6 @@
 //! What health is like over all components: how much outcomes vary in it, and how much risk it seems to have.
 
-use warmswap_predict::{OUTCOME_COUNT, Trained, WARM_AFTER, context, outcome};
+use warmswap_predict::{CONTEXT_COUNT, OUTCOME_COUNT, Trained, WARM_AFTER, context, outcome};
 
 use super::fit::Sample;
 use crate::campaign::runs::Run;
@@ -27,7 +27,7 @@ pub(crate) fn floors(prior: &Trained, runs: &[&Run]) -> [f32; OUTCOME_COUNT] {
 fn deviation(run: &Run, at: usize) -> Option<f32> {
     let until = run.label.onset_unix_ns.unwrap_or(u64::MAX);
     let healthy = run.windows.iter().take_while(|window| window.end_unix_ns < until);
-    let seen: Vec<(f32, [f32; 8])> =
+    let seen: Vec<(f32, [f32; CONTEXT_COUNT])> =
         healthy.filter_map(|window| Some((outcome(window, at)?, context(window)))).collect();
     let mut steps: Vec<f32> =
         seen.windows(2).filter(|two| is_alike(&two[0].1, &two[1].1)).map(|two| two[1].0 - two[0].0).collect();
@@ -40,7 +40,7 @@ fn deviation(run: &Run, at: usize) -> Option<f32> {
     Some(steps[steps.len() / 2] * 1.4826 / std::f32::consts::SQRT_2)
 }
 
-fn is_alike(one: &[f32; 8], other: &[f32; 8]) -> bool {
+fn is_alike(one: &[f32; CONTEXT_COUNT], other: &[f32; CONTEXT_COUNT]) -> bool {
     one.iter().zip(other).all(|(one, other)| (one - other).abs() < 0.2)
 }
 

@@ -61,7 +61,7 @@ struct Outcome {
     failed: bool,
     /// Windows without a fault, and false alarms in them.
     healthy_windows: u64,
-    false_alarms: u32,
+    false_alarms: Vec<&'static str>,
     /// Seconds from the first alarm to the failure.
     lead_s: Option<f64>,
     predicted: bool,
@@ -202,7 +202,7 @@ fn outcome(run: &Run, said: &[Said], args: &Args) -> Outcome {
         precursor: label.precursor,
         failed: label.failure_unix_ns.is_some(),
         healthy_windows: found.healthy_windows,
-        false_alarms: found.false_ones,
+        false_alarms: found.false_ones.into_iter().map(Alarm::name).collect(),
         lead_s,
         predicted: lead_s.is_some_and(|lead| lead >= 3.0 * args.failover_ms as f64 / 1e3),
         alarm: found.first.map(|(_, alarm)| Alarm::name(alarm)),
@@ -250,7 +250,7 @@ fn report(runs: &[Run], seen: &Judged, left_out: &Judged, args: &Args) -> Report
         row.runs += 1;
         row.failed += usize::from(outcome.failed);
         row.precursor |= outcome.precursor;
-        row.false_alarms += outcome.false_alarms;
+        row.false_alarms += u32::try_from(outcome.false_alarms.len()).unwrap_or(u32::MAX);
         if let Some(alarm) = outcome.alarm {
             *row.alarms.entry(alarm).or_default() += 1;
         }
@@ -269,7 +269,7 @@ fn report(runs: &[Run], seen: &Judged, left_out: &Judged, args: &Args) -> Report
         seen.outcomes.iter().filter(|it| it.predicted && it.precursor).filter_map(|it| it.lead_s).collect();
     let mut errors: Vec<f64> =
         seen.outcomes.iter().filter_map(|it| it.forecast_ratio).map(|it| (it - 1.0).abs()).collect();
-    let false_alarms: u32 = seen.outcomes.iter().map(|it| it.false_alarms).sum();
+    let false_alarms = per_kind.values().map(|row| row.false_alarms).sum::<u32>();
     let healthy_days = seen.outcomes.iter().map(|it| it.healthy_windows).sum::<u64>() as f64 / DAY;
     let directories: Vec<String> = args.runs.iter().map(|dir| dir.display().to_string()).collect();
     Report {

@@ -60,7 +60,7 @@ fn outcome(run: &Run, now: u64, horizon_ns: u64) -> Option<bool> {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Alarms {
     /// Alarms without a cause, of any number of windows each.
-    pub(crate) false_ones: u32,
+    pub(crate) false_ones: Vec<Alarm>,
     /// Windows in which nothing was wrong.
     pub(crate) healthy_windows: u64,
     /// The first after the injection began: when, why.
@@ -80,7 +80,7 @@ pub(crate) fn alarms(run: &Run, said: &[Said]) -> Alarms {
         if ill {
             alarms.first.get_or_insert((said.end_unix_ns, alarm));
         } else if said.end_unix_ns >= quiet_until {
-            alarms.false_ones += 1;
+            alarms.false_ones.push(alarm);
             // A failover and what comes after it: more of the same is no other false alarm.
             quiet_until = said.end_unix_ns + 60 * run.label.window_ms * 1_000_000;
         }
