@@ -66,6 +66,8 @@ const ANON_UNIT: f32 = (1u32 << 30) as f32;
 const STARTED_AFTER: u64 = 15;
 /// One that had no processor for more than this share of the time is starved: it has lost nothing.
 const STARVED: f32 = 0.2;
+/// Part of harm that is left after a window without any.
+const HARM_HELD: f32 = 0.85;
 /// Requests that fail or are tried again, per second, at harm 1, as a logarithm to the base 2.
 const WHOLE_ERRORS: f32 = 10.0;
 
@@ -97,8 +99,10 @@ struct Volatile {
     anon_share: f32,
     /// Share that the page cache did not have, as it was told last.
     misses: f32,
-    /// For how long a kick and an interrupt had no effect at the end of the last window, in microseconds.
-    overdue: [f32; 2],
+    /// For how long a kick and an interrupt had no effect, a request and all of them no answer, at the end of the last window, in microseconds.
+    overdue: [f32; 4],
+    /// Harm, held for a while.
+    harm: f32,
     /// Windows of this process.
     windows: u64,
 }
@@ -116,7 +120,8 @@ impl Default for Volatile {
             anon: Exhaustion::new(STRIDES[0]),
             anon_share: f32::NAN,
             misses: 0.0,
-            overdue: [0.0; 2],
+            overdue: [0.0; 4],
+            harm: 0.0,
             windows: 0,
         }
     }
@@ -352,7 +357,9 @@ impl Model {
         if !self.is_warm() {
             return;
         }
-        let harm = [slowdown.max(visible(record)), risk];
+        // Held: what stands still every few windows does harm in between as well.
+        self.volatile.harm = slowdown.max(visible(record)).max(HARM_HELD * self.volatile.harm);
+        let harm = [self.volatile.harm, risk];
         let borne = [SLOWDOWN_BORNE, trained.tolerance];
         for at in 0..2 {
             let tolerance = borne[at].max(OWN_MARGIN * self.own[at]).min(TOLERANCE_MAX);
@@ -397,25 +404,28 @@ impl Model {
         let value = |feature| record.get(feature).unwrap_or(0.0);
         let limit = LOST_US.max(2.0 * self.longest_us);
         let starved = value(Feature::RunDelay).max(value(Feature::Throttled)) > STARVED;
-        let overdue = [value(Feature::KickOverdue), value(Feature::CallOverdue)];
+        let overdue = [Feature::KickOverdue, Feature::CallOverdue, Feature::OldestAge, Feature::Gap].map(value);
         // What has had no effect for a whole window and longer, not what was late again and again.
         let span = 0.9 * record.span_us as f32;
-        let [kick, call] = [0, 1].map(|at| overdue[at] > limit && overdue[at] >= self.volatile.overdue[at] + span);
+        let lasts = |at: usize| overdue[at] > limit && overdue[at] >= self.volatile.overdue[at] + span;
+        let [kick, call, request, all] = [0, 1, 2, 3].map(lasts);
         self.volatile.overdue = overdue;
-        let others = value(Feature::Completions) > 0.0 && value(Feature::Gap) < LOST_US;
         let law = if starved {
             None
         } else if kick {
             Some(Law::KickIsSeen)
         } else if call {
             Some(Law::InterruptIsTaken)
-        } else if self.is_warm() && others && value(Feature::OldestAge) > 2.0 * limit {
+        } else if all {
+            Some(Law::AnythingIsCompleted)
+        } else if self.is_warm() && request && value(Feature::Completions) > 0.0 {
             Some(Law::RequestIsCompleted)
         } else {
             None
         };
         if law.is_none() && self.joint < GATE {
-            let longest = value(Feature::OldestAge).max(value(Feature::LatencyMax)).max(value(Feature::LatencyP999));
+            // Of those that ended: one that never does is not what is usual.
+            let longest = value(Feature::LatencyMax).max(value(Feature::LatencyP999));
             self.longest_us = (self.longest_us * 0.999).max(longest);
         }
         law

@@ -45,6 +45,8 @@ pub enum Law {
     KickIsSeen,
     /// A request is completed while younger ones are.
     RequestIsCompleted,
+    /// Something is completed while requests wait.
+    AnythingIsCompleted,
     /// An interrupt is followed by a look at the completions.
     InterruptIsTaken,
 }
@@ -81,6 +83,9 @@ impl fmt::Display for Alarm {
             Alarm::Law(Law::RequestIsCompleted) => {
                 f.write_str("a completion was lost: a request is not answered while younger ones are")
             }
+            Alarm::Law(Law::AnythingIsCompleted) => f.write_str(
+                "nothing has been completed for a whole window though requests wait and a processor was there",
+            ),
             Alarm::Law(Law::InterruptIsTaken) => {
                 f.write_str("an interrupt was lost: the guest has not looked at completions since")
             }
