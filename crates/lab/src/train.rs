@@ -91,7 +91,7 @@ pub(crate) fn read(directories: &[PathBuf]) -> anyhow::Result<Vec<Run>> {
 pub(crate) fn fit(runs: &[&Run]) -> (Trained, Vec<Sample>) {
     let prior = Trained::prior();
     let floors: [f32; OUTCOME_COUNT] = health::floors(&prior, runs);
-    let mut trained = Trained { floors, ..prior };
+    let mut trained = Trained { floors, weights: health::weights(&prior, runs), ..prior };
     let samples: Vec<Sample> =
         runs.iter().enumerate().flat_map(|(number, run)| samples(&trained, run, number)).collect();
     trained.hazard = fit::fit(&samples);
