@@ -95,6 +95,6 @@ pub(crate) fn fit(runs: &[&Run]) -> (Trained, Vec<Sample>) {
     let samples: Vec<Sample> =
         runs.iter().enumerate().flat_map(|(number, run)| samples(&trained, run, number)).collect();
     trained.hazard = fit::fit(&samples);
-    trained.tolerance = health::tolerance(&trained, &samples);
+    trained.tolerances = health::tolerances(&trained, &samples);
     (trained, samples)
 }

@@ -39,8 +39,8 @@ const SCORE_MAX: f32 = 10.0;
 const GATE: f32 = 4.0;
 /// Requests are slowed down by this much (a logarithm) at harm 1: four times.
 const WHOLE_SLOWDOWN: f32 = 1.386_294_4;
-/// A slowdown that is borne with, as a part of [`WHOLE_SLOWDOWN`]: 1.15 times.
-const SLOWDOWN_BORNE: f32 = 0.1;
+/// What is borne with in any case: requests 1.15 times as slow, and a risk of two in a hundred.
+const LEAST_BORNE: [f32; 2] = [0.1, 0.02];
 /// Evidence of what a component does itself in health: so much more is borne with.
 const OWN_MARGIN: f32 = 1.25;
 /// No tolerance is greater.
@@ -51,6 +51,10 @@ const BLOCK: u32 = 5;
 const LOST_US: f32 = 50_000.0;
 /// A resource that will be used up within so many windows is soon used up.
 const SOON: f32 = 30.0;
+/// A backend that answers nothing, or one request not, for this long, in microseconds, stands still: a disk may think for a while.
+const STALLED_US: f32 = 300_000.0;
+/// The block device below is where requests are, if it is busy for more than this part of the time.
+const BELOW: f32 = 0.9;
 /// Resources with a bound.
 const RESOURCES: [Feature; 4] =
     [Feature::MemoryShare, Feature::DescriptorShare, Feature::ThreadShare, Feature::StoreShare];
@@ -206,6 +210,7 @@ impl Model {
         let evidence = self.volatile.evidence.iter().map(Evidence::value).fold(0.0, f32::max);
         Verdict {
             risk,
+            harm: self.volatile.harm,
             evidence: (libm::logf(1.0 + evidence) / libm::logf(WINDOWS_PER_FALSE_ALARM)).min(1.0),
             alarm,
             causes: self.causes(trained, record),
@@ -360,14 +365,17 @@ impl Model {
         // Held: what stands still every few windows does harm in between as well.
         self.volatile.harm = slowdown.max(visible(record)).max(HARM_HELD * self.volatile.harm);
         let harm = [self.volatile.harm, risk];
-        let borne = [SLOWDOWN_BORNE, trained.tolerance];
+        let borne = trained.tolerances;
+        // What others of its kind do in health counts as long as little is known of this one.
+        let unknown = (1.0 - self.windows as f32 / COMMIT_EVERY as f32).max(0.0);
         for at in 0..2 {
-            let tolerance = borne[at].max(OWN_MARGIN * self.own[at]).min(TOLERANCE_MAX);
+            let tolerance = LEAST_BORNE[at].max(unknown * borne[at]).max(OWN_MARGIN * self.own[at]).min(TOLERANCE_MAX);
             self.volatile.evidence[at].see(harm[at], tolerance);
             self.volatile.blocks[at] += harm[at] / BLOCK as f32;
         }
         let drift = INPUTS.iter().position(|input| *input == Input::Drift).map_or(0.0, |at| self.inputs[at]);
-        self.volatile.evidence[2].see(drift, DRIFT_BORNE);
+        // Only what has been accepted meanwhile: what was not is harm.
+        self.volatile.evidence[2].see((drift - slowdown).max(0.0), DRIFT_BORNE);
         self.volatile.block += 1;
         if self.volatile.block < BLOCK {
             return;
@@ -407,8 +415,11 @@ impl Model {
         let overdue = [Feature::KickOverdue, Feature::CallOverdue, Feature::OldestAge, Feature::Gap].map(value);
         // What has had no effect for a whole window and longer, not what was late again and again.
         let span = 0.9 * record.span_us as f32;
-        let lasts = |at: usize| overdue[at] > limit && overdue[at] >= self.volatile.overdue[at] + span;
-        let [kick, call, request, all] = [0, 1, 2, 3].map(lasts);
+        let lasts = |at: usize, limit: f32| overdue[at] > limit && overdue[at] >= self.volatile.overdue[at] + span;
+        let (kick, call) = (lasts(0, limit), lasts(1, limit));
+        // Where the device below is the one that has not answered, the backend waits like everybody else.
+        let below = value(Feature::DiskBusy) > BELOW;
+        let (request, all) = (!below && lasts(2, limit.max(STALLED_US)), !below && lasts(3, limit.max(STALLED_US)));
         self.volatile.overdue = overdue;
         let law = if starved {
             None

@@ -19,7 +19,7 @@ const HEADER: usize = 8;
 const PRIORS: usize = OUTCOME_COUNT * (1 + CONTEXT_COUNT);
 const TABLES: usize = INPUT_COUNT * (4 * (BINS - 1) + 2 * HORIZON_COUNT * BINS) + 4 * HORIZON_COUNT;
 /// Bytes of the file.
-pub const TRAINED_BYTES: usize = HEADER + 4 * PRIORS + TABLES + 4 + 4;
+pub const TRAINED_BYTES: usize = HEADER + 4 * PRIORS + TABLES + 4 * 2 + 4;
 
 /// What is known before a component was ever seen. Shared by all models, never written.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,8 +30,8 @@ pub struct Trained {
     pub weights: [[f32; CONTEXT_COUNT]; OUTCOME_COUNT],
     /// The hazard.
     pub hazard: Hazard,
-    /// Probability of a failure within a minute of windows that is borne with.
-    pub tolerance: f32,
+    /// Harm, and probability of a failure within a minute of windows, that are borne with.
+    pub tolerances: [f32; 2],
 }
 
 /// Why bytes are no trained model.
@@ -93,7 +93,7 @@ impl Trained {
                 (weights[DEPTH], weights[MISSES]) = (0.7, 1.0);
             }
         }
-        Trained { floors, weights, hazard: Self::prior_hazard(), tolerance: 0.05 }
+        Trained { floors, weights, hazard: Self::prior_hazard(), tolerances: [0.1, 0.05] }
     }
 
     fn prior_hazard() -> Hazard {
@@ -133,7 +133,7 @@ impl Trained {
         let before = self.floors.iter().chain(self.weights.iter().flatten()).chain(edges.iter().flatten());
         before.for_each(|value| put(&value.to_le_bytes()));
         tables.iter().flatten().flatten().for_each(|value| put(&value.to_le_bytes()));
-        bias.iter().chain([&self.tolerance]).for_each(|value| put(&value.to_le_bytes()));
+        bias.iter().chain(&self.tolerances).for_each(|value| put(&value.to_le_bytes()));
         let sum = crc32fast::hash(&bytes[..TRAINED_BYTES - 4]);
         bytes[TRAINED_BYTES - 4..].copy_from_slice(&sum.to_le_bytes());
         bytes
@@ -182,7 +182,7 @@ impl Trained {
         for value in tables.iter_mut().flatten().flatten() {
             *value = i16::from_le_bytes(*take(&mut body)?);
         }
-        for value in bias.iter_mut().chain([&mut trained.tolerance]) {
+        for value in bias.iter_mut().chain(&mut trained.tolerances) {
             *value = f32::from_le_bytes(*take(&mut body)?);
         }
         trained.is_valid().then_some(trained)
@@ -192,7 +192,7 @@ impl Trained {
         self.hazard.is_monotone()
             && self.floors.iter().all(|floor| floor.is_finite() && *floor > 0.0)
             && self.weights.iter().flatten().all(|weight| weight.is_finite())
-            && (0.0..1.0).contains(&self.tolerance)
+            && self.tolerances.iter().all(|borne| (0.0..1.0).contains(borne))
     }
 
     /// A number that tells one model from another: the checksum of its file.

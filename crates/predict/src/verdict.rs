@@ -11,6 +11,9 @@ use crate::schema::Feature;
 pub struct Verdict {
     /// Probability of a failure within each of the [`HORIZONS`].
     pub risk: [f32; HORIZON_COUNT],
+    /// What the guest suffers, 0 to 1, held for a while: requests four times as slow as they should be at this load, nothing completed at all, or
+    /// every request failing are 1.
+    pub harm: f32,
     /// Evidence against health as a part of what an alarm takes: logarithms, 0 to 1.
     pub evidence: f32,
     /// Why a failure is thought to be imminent, if it is.

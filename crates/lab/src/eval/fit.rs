@@ -19,7 +19,9 @@ pub(crate) struct Sample {
     pub(crate) inputs: [f32; INPUT_COUNT],
     /// Per horizon whether a failure came within it; nothing where that is not known.
     pub(crate) failed: [Option<bool>; HORIZON_COUNT],
-    /// The run it is of, for weights.
+    /// The harm that was seen.
+    pub(crate) harm: f32,
+    /// The run it is of.
     pub(crate) run: usize,
 }
 
@@ -147,7 +149,7 @@ mod tests {
         inputs[3] = sign;
         // Of no use.
         inputs[5] = (sign * 7.0).sin().abs();
-        Sample { inputs, failed: [None, Some(failed), Some(failed), Some(failed)], run: 0 }
+        Sample { inputs, failed: [None, Some(failed), Some(failed), Some(failed)], harm: 0.0, run: 0 }
     }
 
     #[test]

@@ -16,9 +16,11 @@ const STARTED: usize = 10;
 /// Windows of which a block is made.
 const BLOCK: usize = 5;
 /// Part of all blocks in health whose risk is borne with.
-const BORNE: f64 = 0.999;
-/// Bounds of what is borne with.
-const TOLERANCES: (f32, f32) = (0.02, 0.5);
+const BORNE: f64 = 0.99;
+/// Bounds of what is borne with of harm: 1.15 times as slow, and a half.
+const HARM_BOUNDS: (f32, f32) = (0.1, 0.5);
+/// The same of risk.
+const RISK_BOUNDS: (f32, f32) = (0.02, 0.5);
 
 /// The least deviation of each outcome: the median over runs of how much it varies from one window to the next while nothing is wrong and the
 /// load stays, within a third and three times of what is thought without any run.
@@ -121,19 +123,22 @@ fn is_alike(one: &[f32; CONTEXT_COUNT], other: &[f32; CONTEXT_COUNT]) -> bool {
     one.iter().zip(other).all(|(one, other)| (one - other).abs() < 0.2)
 }
 
-/// The risk that is borne with: almost all blocks of windows that no failure followed seem to have less.
-pub(crate) fn tolerance(trained: &Trained, samples: &[Sample]) -> f32 {
+/// The harm and the risk that are borne with: almost all blocks of windows that no failure followed have less.
+pub(crate) fn tolerances(trained: &Trained, samples: &[Sample]) -> [f32; 2] {
     let calm: Vec<&Sample> =
         samples.iter().filter(|sample| sample.failed.iter().all(|failed| *failed == Some(false))).collect();
-    let mut blocks: Vec<f32> = calm
-        .chunk_by(|one, other| one.run == other.run)
-        .flat_map(|run| run.chunks_exact(BLOCK))
-        .map(|block| block.iter().map(|sample| trained.hazard.risk(&sample.inputs, 0.0)[2]).sum::<f32>() / BLOCK as f32)
-        .collect();
+    let harm = |sample: &Sample| sample.harm;
+    let risk = |sample: &Sample| trained.hazard.risk(&sample.inputs, 0.0)[2];
+    [borne(&calm, &harm, HARM_BOUNDS), borne(&calm, &risk, RISK_BOUNDS)]
+}
+
+fn borne(calm: &[&Sample], of: &dyn Fn(&Sample) -> f32, (least, most): (f32, f32)) -> f32 {
+    let blocks = calm.chunk_by(|one, other| one.run == other.run).flat_map(|run| run.chunks_exact(BLOCK));
+    let mut blocks: Vec<f32> =
+        blocks.map(|block| block.iter().map(|sample| of(sample)).sum::<f32>() / BLOCK as f32).collect();
     blocks.sort_unstable_by(f32::total_cmp);
     let at = (blocks.len() as f64 * BORNE) as usize;
-    let borne = blocks.get(at).or(blocks.last()).copied().unwrap_or(TOLERANCES.1);
-    borne.clamp(TOLERANCES.0, TOLERANCES.1)
+    blocks.get(at).or(blocks.last()).copied().unwrap_or(most).clamp(least, most)
 }
 
 #[cfg(test)]

@@ -41,6 +41,7 @@ pub(crate) fn samples(trained: &Trained, run: &Run, number: usize) -> Vec<Sample
     let sample = |said: &Said| Sample {
         inputs: said.inputs,
         failed: std::array::from_fn(|at| outcome(run, said.end_unix_ns, u64::from(HORIZONS[at]) * window_ns)),
+        harm: said.verdict.harm,
         run: number,
     };
     said.iter().filter(|said| said.verdict.is_warm).map(sample).collect()
