@@ -51,5 +51,5 @@ pub use regress::{Gain, Regression};
 pub use scale::{Scale, Z_MAX};
 pub use schema::{FEATURE_COUNT, FEATURES, Feature, Role, Source, Spec, Summary, Unit};
 pub use series::{CONTEXT_MAX, ColumnCause, Scored, SeriesDetector};
-pub use trained::{TRAINED_BYTES, Trained, TrainedError};
+pub use trained::{TRAINED_BYTES, Trained, TrainedError, load_trained_model};
 pub use verdict::{Alarm, Cause, Law, Verdict};

@@ -77,6 +77,18 @@ impl fmt::Display for TrainedError {
 
 impl core::error::Error for TrainedError {}
 
+/// The default: fitted to fault campaigns on real backends, see `lab train`.
+static DEFAULT: &[u8; TRAINED_BYTES] = include_bytes!("../trained/default.wsm");
+
+/// The model that is shipped.
+///
+/// # Panics
+/// Never: a test decodes it.
+#[must_use]
+pub fn load_trained_model() -> Trained {
+    Trained::decode(DEFAULT).expect("the default is a trained model of this format")
+}
+
 impl Trained {
     /// What is known without any campaign: how outcomes vary, that depth costs time, and that more of any sign is worse.
     #[must_use]
@@ -234,6 +246,13 @@ mod tests {
         let mut falling = trained;
         falling.hazard.tables[0][0][3] = -7;
         assert_eq!(Trained::decode(&falling.encode()), Err(TrainedError::Values));
+    }
+
+    #[test]
+    fn the_default_can_be_read_and_is_fitted_to_something() {
+        let trained = load_trained_model();
+        assert_ne!(trained.hazard, Trained::prior().hazard);
+        assert!(trained.hazard.tables.iter().flatten().flatten().any(|logit| *logit > 500), "some sign counts");
     }
 
     #[test]

@@ -104,11 +104,10 @@ fn add_centred(
 /// Solves a positive definite system by elimination.
 fn solve(mut normal: [[f64; CONTEXT_COUNT]; CONTEXT_COUNT], mut right: [f64; CONTEXT_COUNT]) -> [f64; CONTEXT_COUNT] {
     for step in 0..CONTEXT_COUNT {
+        let pivot = normal[step];
         for row in step + 1..CONTEXT_COUNT {
-            let part = normal[row][step] / normal[step][step];
-            for column in step..CONTEXT_COUNT {
-                normal[row][column] -= part * normal[step][column];
-            }
+            let part = normal[row][step] / pivot[step];
+            normal[row].iter_mut().zip(pivot).skip(step).for_each(|(cell, above)| *cell -= part * above);
             right[row] -= part * right[step];
         }
     }

@@ -54,6 +54,7 @@ fn to_json(name: &str, status: &Value, profile: Option<&Value>) -> Value {
             "schema_version": profile["schema_version"],
             "window": profile["windows"].as_array().and_then(|windows| windows.last()).map_or(Value::Null, object),
             "tick": object(&profile["tick"]),
+            "verdict": object(&profile["verdict"]),
             "records_lost": profile["records_lost"],
         })
     });
@@ -86,6 +87,7 @@ fn print(out: &mut dyn Write, answer: Option<&Value>) -> std::io::Result<()> {
     if let Some(lost) = profile.records_lost.filter(|lost| *lost > 0) {
         writeln!(out, "{lost} records were lost on their way to the predictor")?;
     }
+    print_verdict(out, &answer["verdict"])?;
     let value = |window: Option<&Window>, feature: Feature| {
         amount(window.and_then(|window| window.value(feature)), feature.spec().unit)
     };
@@ -101,6 +103,35 @@ fn print(out: &mut dyn Write, answer: Option<&Value>) -> std::io::Result<()> {
         0 => Ok(()),
         unknown => writeln!(out, "\nvalues of the window that this version does not know: {unknown}; --json has them"),
     }
+}
+
+/// What the failure model says.
+fn print_verdict(out: &mut dyn Write, verdict: &Value) -> std::io::Result<()> {
+    if !verdict.is_object() {
+        return Ok(());
+    }
+    let part = |value: &Value| amount(value.as_f64(), Unit::Share);
+    let learning = if verdict["is_warm"] == true { "" } else { ", still learning what is usual" };
+    writeln!(
+        out,
+        "\nfailure within 60 windows {}, harm {}, evidence {}{learning}",
+        part(&verdict["risk_within_windows"]["60"]),
+        part(&verdict["harm"]),
+        part(&verdict["evidence"])
+    )?;
+    if let Some(reason) = verdict["reason"].as_str() {
+        writeln!(out, "ALARM: {}", plain::clean(reason))?;
+    }
+    let causes = verdict["causes"].as_array().map_or(&[][..], Vec::as_slice);
+    for cause in causes.iter().take(3) {
+        let name = plain::clean(cause["feature"].as_str().unwrap_or(profile::MISSING));
+        writeln!(out, "cause {name}, {} of what speaks for a failure", part(&cause["share"]))?;
+    }
+    if let Some(feature) = verdict["exhaustion"]["feature"].as_str() {
+        let windows = verdict["exhaustion"]["windows"].as_f64().unwrap_or(f64::INFINITY);
+        writeln!(out, "{} reaches its bound in {windows:.0} windows", plain::clean(feature))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -119,7 +150,8 @@ mod tests {
         }
         let one =
             json!({"schema_version": 1, "windows": [{"number": 1}, {"number": 2}], "tick": {}, "records_lost": 3});
-        let expected = json!({"schema_version": 1, "window": {"number": 2}, "tick": {}, "records_lost": 3});
+        let expected =
+            json!({"schema_version": 1, "window": {"number": 2}, "tick": {}, "verdict": null, "records_lost": 3});
         assert_eq!(to_json("disk", &status, Some(&one))["profile"], expected);
     }
 

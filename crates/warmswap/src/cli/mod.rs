@@ -9,6 +9,7 @@ mod example;
 mod export;
 mod failover;
 mod guard;
+mod model;
 mod plain;
 mod profile;
 mod record;
@@ -86,6 +87,11 @@ enum Verb {
         /// Print every record as a JSON line
         #[arg(long)]
         json: bool,
+    },
+    /// The trained model that the failure model of every device begins with.
+    Model {
+        #[command(subcommand)]
+        verb: model::Verb,
     },
     /// Print what a profile holds: the name, unit, role, source and meaning of every feature
     Schema {
@@ -166,6 +172,7 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
         Verb::Export(args) => export::run(&args),
         Verb::Record(args) => record::record(&args),
         Verb::Replay { file, json } => record::replay(&file, json),
+        Verb::Model { verb } => model::run(&verb),
         Verb::Schema { json, markdown } => schema::run(json, markdown),
         Verb::Example { vmm, name, socket, json } => example::print(vmm, &name, socket, json),
     })

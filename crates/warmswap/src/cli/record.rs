@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use warmswap_predict::{Feature, Grain, Record};
+use warmswap_predict::{Feature, Grain, Record, Verdict};
 
 use super::{Control, Failure, plain, show, time};
 use crate::control::{Client, ClientError, history, socket_path};
 use crate::profile::consumer::Consumer;
+use crate::profile::predictor;
 use crate::profile::stream::{Damage, Item, StreamReader, write_header, write_record};
 
 /// Options of `warmswap record`.
@@ -69,7 +70,7 @@ pub(super) fn record(args: &Args) -> Result<u8, Failure> {
         lost = line["lost"].as_u64().unwrap_or(0).saturating_add(lost);
         let Some(hex) = line["record"].as_str() else { continue };
         let record = history::from_raw(hex).map_err(|why| Failure::new(1, format!("{}: {why}", args.name)))?;
-        consumer.feed(&record);
+        let _said_by_the_broker = consumer.feed(&record);
         write_record(&mut file, &record).map_err(fail)?;
     }
     let counts = [Grain::Tick, Grain::Window].map(|grain| consumer.count(grain));
@@ -86,6 +87,8 @@ pub(super) fn record(args: &Args) -> Result<u8, Failure> {
 struct Replayed {
     consumer: Consumer,
     damages: u64,
+    /// When the failure model said that a failure was imminent, and why.
+    alarms: Vec<(u64, Verdict)>,
 }
 
 /// Reads a stream to its end; `each` is told of every record after it was taken, and of every damage.
@@ -97,7 +100,9 @@ fn read(
     while let Some(item) = stream.next()? {
         match item {
             Item::Record(record) => {
-                replayed.consumer.feed(&record);
+                if let Some(verdict) = replayed.consumer.feed(&record) {
+                    replayed.alarms.push((record.end_unix_ns, verdict));
+                }
                 each(Ok(&record))?;
             }
             Item::Damage(damage) => {
@@ -165,6 +170,10 @@ fn replay_to(out: &mut dyn Write, path: &Path, json: bool) -> Result<u8, Failure
         let seen = |grain| (replayed.consumer.count(grain), replayed.consumer.missed(grain));
         let ((ticks, ticks_missed), (windows, windows_missed)) = (seen(Grain::Tick), seen(Grain::Window));
         let device = plain::clean(stream.device());
+        for (end, verdict) in &replayed.alarms {
+            let reason = verdict.alarm.map_or(String::new(), |alarm| alarm.to_string());
+            writeln!(out, "{}: ALARM: {reason}; causes: {}", time::timestamp(*end), predictor::causes(verdict))?;
+        }
         writeln!(out, "{device}: {ticks} ticks ({ticks_missed} missed), {windows} windows ({windows_missed} missed)")?;
     }
     out.flush()?;

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use crossbeam_channel::RecvTimeoutError;
 use serde::Deserialize;
-use serde_json::json;
-use warmswap_predict::{Grain, RECORD_BYTES, Record, SCHEMA_VERSION};
+use serde_json::{Value, json};
+use warmswap_predict::{Alarm, Cause, Grain, HORIZONS, RECORD_BYTES, Record, SCHEMA_VERSION};
 use warmswap_store::StoreError;
 
 use super::server::error;
 use crate::profile::historian::HistoryHandle;
+use crate::profile::predictor::Predictor;
 
 /// Windows that a profile shows.
 const PROFILE_WINDOWS: usize = 60;
@@ -81,12 +82,38 @@ pub(crate) fn from_raw(hex: &str) -> Result<Record, String> {
 pub(super) fn profile(history: &HistoryHandle, device: &str) -> String {
     let windows: Vec<String> = history.last_windows(device, PROFILE_WINDOWS).iter().map(record).collect();
     let tick = history.last_tick(device).map_or_else(|| "null".to_owned(), |tick| record(&tick));
+    let verdict = history.predictor(device, verdict).flatten().unwrap_or(Value::Null);
     format!(
-        r#"{{"device":{},"schema_version":{SCHEMA_VERSION},"windows":[{}],"tick":{tick},"records_lost":{}}}"#,
+        r#"{{"device":{},"schema_version":{SCHEMA_VERSION},"windows":[{}],"tick":{tick},"verdict":{verdict},"records_lost":{}}}"#,
         json!(device),
         windows.join(","),
         history.records_lost()
     )
+}
+
+/// What the failure model says of the last window, outward.
+pub(crate) fn verdict(predictor: &Predictor) -> Option<Value> {
+    let verdict = predictor.verdict()?;
+    let number = |value: f32| if value.is_finite() { json!(value) } else { Value::Null };
+    let risk: serde_json::Map<String, Value> =
+        HORIZONS.iter().zip(verdict.risk).map(|(windows, risk)| (windows.to_string(), number(risk))).collect();
+    let cause = |cause: &Cause| json!({"feature": cause.feature.name(), "residual": number(cause.residual), "share": number(cause.share)});
+    let exhaustion = verdict.exhaustion.map(|(feature, forecast)| {
+        json!({"feature": feature.name(), "share": number(forecast.share), "windows": number(forecast.windows)})
+    });
+    Some(json!({
+        "risk_within_windows": risk,
+        "harm": number(verdict.harm),
+        "evidence": number(verdict.evidence),
+        "alarm": verdict.alarm.map(Alarm::name),
+        "reason": verdict.alarm.map(|alarm| alarm.to_string()),
+        "causes": verdict.causes.iter().flatten().map(cause).collect::<Vec<_>>(),
+        "exhaustion": exhaustion,
+        "lead_windows": verdict.lead_windows(),
+        "is_warm": verdict.is_warm,
+        "alarms": predictor.alarms(),
+        "windows_learnt": predictor.learnt(),
+    }))
 }
 
 /// Why records did not all reach the asker.

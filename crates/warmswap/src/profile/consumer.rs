@@ -1,6 +1,8 @@
 //! What is made of records, the same whether they come from a living device or from a file.
 
-use warmswap_predict::{Grain, Record};
+use warmswap_predict::{Grain, Record, Verdict};
+
+use super::predictor::Predictor;
 
 /// Most records that can be missing between two that came. Numbers begin with the program, and of ten ticks a second it gives out fewer
 /// than this in a year: a greater jump is the work of somebody who made up numbers.
@@ -25,19 +27,32 @@ impl Seen {
 }
 
 /// Takes every record of one device in its order.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Consumer {
     ticks: Seen,
     windows: Seen,
+    /// Made with the first window.
+    predictor: Option<Box<Predictor>>,
 }
 
 impl Consumer {
-    /// Takes the next record.
-    pub(crate) fn feed(&mut self, record: &Record) {
+    /// Takes the next record. Gives what is said of a window if a failure is imminent and that is news.
+    pub(crate) fn feed(&mut self, record: &Record) -> Option<Verdict> {
         match record.grain {
-            Grain::Tick => self.ticks.take(record),
-            Grain::Window => self.windows.take(record),
+            Grain::Tick => {
+                self.ticks.take(record);
+                None
+            }
+            Grain::Window => {
+                self.windows.take(record);
+                self.predictor.get_or_insert_default().feed(record)
+            }
         }
+    }
+
+    /// The failure model, once there was a window.
+    pub(crate) fn predictor(&self) -> Option<&Predictor> {
+        self.predictor.as_deref()
     }
 
     fn seen(&self, grain: Grain) -> &Seen {

@@ -14,12 +14,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use warmswap_core::Entry;
-use warmswap_predict::{Grain, Record};
+use warmswap_predict::{Grain, Record, Verdict};
 use warmswap_store::{
     FLIGHT_BYTES_MAX, FLIGHT_KEEP_NS, FlightRecorder, History, Reader, Recording, Retention, StoreError,
 };
 
 use super::consumer::Consumer;
+use super::predictor::{self, Predictor};
 use super::windows::{LastWindows, WINDOWS_MAX};
 use crate::journal::JournalSender;
 
@@ -166,6 +167,11 @@ impl HistoryHandle {
     /// The last tick, exactly.
     pub(crate) fn last_tick(&self, device: &str) -> Option<Record> {
         self.of(device, |device| device.consumer.latest(Grain::Tick).copied())
+    }
+
+    /// What `what` makes of the failure model of a device, once there was a window.
+    pub(crate) fn predictor<T>(&self, device: &str, what: impl FnOnce(&Predictor) -> T) -> Option<T> {
+        self.of(device, |device| device.consumer.predictor().map(what))
     }
 
     /// The ticks of the last minutes, the oldest first, as the flight recorder has them.
@@ -444,7 +450,7 @@ impl Historian {
     fn record(&self, name: &Arc<str>, record: &Record) {
         let mut devices = self.shared.lock();
         let device = devices.entry(Arc::clone(name)).or_default();
-        device.consumer.feed(record);
+        let alarm = device.consumer.feed(record);
         match record.grain {
             Grain::Tick => device.recorder.push(record),
             Grain::Window => {
@@ -459,6 +465,25 @@ impl Historian {
             }
             Err(crossbeam_channel::TrySendError::Disconnected(_)) => false,
         });
+        drop(devices);
+        if let Some(verdict) = alarm {
+            self.predicted(name, record, &verdict);
+        }
+    }
+
+    /// A failure is imminent: that is told, and what led to it is kept.
+    fn predicted(&self, device: &Arc<str>, record: &Record, verdict: &Verdict) {
+        let Some(alarm) = verdict.alarm else { return };
+        let mut entry = Entry::warning("FailurePredicted")
+            .with("backend", record.backend)
+            .with("alarm", alarm.name())
+            .with("reason", alarm.to_string())
+            .with("causes", predictor::causes(verdict));
+        if let Some(windows) = verdict.lead_windows() {
+            let lead = u64::from(windows) * u64::from(record.span_us) / 1_000_000;
+            entry = entry.with("expected_within_s", lead);
+        }
+        self.journal.entry(device, entry.with("next", "it is reported; a failover is the operator's"));
     }
 
     fn freeze(&mut self, name: &Arc<str>, reason: &str, unix_ns: u64) {

@@ -12,6 +12,7 @@ pub(crate) mod group;
 pub(crate) mod historian;
 pub(crate) mod host;
 pub(crate) mod page;
+pub(crate) mod predictor;
 pub(crate) mod prober;
 mod process;
 mod rings;

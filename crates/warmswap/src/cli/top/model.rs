@@ -132,7 +132,7 @@ impl Device {
             failovers: clean(&show::failovers(status)),
             last_cause: text_of(&last["cause"]),
             troubles: ["halted", "misconfigured", "refusal"].into_iter().filter_map(trouble).collect(),
-            risk: status["risk"].as_f64().filter(|risk| (0.0..=1.0).contains(risk)),
+            risk: risk(profile),
             profile: profile.map(Profile::read),
             events: Vec::new(),
         }
@@ -337,6 +337,12 @@ pub(super) fn sparkline(values: &[Option<f64>], width: usize) -> String {
 /// The greatest value, at least nothing.
 pub(super) fn greatest(values: &[Option<f64>]) -> f64 {
     values.iter().flatten().copied().fold(0.0, f64::max)
+}
+
+/// The probability of a failure within a minute of windows, as the broker's failure model has it.
+fn risk(profile: Option<&Value>) -> Option<f64> {
+    let risk = profile?["verdict"]["risk_within_windows"]["60"].as_f64();
+    risk.filter(|risk| (0.0..=1.0).contains(risk))
 }
 
 #[cfg(test)]

@@ -1,0 +1,94 @@
+//! The failure model of one device in the running program: windows in, what it says of the last one out.
+
+use std::sync::OnceLock;
+
+use warmswap_predict::{Alarm, Model, Record, Trained, Verdict, load_trained_model};
+
+/// What every model begins with.
+pub(crate) fn trained() -> &'static Trained {
+    static TRAINED: OnceLock<Trained> = OnceLock::new();
+    TRAINED.get_or_init(load_trained_model)
+}
+
+/// The model of one device.
+#[derive(Clone, Debug)]
+pub(crate) struct Predictor {
+    model: Model,
+    verdict: Option<Verdict>,
+    alarms: u64,
+    /// What the last alarm was for, while it lasts: it is said once.
+    alarm: Option<(Alarm, u64)>,
+}
+
+/// Windows without an alarm until the same one is news again.
+const SAID_FOR: u64 = 60;
+
+impl Default for Predictor {
+    fn default() -> Self {
+        Predictor { model: Model::new(trained()), verdict: None, alarms: 0, alarm: None }
+    }
+}
+
+impl Predictor {
+    /// Judges a window, then learns it. Gives an alarm that was not given before.
+    pub(crate) fn feed(&mut self, window: &Record) -> Option<Verdict> {
+        let verdict = self.model.predict(trained(), window);
+        self.model.train(trained());
+        self.verdict = Some(verdict);
+        let alarm = verdict.alarm?;
+        self.alarms += 1;
+        let is_known = self.alarm.is_some_and(|(known, at)| {
+            known.name() == alarm.name() && window.number.checked_sub(at).is_some_and(|since| since < SAID_FOR)
+        });
+        self.alarm = Some((alarm, window.number));
+        (!is_known).then_some(verdict)
+    }
+
+    /// What was said of the last window.
+    pub(crate) fn verdict(&self) -> Option<&Verdict> {
+        self.verdict.as_ref()
+    }
+
+    /// Windows with an alarm.
+    pub(crate) fn alarms(&self) -> u64 {
+        self.alarms
+    }
+
+    /// Windows that were learnt.
+    pub(crate) fn learnt(&self) -> u64 {
+        self.model.windows()
+    }
+}
+
+/// The causes of a verdict for people: features with their parts.
+pub(crate) fn causes(verdict: &Verdict) -> String {
+    let causes = verdict.causes.iter().flatten();
+    let words: Vec<String> =
+        causes.map(|cause| format!("{} {:.0} %", cause.feature.name(), cause.share * 100.0)).collect();
+    if words.is_empty() { "none".to_owned() } else { words.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use warmswap_predict::{Feature, Grain};
+
+    fn window(number: u64, kick_overdue_us: f32) -> Record {
+        let mut record = Record::new(Grain::Window, number, 1, number * 1_000_000_000, 1_000_000);
+        record.set(Feature::Arrivals, Some(100.0));
+        record.set(Feature::KickOverdue, Some(kick_overdue_us));
+        record
+    }
+
+    #[test]
+    fn an_alarm_is_news_once() {
+        let mut predictor = Predictor::default();
+        assert!(predictor.feed(&window(0, 0.0)).is_none());
+        assert!(predictor.feed(&window(1, 500_000.0)).is_none());
+        assert!(predictor.feed(&window(2, 1_500_000.0)).is_some());
+        assert!(predictor.feed(&window(3, 2_500_000.0)).is_none(), "it was said");
+        assert_eq!(predictor.alarms(), 2);
+        let verdict = predictor.verdict().expect("it was judged");
+        assert_eq!(verdict.alarm.map(Alarm::name), Some("law"));
+    }
+}
