@@ -33,6 +33,7 @@ pub struct Exhaustion {
     /// Deviation of one window's step from the drift.
     deviation: f32,
     until_next: u32,
+    is_new: bool,
     known: bool,
 }
 
@@ -62,6 +63,7 @@ impl Exhaustion {
             slopes: [0.0; 3],
             deviation: 0.0,
             until_next: 0,
+            is_new: false,
             known: false,
         }
     }
@@ -77,10 +79,12 @@ impl Exhaustion {
         if self.since == self.stride {
             self.keep(self.sum / self.stride as f32);
             (self.sum, self.since) = (0.0, 0);
+            self.is_new = true;
         }
         self.until_next = self.until_next.saturating_sub(1);
-        if self.until_next == 0 && usize::from(self.count) >= POINTS_MIN {
-            self.until_next = EVERY;
+        // Without a new point there is nothing new to be said.
+        if self.until_next == 0 && self.is_new && usize::from(self.count) >= POINTS_MIN {
+            (self.until_next, self.is_new) = (EVERY, false);
             self.estimate();
         }
     }
@@ -108,6 +112,11 @@ impl Exhaustion {
 
     fn estimate(&mut self) {
         let points = &self.points[..usize::from(self.count)];
+        self.known = true;
+        if points.iter().all(|point| *point == points[0]) {
+            (self.slopes, self.deviation) = ([0.0; 3], 0.0);
+            return;
+        }
         let stride = self.stride as f32;
         let mut slopes = [0.0_f32; PAIRS];
         let mut pairs = 0;
@@ -126,7 +135,6 @@ impl Exhaustion {
         let squares: f32 = steps.map(|step| step * step).sum();
         // A step of so many windows has a variance of so many times that of one.
         self.deviation = libm::sqrtf(squares / ((points.len() - 1) as f32 * stride));
-        self.known = true;
     }
 
     /// When the bound will be reached, once there is enough to tell.

@@ -75,6 +75,9 @@ const HARM_HELD: f32 = 0.85;
 /// Requests that fail or are tried again, per second, at harm 1, as a logarithm to the base 2.
 const WHOLE_ERRORS: f32 = 10.0;
 
+/// Evidence or risk beyond which a verdict names causes.
+const EXPLAINED: f32 = 0.1;
+
 /// Changes of the scores of one kind of outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Change {
@@ -208,12 +211,15 @@ impl Model {
             self.roll_back();
         }
         let evidence = self.volatile.evidence.iter().map(Evidence::value).fold(0.0, f32::max);
+        let evidence = (libm::logf(1.0 + evidence) / libm::logf(WINDOWS_PER_FALSE_ALARM)).min(1.0);
+        // Where there is nothing to explain that costs nothing.
+        let explain = alarm.is_some() || evidence > EXPLAINED || risk[2] > EXPLAINED;
         Verdict {
             risk,
             harm: self.volatile.harm,
-            evidence: (libm::logf(1.0 + evidence) / libm::logf(WINDOWS_PER_FALSE_ALARM)).min(1.0),
+            evidence,
             alarm,
-            causes: self.causes(trained, record),
+            causes: if explain { self.causes(trained, record) } else { [None; 3] },
             exhaustion: self.first_exhausted(),
             is_warm: self.windows >= WARM_AFTER,
         }
@@ -459,16 +465,16 @@ impl Model {
     /// What speaks most for a failure: what each input adds to the risk, given to the feature behind it.
     fn causes(&self, trained: &Trained, record: &Record) -> [Option<Cause>; 3] {
         const MINUTE: usize = 2;
-        let mut weights = [0.0_f32; OUTCOME_COUNT];
-        let mut resource = 0.0;
+        let (mut of_kinds, mut of_all, mut resource) = ([0.0_f32; Kind::COUNT], 0.0, 0.0);
         for (at, value) in self.inputs.iter().copied().enumerate() {
             let weight = trained.hazard.contribution(at, MINUTE, value).max(0.0);
             match INPUTS[at].kind() {
-                Some(kind) => self.share_out(kind, weight, &mut weights),
+                Some(kind) => of_kinds[kind as usize] += weight,
                 None if matches!(INPUTS[at], Input::Share | Input::Full10 | Input::Full60) => resource += weight,
-                None => (0..OUTCOME_COUNT).for_each(|at| weights[at] += weight * self.part(at)),
+                None => of_all += weight,
             }
         }
+        let weights = self.shared_out(&of_kinds, of_all);
         let sum = weights.iter().sum::<f32>() + resource;
         let mut causes = [None; 3];
         let mut put = |cause: Cause| {
@@ -488,18 +494,18 @@ impl Model {
         causes
     }
 
-    /// Gives a weight to the outcomes of a kind, most to the worst.
-    fn share_out(&self, kind: Kind, weight: f32, weights: &mut [f32; OUTCOME_COUNT]) {
-        let sum: f32 = of_kind(kind).map(|at| sixth(self.scores[at])).sum();
-        if sum > 0.0 {
-            of_kind(kind).for_each(|at| weights[at] += weight * sixth(self.scores[at]) / sum);
+    /// Gives weights of kinds, and of everything, to outcomes: most to the worst.
+    fn shared_out(&self, of_kinds: &[f32; Kind::COUNT], of_all: f32) -> [f32; OUTCOME_COUNT] {
+        let sixths = self.scores.map(sixth);
+        let (mut sums, all) = ([0.0_f32; Kind::COUNT], sixths.iter().sum::<f32>());
+        for (sixth, (_, kind)) in sixths.iter().zip(OUTCOMES) {
+            sums[kind as usize] += sixth;
         }
-    }
-
-    /// Part of one outcome in the score of all.
-    fn part(&self, at: usize) -> f32 {
-        let sum: f32 = self.scores.iter().copied().map(sixth).sum();
-        if sum > 0.0 { sixth(self.scores[at]) / sum } else { 0.0 }
+        core::array::from_fn(|at| {
+            let kind = OUTCOMES[at].1 as usize;
+            let part = |of: f32, sum: f32| if sum > 0.0 { of * sixths[at] / sum } else { 0.0 };
+            part(of_kinds[kind], sums[kind]) + part(of_all, all)
+        })
     }
 }
 

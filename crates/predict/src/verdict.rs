@@ -18,7 +18,7 @@ pub struct Verdict {
     pub evidence: f32,
     /// Why a failure is thought to be imminent, if it is.
     pub alarm: Option<Alarm>,
-    /// What speaks most for a failure, the most first.
+    /// What speaks most for a failure, the most first; none as long as hardly anything does.
     pub causes: [Option<Cause>; 3],
     /// The resource that will be used up first, and when.
     pub exhaustion: Option<(Feature, Forecast)>,

@@ -151,7 +151,8 @@ fn show_prints_the_whole_profile_as_json_and_as_text() {
     };
     let shown: Value = serde_json::from_str(&show(&["disk", "--json"])).expect("JSON");
     let sent = profile();
-    let expected = json!({"schema_version": 1, "window": sent["windows"][1], "tick": sent["tick"], "records_lost": 0});
+    let (window, tick) = (&sent["windows"][1], &sent["tick"]);
+    let expected = json!({"schema_version": 1, "window": window, "tick": tick, "verdict": null, "records_lost": 0});
     assert_eq!((&shown["name"], &shown["profile"]), (&json!("disk"), &expected));
     assert_eq!(shown["status"]["primary"]["pid"], 4711);
     let shown = show(&["disk"]);

@@ -5,6 +5,7 @@
 //! * `observer`: what the broker itself uses, and how fast it answers a VMM whose backend is stopped.
 //!
 //! * `blk`: our own backend beside QSD in its best mode, and beside what the storage gives without any of them.
+//! * `predict`: what the failure model costs.
 //! * `profile`: what is told of a device, held against what its driver measured.
 //!
 //! All but `blk` drive real qemu-storage-daemons on a tmpfs with the user-space driver of [`crate::guest`]; times are its own
@@ -22,6 +23,7 @@ mod load;
 mod many;
 mod observer;
 mod overhead;
+mod predict;
 mod profile;
 mod report;
 mod spread;
@@ -50,6 +52,8 @@ enum Bench {
     Observer(observer::Args),
     /// What warmswap tells of a device, held against what its driver measured.
     Profile(profile::Args),
+    /// What the failure model costs per window, beside a random cut forest.
+    Predict(predict::Args),
     /// Our own backend beside QSD: requests per second, per second of processor time, and tail latency.
     Blk(blk::Args),
 }
@@ -75,6 +79,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Bench::Overhead(args) => overhead::run(args),
         Bench::Observer(args) => observer::run(args),
         Bench::Profile(args) => profile::run(args),
+        Bench::Predict(args) => predict::run(args),
         Bench::Blk(args) => blk::run(args),
     }
 }
