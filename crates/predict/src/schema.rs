@@ -153,7 +153,7 @@ features! {
     Arrivals "arrivals_per_s" PerSecond Context Rings Ratio; "Requests that the driver made available."
     Completions "completions_per_s" PerSecond Context Rings Ratio; "Requests that the backend completed."
     Depth "depth_mean" Count Context Rings Ratio; "Requests in flight, mean over time."
-    DepthMax "depth_max" Count Context Rings Max; "Requests in flight, greatest seen."
+    DepthMax "depth_max" Count Context Rings Max; "Requests in flight on one ring, greatest seen."
     Bytes "bytes_per_s" BytesPerSecond Context Page Ratio; "Bytes moved; without a telemetry page reckoned from sampled requests."
     Size "size_mean_bytes" Bytes Context Page Ratio; "Bytes of a read or write, mean."
     ReadShare "read_share" Share Context Page Ratio; "Reads among the requests; for other devices than disks, requests the backend only writes into."

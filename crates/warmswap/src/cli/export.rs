@@ -77,7 +77,8 @@ pub(super) fn run(args: &Args) -> Result<u8, Failure> {
     }
     // Whom to ask is settled before a file is replaced.
     let source = Source::open(args)?;
-    let out: Box<dyn Write + Send> = match &args.output {
+    let output_file = args.output.as_ref().filter(|path| path.as_os_str() != "-");
+    let out: Box<dyn Write + Send> = match output_file {
         Some(path) => Box::new(File::create(path).map_err(|error| output(path, &error))?),
         None if args.format == Format::Parquet && std::io::stdout().is_terminal() => {
             return Err(Failure::new(2, "a Parquet table is not for a terminal: give --output"));
@@ -96,7 +97,7 @@ pub(super) fn run(args: &Args) -> Result<u8, Failure> {
     // What was read before a failure is a whole table.
     table.end()?;
     read?;
-    if let Some(path) = &args.output {
+    if let Some(path) = output_file {
         writeln!(std::io::stdout(), "exported: {rows} rows of {} to {}", args.name, path.display())?;
     }
     Ok(0)
@@ -123,6 +124,13 @@ impl Source {
             return Ok(Source::Running(client));
         };
         let path = if path.is_dir() { history_path(path, &args.name) } else { path.clone() };
+        if !path.exists() {
+            let text = format!(
+                "--store: there is no {}; it is the directory, or a file in it, that a guard with --store was given",
+                path.display()
+            );
+            return Err(Failure::new(1, text));
+        }
         let reader = Reader::open(&path)?;
         if reader.device() != args.name {
             let text = format!("--store {} is of device {}, not of {}", path.display(), reader.device(), args.name);

@@ -88,7 +88,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
     /// Do not measure the device
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["store", "offload_cpus"])]
     no_profile: bool,
     /// Time between two measurements, in milliseconds
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(10..=10_000))]
@@ -126,6 +126,11 @@ fn cpus(text: &str) -> Result<Cpus, String> {
             return Err(format!("expected numbers below {CPUS_MAX} and ranges of them, as 0,2-3"));
         };
         cpus.extend(first..=last);
+    }
+    if let Ok(allowed) = rustix::thread::sched_getaffinity(None)
+        && let Some(absent) = cpus.iter().find(|cpu| !allowed.is_set(**cpu))
+    {
+        return Err(format!("this process may not run on processor {absent}: there is none, or it is kept from it"));
     }
     Ok(Cpus(cpus))
 }
