@@ -15,8 +15,15 @@ pub(crate) trait Scorer {
 }
 
 /// The baselines by name.
-pub(crate) const BASELINES: [&str; 6] =
-    ["frozen z", "exponentially weighted z", "sigma x 4 rows", "half-space trees", "principal components", "static"];
+pub(crate) const BASELINES: [&str; 7] = [
+    "frozen z",
+    "exponentially weighted z",
+    "sigma x 4 rows",
+    "half-space trees",
+    "random cut forest",
+    "principal components",
+    "static",
+];
 
 /// A new one.
 pub(crate) fn baseline(name: &str, columns: usize, burn_in: usize) -> Box<dyn Scorer> {
@@ -27,6 +34,7 @@ pub(crate) fn baseline(name: &str, columns: usize, burn_in: usize) -> Box<dyn Sc
             Box::new(Weighted(Box::new(SeriesDetector::new(columns, burn_in as u32, false)), burn_in, 0))
         }
         "half-space trees" => Box::new(super::trees::HalfSpaceTrees::new(columns, burn_in, 1)),
+        "random cut forest" => Box::new(Forest::new(columns, burn_in)),
         "principal components" => Box::new(super::components::Components::new(columns, burn_in)),
         "static" => Box::new(Static { rows: 0, burn_in }),
         other => unreachable!("{other} is no baseline"),
@@ -97,6 +105,29 @@ impl Scorer for Weighted {
         self.2 += 1;
         let scored = self.0.step(row, &[]);
         (self.2 > self.1).then_some(scored.score)
+    }
+}
+
+/// A random cut forest (S. Guha et al., Robust random cut forest based anomaly detection on streams, ICML 2016), of the crate `rcf3`: 50 trees of 256 points.
+struct Forest {
+    forest: rcf3::Forest,
+    rows: usize,
+    burn_in: usize,
+}
+
+impl Forest {
+    fn new(columns: usize, burn_in: usize) -> Self {
+        let forest = rcf3::Forest::builder(columns).num_trees(50).capacity(256).shingle_size(1).output_after(1).seed(1);
+        Forest { forest: forest.build().expect("a forest of this size can be made"), rows: 0, burn_in }
+    }
+}
+
+impl Scorer for Forest {
+    fn step(&mut self, row: &[f32]) -> Option<f32> {
+        self.rows += 1;
+        let row: Vec<f32> = row.iter().map(|value| if value.is_finite() { *value } else { 0.0 }).collect();
+        let score = self.forest.update_and_score(&row).expect("a row of finite values is taken");
+        (self.rows > self.burn_in).then_some(score as f32)
     }
 }
 

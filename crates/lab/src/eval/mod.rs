@@ -8,6 +8,7 @@ pub(crate) mod health;
 pub(crate) mod period;
 pub(crate) mod protocol;
 pub(crate) mod replay;
+pub(crate) mod series;
 pub(crate) mod table;
 pub(crate) mod trees;
 pub(crate) mod vus;
@@ -24,11 +25,14 @@ pub(crate) struct Args {
 enum What {
     /// The failure model, by the runs of a campaign: recall, lead times, false alarms, calibration, baselines.
     Runs(protocol::Args),
+    /// The detector of series, by public series with labels: VUS-PR, beside what others run.
+    Series(series::Args),
 }
 
 /// Judges.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     match &args.what {
         What::Runs(args) => protocol::run(args),
+        What::Series(args) => series::run(args),
     }
 }
