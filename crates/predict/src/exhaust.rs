@@ -2,8 +2,9 @@
 //!
 //! A few points of its share of the bound are kept, evenly spread over the time since it was first seen or the last of it, and the median
 //! slope of all their pairs is its drift (Theil-Sen: P. K. Sen, Estimates of the regression coefficient based on Kendall's tau, JASA 63, 1968): a step, an
-//! outlier or a saw-tooth does not make a trend. Time to the bound is that of a Wiener process with that drift (first passage; the
-//! second term in the log domain, where the exponential alone would overflow).
+//! outlier or a saw-tooth does not make a trend. A drift that grows from one half of the points to the next goes on growing: most leaks do, as
+//! what leaks is asked for more and more. Time to the bound is that of a Wiener process with that drift (first passage; the second term in
+//! the log domain, where the exponential alone would overflow).
 
 use crate::math::normal;
 
@@ -14,6 +15,10 @@ const PAIRS: usize = POINTS * (POINTS - 1) / 2;
 const POINTS_MIN: usize = 8;
 /// Windows between two estimates of the slope.
 const EVERY: u32 = 8;
+/// Windows that a reading may be waited for: beyond it what is known is old.
+const WAITED_MAX: u32 = 64;
+/// A slope that is so many times as great in the second half of the points as in the first grows.
+const GROWS_FROM: f32 = 1.25;
 
 /// The share of one resource over time.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -30,6 +35,12 @@ pub struct Exhaustion {
     now: f32,
     /// Slopes per window: 10, 50 and 90 of a hundred pairs are below.
     slopes: [f32; 3],
+    /// The slope now, and how much it grows per window.
+    pace: f32,
+    growth: f32,
+    /// What was read last, and windows since.
+    read: f32,
+    waited: u32,
     /// Deviation of one window's step from the drift.
     deviation: f32,
     until_next: u32,
@@ -61,6 +72,10 @@ impl Exhaustion {
             sum: 0.0,
             now: 0.0,
             slopes: [0.0; 3],
+            pace: 0.0,
+            growth: 0.0,
+            read: f32::NAN,
+            waited: 0,
             deviation: 0.0,
             until_next: 0,
             is_new: false,
@@ -68,11 +83,19 @@ impl Exhaustion {
         }
     }
 
-    /// Takes the share of the bound that is used in a window: 1 is the bound.
-    pub fn see(&mut self, share: f32) {
-        if !share.is_finite() {
+    /// A window has passed. Takes the share of the bound that is used, 1 is the bound, if it was read in it: what is read once in several windows
+    /// has gone evenly from one reading to the next.
+    pub fn pass(&mut self, share: Option<f32>) {
+        let Some(share) = share.filter(|share| share.is_finite()) else {
+            self.waited = (self.waited + 1).min(WAITED_MAX);
             return;
-        }
+        };
+        let (windows, before) = (self.waited + 1, if self.read.is_finite() { self.read } else { share });
+        (1..=windows).for_each(|window| self.see(before + (share - before) * window as f32 / windows as f32));
+        (self.read, self.waited) = (share, 0);
+    }
+
+    fn see(&mut self, share: f32) {
         self.now = share;
         self.sum += share;
         self.since += 1;
@@ -114,23 +137,20 @@ impl Exhaustion {
         let points = &self.points[..usize::from(self.count)];
         self.known = true;
         if points.iter().all(|point| *point == points[0]) {
-            (self.slopes, self.deviation) = ([0.0; 3], 0.0);
+            (self.slopes, self.deviation, self.pace, self.growth) = ([0.0; 3], 0.0, 0.0, 0.0);
             return;
         }
         let stride = self.stride as f32;
-        let mut slopes = [0.0_f32; PAIRS];
-        let mut pairs = 0;
-        for (at, one) in points.iter().enumerate() {
-            for (apart, other) in points[at + 1..].iter().enumerate() {
-                slopes[pairs] = (other - one) / ((apart + 1) as f32 * stride);
-                pairs += 1;
-            }
-        }
-        let slopes = &mut slopes[..pairs];
-        self.slopes = [10, 50, 90].map(|percent| {
-            let at = (pairs - 1) * percent / 100;
-            *slopes.select_nth_unstable_by(at, f32::total_cmp).1
-        });
+        self.slopes = slopes(points, stride);
+        let half = points.len() / 2;
+        let [first, second] = [&points[..half], &points[points.len() - half..]].map(|half| slopes(half, stride)[1]);
+        let apart = (points.len() - half) as f32 * stride;
+        (self.pace, self.growth) = if first >= 0.0 && second > GROWS_FROM * first {
+            let growth = (second - first) / apart;
+            (second + growth * half as f32 * stride / 2.0, growth)
+        } else {
+            (self.slopes[1], 0.0)
+        };
         let steps = points.windows(2).map(|two| two[1] - two[0] - self.slopes[1] * stride);
         let squares: f32 = steps.map(|step| step * step).sum();
         // A step of so many windows has a variance of so many times that of one.
@@ -143,10 +163,23 @@ impl Exhaustion {
         if !self.known {
             return None;
         }
-        let left = (1.0 - self.now).max(0.0);
-        let at = |slope: f32| if slope > 0.0 { left / slope } else { f32::INFINITY };
+        let now = self.now();
+        let left = (1.0 - now).max(0.0);
+        let at = |slope: f32| match self.growth {
+            growth if growth > 0.0 => (libm::sqrtf(slope * slope + 2.0 * growth * left) - slope) / growth,
+            _ if slope > 0.0 => left / slope,
+            _ => f32::INFINITY,
+        };
         let [slow, median, fast] = self.slopes;
-        Some(Forecast { share: self.now, windows: at(median), between: (at(fast), at(slow)) })
+        let windows = at(self.pace);
+        let between =
+            (at(self.pace + (fast - median)).min(windows), at((self.pace - (median - slow)).max(0.0)).max(windows));
+        Some(Forecast { share: now, windows, between })
+    }
+
+    /// The share now, as far as can be told without a new reading.
+    fn now(&self) -> f32 {
+        self.now + self.pace.max(0.0) * self.waited as f32
     }
 
     /// The probability that the bound is reached within so many windows.
@@ -155,11 +188,12 @@ impl Exhaustion {
         if !self.known {
             return 0.0;
         }
-        let left = 1.0 - self.now;
+        let left = 1.0 - self.now();
         if left <= 0.0 {
             return 1.0;
         }
-        let [slow, drift, fast] = self.slopes;
+        let [slow, _, fast] = self.slopes;
+        let drift = self.pace + self.growth * windows / 2.0;
         // What is not known of the drift: an interval of 80 % of a normal distribution is 2.563 deviations wide.
         let unsure = (fast - slow).max(0.0) / 2.563 * windows;
         let spread = libm::sqrtf(self.deviation * self.deviation * windows + unsure * unsure).max(1e-6);
@@ -176,6 +210,23 @@ impl Exhaustion {
     pub fn grows(&self) -> bool {
         self.known && self.slopes[0] > 0.0
     }
+}
+
+/// Slopes of all pairs of points: 10, 50 and 90 of a hundred are below.
+fn slopes(points: &[f32], stride: f32) -> [f32; 3] {
+    let mut slopes = [0.0_f32; PAIRS];
+    let mut pairs = 0;
+    for (at, one) in points.iter().enumerate() {
+        for (apart, other) in points[at + 1..].iter().enumerate() {
+            slopes[pairs] = (other - one) / ((apart + 1) as f32 * stride);
+            pairs += 1;
+        }
+    }
+    let slopes = &mut slopes[..pairs];
+    [10, 50, 90].map(|percent| {
+        let at = pairs.saturating_sub(1) * percent / 100;
+        *slopes.select_nth_unstable_by(at, f32::total_cmp).1
+    })
 }
 
 #[cfg(test)]
@@ -205,6 +256,27 @@ mod tests {
     }
 
     #[test]
+    fn a_leak_that_grows_is_forecast_as_one() {
+        // A quadratic one, read every fifth window.
+        let mut resource = Exhaustion::new(512);
+        let share = |window: u32| (window as f32 / 120.0).powi(2);
+        (0..60).for_each(|window| resource.pass((window % 5 == 0).then(|| share(window))));
+        let forecast = resource.forecast().expect("there is enough");
+        assert!((forecast.windows / 60.0 - 1.0).abs() < 0.2, "{forecast:?}");
+        assert!(forecast.between.0 <= forecast.windows && forecast.windows <= forecast.between.1);
+    }
+
+    #[test]
+    fn what_is_read_seldom_is_no_staircase() {
+        let mut resource = Exhaustion::new(4);
+        (0..200).for_each(|window| resource.pass((window % 10 == 0).then(|| window as f32 / 400.0)));
+        let forecast = resource.forecast().expect("there is enough");
+        assert!((forecast.windows / 200.0 - 1.0).abs() < 0.1, "{forecast:?}");
+        resource.pass(Some(f32::NAN));
+        assert!(resource.forecast().is_some_and(|forecast| forecast.share.is_finite()));
+    }
+
+    #[test]
     fn a_short_memory_sees_a_leak_that_began_lately() {
         let mut resource = Exhaustion::new(2);
         (0..1_000).for_each(|_| resource.see(0.2));
@@ -227,7 +299,7 @@ mod tests {
         assert_eq!(after(3, |_| 0.99).forecast(), None);
         assert_eq!(after(40, |_| 1.0).within(1.0), 1.0);
         let mut resource = after(40, |_| 0.5);
-        resource.see(f32::NAN);
+        resource.pass(None);
         assert!(resource.forecast().expect("there is enough").share == 0.5);
     }
 }

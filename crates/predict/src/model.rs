@@ -59,8 +59,8 @@ const BELOW: f32 = 0.9;
 const RESOURCES: [Feature; 4] =
     [Feature::MemoryShare, Feature::DescriptorShare, Feature::ThreadShare, Feature::StoreShare];
 
-/// Greatest distance of two points of a resource, in windows: half a minute and two hours of windows of a second are looked at.
-const STRIDES: [u32; 2] = [2, 512];
+/// Greatest distance of two points of a resource, in windows: a minute and two hours of windows of a second are looked at.
+const STRIDES: [u32; 2] = [4, 512];
 /// A drift that is borne with, as a part of [`WHOLE_SLOWDOWN`]: 1.3 times.
 const DRIFT_BORNE: f32 = 0.19;
 
@@ -103,7 +103,6 @@ struct Volatile {
     shares: [f32; RESOURCES.len()],
     /// Memory that is not of files, in [`ANON_UNIT`]s: what leaks.
     anon: Exhaustion,
-    anon_share: f32,
     /// Share that the page cache did not have, as it was told last.
     misses: f32,
     /// For how long a kick and an interrupt had no effect, a request and all of them no answer, at the end of the last window, in microseconds.
@@ -125,7 +124,6 @@ impl Default for Volatile {
             block: 0,
             shares: [f32::NAN; RESOURCES.len()],
             anon: Exhaustion::new(STRIDES[0]),
-            anon_share: f32::NAN,
             misses: 0.0,
             overdue: [0.0; 4],
             harm: 0.0,
@@ -303,16 +301,15 @@ impl Model {
     }
 
     fn see_resources(&mut self, record: &Record) {
-        let Volatile { windows, resources, shares, anon, anon_share, .. } = &mut self.volatile;
+        let Volatile { windows, resources, shares, anon, .. } = &mut self.volatile;
         for ((resource, share), feature) in resources.iter_mut().zip(shares).zip(RESOURCES) {
             *share = record.get(feature).unwrap_or(*share);
             if *windows > STARTED_AFTER {
-                resource.iter_mut().for_each(|resource| resource.see(*share));
+                resource.iter_mut().for_each(|resource| resource.pass(record.get(feature)));
             }
         }
-        *anon_share = record.get(Feature::RssAnon).map_or(*anon_share, |bytes| bytes / ANON_UNIT);
         if *windows > STARTED_AFTER {
-            anon.see(*anon_share);
+            anon.pass(record.get(Feature::RssAnon).map(|bytes| bytes / ANON_UNIT));
         }
     }
 
@@ -456,10 +453,20 @@ impl Model {
         there.flat_map(|(feature, views)| views.iter().map(move |view| (feature, view)))
     }
 
+    /// The resource that will be used up first; of each what the last minute says, if it grew in that, or else the last hours.
     fn first_exhausted(&self) -> Option<(Feature, crate::exhaust::Forecast)> {
-        let growing = self.resources().filter(|(_, resource)| resource.grows());
-        let forecasts = growing.filter_map(|(feature, resource)| Some((feature, resource.forecast()?)));
-        forecasts.min_by(|one, two| one.1.windows.total_cmp(&two.1.windows))
+        let mut first: Option<(Feature, crate::exhaust::Forecast)> = None;
+        let mut seen = None;
+        for (feature, resource) in self.resources().filter(|(_, resource)| resource.grows()) {
+            if seen.replace(feature) == Some(feature) {
+                continue;
+            }
+            let Some(forecast) = resource.forecast() else { continue };
+            if first.is_none_or(|(_, other)| forecast.windows < other.windows) {
+                first = Some((feature, forecast));
+            }
+        }
+        first
     }
 
     /// What speaks most for a failure: what each input adds to the risk, given to the feature behind it.
