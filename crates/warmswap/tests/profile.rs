@@ -28,7 +28,7 @@ fn mistakes_are_named() {
     assert_says(&warmswap(&["export", "disk", "--format", "xls"]), 2, &["csv", "parquet"]);
     assert_says(&warmswap(&["export", "../disk"]), 2, &["--name takes"]);
     assert_says(&warmswap(&["export", "disk", "--control", &control]), 4, &["no warmswap runs in", &control]);
-    assert_says(&warmswap(&["export", "disk", "--store", file]), 1, &[file, "No such file"]);
+    assert_says(&warmswap(&["export", "disk", "--store", file]), 1, &[file, "guard with --store"]);
     assert_says(&warmswap(&["record", "disk"]), 2, &["--output"]);
     assert_says(&warmswap(&["replay", file]), 1, &[file, "No such file"]);
     std::fs::write(file, "a letter to somebody").expect("it can be written");

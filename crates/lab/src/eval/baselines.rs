@@ -161,7 +161,7 @@ mod tests {
         for name in BASELINES {
             let columns = FEATURE_COUNT;
             let mut scorer = baseline(name, columns, BURN_IN);
-            let (mut usual, mut unusual) = (0.0_f32, 0.0);
+            let (mut usual, mut unusual) = (f32::NEG_INFINITY, 0.0);
             for step in 0..300 {
                 let mut row: Vec<f32> = (0..columns).map(|at| 5.0 + noise(step, at)).collect();
                 if step >= 295 {

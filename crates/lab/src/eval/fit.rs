@@ -88,7 +88,9 @@ impl<'a> Shapes<'a> {
         let counted: Vec<(usize, bool, f64)> = known.map(|(at, failed)| (at, failed, 1.0)).collect();
         let failed: f64 = counted.iter().filter(|(_, failed, _)| *failed).map(|(_, _, weight)| weight).sum();
         let all: f64 = counted.iter().map(|(_, _, weight)| weight).sum();
-        let share = ((failed + 0.5) / (all + 1.0)).clamp(1e-6, 1.0 - 1e-6);
+        // Of a horizon of which nothing is known nothing is said.
+        let share = if counted.is_empty() { 0.0 } else { (failed + 0.5) / (all + 1.0) };
+        let share = share.clamp(1e-6, 1.0 - 1e-6);
         let bias = (share / (1.0 - share)).ln();
         let logits = vec![bias; samples.len()];
         Shapes { bins, counted, logits, tables: [[0.0; BINS]; INPUT_COUNT], bias }
@@ -144,11 +146,10 @@ fn rise(values: &mut [f64; BINS], weights: &[f64; BINS]) {
 mod tests {
     use super::*;
 
-    fn sample(sign: f32, failed: bool) -> Sample {
+    fn sample(sign: f32, useless: f32, failed: bool) -> Sample {
         let mut inputs = [0.0; INPUT_COUNT];
         inputs[3] = sign;
-        // Of no use.
-        inputs[5] = (sign * 7.0).sin().abs();
+        inputs[5] = useless;
         Sample { inputs, failed: [None, Some(failed), Some(failed), Some(failed)], harm: 0.0, run: 0 }
     }
 
@@ -158,14 +159,14 @@ mod tests {
             .map(|at| {
                 let sign = (at % 100) as f32 / 10.0;
                 // Beyond 8 half of them fail.
-                sample(sign, sign > 8.0 && at / 100 % 2 == 0)
+                sample(sign, (at * 7_919 % 97) as f32, sign > 8.0 && at / 100 % 2 == 0)
             })
             .collect();
         let hazard = fit(&samples);
         assert!(hazard.is_monotone());
-        let risk = |sign: f32| hazard.risk(&sample(sign, false).inputs, 0.0)[2];
+        let risk = |sign: f32| hazard.risk(&sample(sign, 50.0, false).inputs, 0.0)[2];
         assert!(risk(1.0) < 0.02 && (0.35..0.65).contains(&risk(9.5)), "{} {}", risk(1.0), risk(9.5));
-        assert!(hazard.contribution(3, 2, 9.5) > 3.0 && hazard.contribution(5, 2, 0.9) < 0.5);
+        assert!(hazard.contribution(3, 2, 9.5) > 3.0 && hazard.contribution(5, 2, 90.0) < 0.5);
         assert_eq!(fit(&samples), hazard, "the same again");
     }
 
