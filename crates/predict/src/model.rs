@@ -39,8 +39,8 @@ const SCORE_MAX: f32 = 10.0;
 const GATE: f32 = 4.0;
 /// Requests are slowed down by this much (a logarithm) at harm 1: four times.
 const WHOLE_SLOWDOWN: f32 = 1.386_294_4;
-/// What is borne with in any case: requests 1.15 times as slow, and a risk of two in a hundred.
-const LEAST_BORNE: [f32; 2] = [0.1, 0.02];
+/// What is borne with in any case: requests 1.15 times as slow, a risk of two in a hundred, and one request in a second that fails.
+const LEAST_BORNE: [f32; 3] = [0.1, 0.02, 0.1];
 /// Evidence of what a component does itself in health: so much more is borne with.
 const OWN_MARGIN: f32 = 1.25;
 /// No tolerance is greater.
@@ -94,10 +94,10 @@ struct Volatile {
     slowdown: (f32, f32),
     /// Each over a short and over a long time.
     resources: [[Exhaustion; 2]; RESOURCES.len()],
-    /// Against harm, risk, drift.
-    evidence: [Evidence; 3],
+    /// Against harm, risk, errors, drift.
+    evidence: [Evidence; 4],
     /// The last means of a block of harm and of risk, in the making.
-    blocks: [f32; 2],
+    blocks: [f32; 3],
     block: u32,
     /// Shares as they were read last: some are read once a second only.
     shares: [f32; RESOURCES.len()],
@@ -119,8 +119,8 @@ impl Default for Volatile {
             changes: [Change::default(); Kind::COUNT],
             slowdown: (0.0, 0.0),
             resources: [STRIDES.map(Exhaustion::new); RESOURCES.len()],
-            evidence: [Evidence::default(); 3],
-            blocks: [0.0; 2],
+            evidence: [Evidence::default(); 4],
+            blocks: [0.0; 3],
             block: 0,
             shares: [f32::NAN; RESOURCES.len()],
             anon: Exhaustion::new(STRIDES[0]),
@@ -141,7 +141,7 @@ pub struct Model {
     anchor: Knowledge,
     volatile: Volatile,
     /// Greatest harm and risk of a block in health, decaying.
-    own: [f32; 2],
+    own: [f32; 3],
     /// Longest age of a request in health, in microseconds, decaying.
     longest_us: f32,
     windows: u64,
@@ -169,7 +169,7 @@ impl Model {
             candidate: knowledge.clone(),
             anchor: knowledge,
             volatile: Volatile::default(),
-            own: [0.0; 2],
+            own: [0.0; 3],
             longest_us: 0.0,
             windows: 0,
             backend: 0,
@@ -367,18 +367,19 @@ impl Model {
         }
         // Held: what stands still every few windows does harm in between as well.
         self.volatile.harm = slowdown.max(visible(record)).max(HARM_HELD * self.volatile.harm);
-        let harm = [self.volatile.harm, risk];
-        let borne = trained.tolerances;
+        let harm = [self.volatile.harm, risk, troubled(record)];
+        // Health has no errors, whatever component it is of.
+        let borne = [trained.tolerances[0], trained.tolerances[1], 0.0];
         // What others of its kind do in health counts as long as little is known of this one.
         let unknown = (1.0 - self.windows as f32 / COMMIT_EVERY as f32).max(0.0);
-        for at in 0..2 {
+        for at in 0..3 {
             let tolerance = LEAST_BORNE[at].max(unknown * borne[at]).max(OWN_MARGIN * self.own[at]).min(TOLERANCE_MAX);
             self.volatile.evidence[at].see(harm[at], tolerance);
             self.volatile.blocks[at] += harm[at] / BLOCK as f32;
         }
         let drift = INPUTS.iter().position(|input| *input == Input::Drift).map_or(0.0, |at| self.inputs[at]);
         // Only what has been accepted meanwhile: what was not is harm.
-        self.volatile.evidence[2].see((drift - slowdown).max(0.0), DRIFT_BORNE);
+        self.volatile.evidence[3].see((drift - slowdown).max(0.0), DRIFT_BORNE);
         self.volatile.block += 1;
         if self.volatile.block < BLOCK {
             return;
@@ -400,7 +401,7 @@ impl Model {
         if let Some((feature, _)) = soon.max_by(|one, two| one.1.within(SOON).total_cmp(&two.1.within(SOON))) {
             return Some(Alarm::Exhaustion(feature));
         }
-        let reasons = [Alarm::Harm, Alarm::Risk, Alarm::Drift];
+        let reasons = [Alarm::Harm, Alarm::Risk, Alarm::Errors, Alarm::Drift];
         let enough = |evidence: &Evidence| evidence.value() >= WINDOWS_PER_FALSE_ALARM;
         let alarm = reasons.into_iter().zip(&self.volatile.evidence).find(|(_, evidence)| enough(evidence))?.0;
         self.volatile.evidence.iter_mut().for_each(Evidence::clear);
@@ -549,9 +550,14 @@ fn worst(scores: &[f32; OUTCOME_COUNT]) -> [f32; Kind::COUNT] {
 fn visible(record: &Record) -> f32 {
     let value = |feature| record.get(feature).unwrap_or(0.0).max(0.0);
     let stalled = value(Feature::Gap) / (record.span_us as f32).max(1.0);
+    stalled.max(value(Feature::ErrorShare)).max(troubled(record)).min(1.0)
+}
+
+/// Requests that fail or have to be tried again, as harm.
+fn troubled(record: &Record) -> f32 {
+    let value = |feature| record.get(feature).unwrap_or(0.0).max(0.0);
     let troubled = value(Feature::Errors) + value(Feature::Retries) + value(Feature::Malformed);
-    let troubled = libm::log2f(1.0 + troubled) / WHOLE_ERRORS;
-    stalled.max(value(Feature::ErrorShare)).max(troubled).min(1.0)
+    (libm::log2f(1.0 + troubled) / WHOLE_ERRORS).min(1.0)
 }
 
 /// How much slower requests are than expected, as a part of [`WHOLE_SLOWDOWN`], 0 to 1: the mean over the latencies that are there.

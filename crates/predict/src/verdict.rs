@@ -35,6 +35,8 @@ pub enum Alarm {
     Exhaustion(Feature),
     /// Harm beyond the tolerance, for so long that health is not believable any more.
     Harm,
+    /// Requests fail or have to be tried again, for so long that it is no chance.
+    Errors,
     /// Requests take longer at the same load than when the component was new, and that came so slowly that every step of it was usual.
     Drift,
     /// Signs that preceded failures before, for so long that health is not believable any more.
@@ -73,6 +75,7 @@ impl Alarm {
             Alarm::Law(_) => "law",
             Alarm::Exhaustion(_) => "exhaustion",
             Alarm::Harm => "harm",
+            Alarm::Errors => "errors",
             Alarm::Drift => "drift",
             Alarm::Risk => "risk",
         }
@@ -94,6 +97,7 @@ impl fmt::Display for Alarm {
             }
             Alarm::Exhaustion(feature) => write!(f, "{} will reach its bound soon", feature.name()),
             Alarm::Harm => f.write_str("requests take longer than they should at this load, for too long to be chance"),
+            Alarm::Errors => f.write_str("requests fail or have to be tried again, again and again"),
             Alarm::Drift => f.write_str("requests have become slower at the same load, little by little"),
             Alarm::Risk => f.write_str("it behaves as backends did before they failed, for too long to be chance"),
         }

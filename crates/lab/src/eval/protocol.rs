@@ -288,8 +288,8 @@ fn report(runs: &[Run], seen: &Judged, left_out: &Judged, args: &Args) -> Report
         false_alarms,
         false_alarms_per_component_day: f64::from(false_alarms) / healthy_days,
         false_alarm_upper_95: poisson_upper(false_alarms) / healthy_days,
-        // Harm, risk and drift each have their own evidence.
-        promised_rate: 3.0 * DAY / f64::from(WINDOWS_PER_FALSE_ALARM),
+        // Harm, risk, errors and drift each have their own evidence.
+        promised_rate: 4.0 * DAY / f64::from(WINDOWS_PER_FALSE_ALARM),
         causes_right: share(seen.outcomes.iter().filter_map(|it| it.cause_right)),
         exhaustion_error_p50: quantile(&mut errors, 0.5),
         calibration_error: calibration_error(&seen.risks),
