@@ -16,8 +16,8 @@ pub(crate) struct Predictor {
     model: Model,
     verdict: Option<Verdict>,
     alarms: u64,
-    /// What the last alarm was for, while it lasts: it is said once.
-    alarm: Option<(Alarm, u64)>,
+    /// Alarms by name, each with the last window that had it: as long as it lasts it is said once.
+    said: Vec<(&'static str, u64)>,
 }
 
 /// Windows without an alarm until the same one is news again.
@@ -25,7 +25,7 @@ const SAID_FOR: u64 = 60;
 
 impl Default for Predictor {
     fn default() -> Self {
-        Predictor { model: Model::new(trained()), verdict: None, alarms: 0, alarm: None }
+        Predictor { model: Model::new(trained()), verdict: None, alarms: 0, said: Vec::new() }
     }
 }
 
@@ -37,11 +37,17 @@ impl Predictor {
         self.verdict = Some(verdict);
         let alarm = verdict.alarm?;
         self.alarms += 1;
-        let is_known = self.alarm.is_some_and(|(known, at)| {
-            known.name() == alarm.name() && window.number.checked_sub(at).is_some_and(|since| since < SAID_FOR)
-        });
-        self.alarm = Some((alarm, window.number));
-        (!is_known).then_some(verdict)
+        self.is_news(alarm, window.number).then_some(verdict)
+    }
+
+    /// Whether an alarm has not been given for some windows.
+    fn is_news(&mut self, alarm: Alarm, number: u64) -> bool {
+        let Some((_, at)) = self.said.iter_mut().find(|(name, _)| *name == alarm.name()) else {
+            self.said.push((alarm.name(), number));
+            return true;
+        };
+        let since = number.checked_sub(std::mem::replace(at, number));
+        since.is_none_or(|since| since >= SAID_FOR)
     }
 
     /// What was said of the last window.
@@ -71,7 +77,7 @@ pub(crate) fn causes(verdict: &Verdict) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use warmswap_predict::{Feature, Grain};
+    use warmswap_predict::{Feature, Grain, Law};
 
     fn window(number: u64, kick_overdue_us: f32) -> Record {
         let mut record = Record::new(Grain::Window, number, 1, number * 1_000_000_000, 1_000_000);
@@ -88,6 +94,9 @@ mod tests {
         assert!(predictor.feed(&window(2, 1_500_000.0)).is_some());
         assert!(predictor.feed(&window(3, 2_500_000.0)).is_none(), "it was said");
         assert_eq!(predictor.alarms(), 2);
+        assert!(predictor.is_news(Alarm::Harm, 4), "another one is");
+        assert!(!predictor.is_news(Alarm::Law(Law::KickIsSeen), 5), "and the first still not");
+        assert!(predictor.is_news(Alarm::Harm, 64));
         let verdict = predictor.verdict().expect("it was judged");
         assert_eq!(verdict.alarm.map(Alarm::name), Some("law"));
     }
