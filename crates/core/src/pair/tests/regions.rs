@@ -703,7 +703,7 @@ fn halted(script: &str) -> String {
     let mut harness = Harness::new(PairConfig { region: RegionUse::Trust, ..tracked() });
     let script = format!("{script}\n~exit 1\n~fenced 1");
     script.lines().map(str::trim).filter(|line| !line.is_empty()).for_each(|line| harness.line(line));
-    let reason = harness.pair.status().halted.expect("it is halted");
+    let reason = harness.pair.status(harness.now).halted.expect("it is halted");
     harness.finish();
     let unknown = "ring 0: what is in flight is not known exactly: the ring was not observed for so long that its indices may have wrapped; ";
     reason.strip_prefix(unknown).unwrap_or_else(|| panic!("it halts for another reason: {reason}")).to_owned()
