@@ -438,7 +438,8 @@ mod tests {
         let limits = Limits::default();
         let mut policy = experienced();
         let full = alarm(Alarm::Exhaustion(Feature::StoreShare));
-        let first = |policy: &mut Policy, foresight: &Foresight, on| policy.at_first(foresight, on, &limits, after(100));
+        let first =
+            |policy: &mut Policy, foresight: &Foresight, on| policy.at_first(foresight, on, &limits, after(100));
         let why = first(&mut policy, &full, OnPrediction::Act);
         assert!(matches!(why, Some(Withheld::SharedResource(_))));
         let many = Foresight { others: 2, ..alarm(Alarm::Harm) };

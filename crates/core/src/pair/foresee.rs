@@ -54,7 +54,8 @@ impl Pair {
     fn act_on_prediction(&mut self, step: &mut Step<'_>) {
         let limits = self.config.limits;
         let Some(foresight) = self.policy.act(&limits, step.now) else { return };
-        let cause = format!("predicted ({}): {}; causes: {}", foresight.alarm.name(), foresight.alarm, foresight.causes);
+        let cause =
+            format!("predicted ({}): {}; causes: {}", foresight.alarm.name(), foresight.alarm, foresight.causes);
         let drain = can_drain(foresight.alarm);
         self.begin_failover(Kind::Predicted, cause, foresight.backend, None, drain, step);
     }

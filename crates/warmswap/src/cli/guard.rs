@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use warmswap_blk::image::Identity;
-use warmswap_core::{DrainMethod, Entry, FenceLevel, Limits, Nanos, PairConfig, RegionUse, Survivors};
+use warmswap_core::{DrainMethod, Entry, FenceLevel, Limits, Nanos, OnPrediction, PairConfig, RegionUse, Survivors};
 use warmswap_store::Retention;
 use warmswap_wire::DeviceType;
 
@@ -80,6 +80,15 @@ pub(super) struct Args {
     /// A planned failover waits this long, in milliseconds, for the primary to complete what it holds
     #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
     drain_ms: u64,
+    /// Report predicted failures, do not act on them
+    #[arg(long)]
+    observe: bool,
+    /// Predicted failovers within an hour, at most
+    #[arg(long, value_name = "COUNT", default_value_t = 6, value_parser = clap::value_parser!(u32).range(0..=3_600))]
+    predicted_per_hour: u32,
+    /// After a predicted failover none is made for so many seconds; twice as long each time one did not help, up to an hour
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3_600))]
+    cool_down: u64,
     /// Directory for the backends' sockets (default: the control directory)
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
@@ -242,6 +251,7 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     let (notes, history, historian) = historian::start(&names, shared.store, sender.clone(), shared.cpus.clone())?;
     let sampler = if shared.profile { Some(sampler::start(shared.pace, shared.cpus, notes.clone())?) } else { None };
     let (mut driver, commander) = Driver::new(signals, janitor, sampler)?;
+    history.tell_of_alarms(commander.clone(), &configs[0].control_dir);
     let mut control_sockets = Vec::new();
     for config in &mut configs {
         let listener = prepare(config, &sender)?;
@@ -250,6 +260,7 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     }
     // Those who ask keep what they need of these.
     drop((commander, journal, history));
+    let control_dir = configs[0].control_dir.clone();
     let mut unready = configs.len();
     let ended = driver.add(configs, &sender).and_then(|()| {
         driver.run(&mut |config| {
@@ -265,6 +276,7 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     });
     sender.started(!matches!(ended, Ok(Ended::Failed(_))));
     drop((driver, sender, notes));
+    names.iter().for_each(|name| historian::forget_alarms(&control_dir, name));
     for socket in &control_sockets {
         let _gone = std::fs::remove_file(socket);
     }
@@ -322,6 +334,8 @@ fn configure(args: Args) -> Result<DeviceConfig, Failure> {
         hang: Nanos::from_millis(args.hang_ms),
         stall: Nanos::from_millis(args.stall_ms),
         drain_max: Nanos::from_millis(args.drain_ms),
+        predicted_per_hour: args.predicted_per_hour,
+        cool_down_min: Nanos::from_millis(args.cool_down * 1_000),
         ..Limits::default()
     };
     if args.fence == FenceLevel::Target && args.fence_command.is_none() {
@@ -342,6 +356,7 @@ fn configure(args: Args) -> Result<DeviceConfig, Failure> {
             fence: args.fence,
             shadow,
             canary: !args.no_canary,
+            on_prediction: if args.observe { OnPrediction::Observe } else { OnPrediction::Act },
             limits,
         },
         source,

@@ -142,6 +142,7 @@ fn config(dir: &Path) -> DeviceConfig {
             fence: FenceLevel::Stopped,
             shadow: false,
             canary: false,
+            on_prediction: warmswap_core::OnPrediction::Act,
             limits: Limits::default(),
         },
         run_dir: dir.to_owned(),

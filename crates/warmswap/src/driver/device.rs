@@ -11,8 +11,8 @@ use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use warmswap_core::{
-    Action, Actions, BackendId, CommandId, Entry, Event, FenceLevel, Nanos, Pair, PairState, PrivateEvents, Report,
-    Status, Value,
+    Action, Actions, BackendId, CommandId, Entry, Event, FenceLevel, Foresight, Nanos, Pair, PairState, PrivateEvents,
+    Report, Status, Value,
 };
 use warmswap_wire::{BackendRequest, FdSlot, Request, RequestCode};
 
@@ -576,7 +576,7 @@ impl Device {
 
     /// Rings that are served, or should be.
     pub(crate) fn rings(&self) -> usize {
-        self.pair.status().rings.len()
+        self.pair.status(super::now()).rings.len()
     }
 
     /// Says how the program's end went for this device.
@@ -1041,9 +1041,15 @@ impl Device {
         self.run(now, poller);
     }
 
+    /// The failure model has an alarm.
+    pub(crate) fn failure_predicted(&mut self, foresight: Foresight, now: Nanos, poller: &Poller) {
+        self.events.push_back(Event::FailurePredicted(foresight));
+        self.run(now, poller);
+    }
+
     /// Replaces the shadow by a newly started one, as if its process had ended. Answers with the generation of the one that goes.
     pub(crate) fn refresh(&mut self, now: Nanos, poller: &Poller) -> Result<u64, String> {
-        let status = self.pair.status();
+        let status = self.pair.status(super::now());
         if !matches!(status.state, PairState::Protected | PairState::Unprotected) {
             return Err(format!("the device is {}: its shadow cannot be replaced now", status.state.name()));
         }
@@ -1060,7 +1066,7 @@ impl Device {
             let backend = self.backends.iter().find(|backend| Some(backend.id) == id)?;
             Some(backend.process.as_ref()?.pid)
         };
-        let status = self.pair.status();
+        let status = self.pair.status(super::now());
         let primary = status.primary.as_ref().map(|backend| backend.id);
         let provable = self.backends.iter().find(|backend| Some(backend.id) == primary);
         // Before it has been looked at nothing is known; afterwards it is with the inspector now and then.

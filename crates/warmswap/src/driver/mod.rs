@@ -20,7 +20,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
-use warmswap_core::{BackendId, Entry, Nanos, Report, Value};
+use warmswap_core::{BackendId, Entry, Foresight, Nanos, Report, Value};
 
 use self::device::{Device, Threads};
 use self::inspector::Inspector;
@@ -98,6 +98,13 @@ pub(crate) enum Command {
         /// In words.
         holder: String,
     },
+    /// The failure model of a device has an alarm.
+    Predicted {
+        /// Which device.
+        device: Arc<str>,
+        /// What it says.
+        foresight: Foresight,
+    },
     /// Make a failover.
     Failover {
         /// Of which device.
@@ -119,6 +126,13 @@ pub(crate) struct Commander {
 }
 
 impl Commander {
+    /// Hands a command over if there is room for it; never waits.
+    pub(crate) fn try_send(&self, command: Command) -> bool {
+        let sent = self.commands.try_send(command).is_ok();
+        let _full = rustix::io::write(&*self.waker, &1_u64.to_ne_bytes());
+        sent
+    }
+
     /// Hands a command over, waiting for room if the control thread is behind.
     pub(crate) fn send(&self, command: Command) -> bool {
         let sent = self.commands.send(command).is_ok();
@@ -465,6 +479,11 @@ impl Driver {
                 Command::HolderFound { device, backend, holder } => {
                     if let Some(device) = self.devices.get_mut(usize::from(device)) {
                         device.holder_found(backend, holder);
+                    }
+                }
+                Command::Predicted { device, foresight } => {
+                    if let Some(device) = self.devices.iter_mut().find(|known| known.name() == &*device) {
+                        device.failure_predicted(foresight, now, &self.poller);
                     }
                 }
                 Command::Failover { device, now: at_once, reason, answer } => {

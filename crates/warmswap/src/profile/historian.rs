@@ -9,19 +9,21 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use warmswap_core::Entry;
-use warmswap_predict::{Grain, Record, Verdict};
+use warmswap_core::{BackendId, Entry, Foresight};
+use warmswap_predict::{Grain, Record};
 use warmswap_store::{
     FLIGHT_BYTES_MAX, FLIGHT_KEEP_NS, FlightRecorder, History, Reader, Recording, Retention, StoreError,
 };
 
 use super::consumer::Consumer;
-use super::predictor::{self, Predictor};
+use super::neighbours::Neighbours;
+use super::predictor::{self, Predicted, Predictor};
 use super::windows::{LastWindows, WINDOWS_MAX};
+use crate::driver::{Command, Commander};
 use crate::journal::JournalSender;
 
 /// Notes on their way to the historian: more than a minute of one device.
@@ -52,6 +54,11 @@ const FLUSHES_PER_PRUNE_MAX: u32 = 360;
 /// Path of a device's history in a directory of histories.
 pub(crate) fn history_path(dir: &Path, device: &str) -> PathBuf {
     dir.join(format!("{device}.redb"))
+}
+
+/// Removes what a device's alarms left in a directory.
+pub(crate) fn forget_alarms(dir: &Path, device: &str) {
+    super::neighbours::forget(dir, device);
 }
 
 /// What the historian is to know.
@@ -116,9 +123,18 @@ struct Device {
     reader: Option<Reader>,
 }
 
+/// Who is told of alarms.
+#[derive(Debug)]
+struct Acting {
+    commander: Commander,
+    neighbours: Neighbours,
+}
+
 #[derive(Debug, Default)]
 struct Shared {
     devices: Mutex<BTreeMap<Arc<str>, Device>>,
+    /// Who is told of alarms, once there is somebody.
+    acting: OnceLock<Acting>,
     ended: AtomicBool,
 }
 
@@ -152,6 +168,12 @@ impl Followed {
 impl HistoryHandle {
     fn of<T: Default>(&self, device: &str, what: impl FnOnce(&Device) -> T) -> T {
         self.shared.lock().get(device).map(what).unwrap_or_default()
+    }
+
+    /// Has the control thread told of every alarm from now on. Alarms of other brokers are noted in `dir`.
+    pub(crate) fn tell_of_alarms(&self, commander: Commander, dir: &Path) {
+        let acting = Acting { commander, neighbours: Neighbours::new(dir) };
+        assert!(self.shared.acting.set(acting).is_ok(), "there is one control thread");
     }
 
     /// Records that the historian never got.
@@ -466,13 +488,34 @@ impl Historian {
             Err(crossbeam_channel::TrySendError::Disconnected(_)) => false,
         });
         drop(devices);
-        if let Some(verdict) = alarm {
-            self.predicted(name, record, &verdict);
+        if let Some(predicted) = alarm {
+            self.predicted(name, record, &predicted);
         }
     }
 
     /// A failure is imminent: that is told, and what led to it is kept.
-    fn predicted(&self, device: &Arc<str>, record: &Record, verdict: &Verdict) {
+    fn predicted(&self, device: &Arc<str>, record: &Record, predicted: &Predicted) {
+        let Predicted { verdict, is_news } = predicted;
+        let Some(alarm) = verdict.alarm else { return };
+        if *is_news {
+            self.say_predicted(device, record, predicted);
+        }
+        let Some(Acting { commander, neighbours }) = self.shared.acting.get() else { return };
+        neighbours.note(device);
+        let foresight = Foresight {
+            backend: BackendId(record.backend),
+            alarm,
+            risk: verdict.risk[verdict.risk.len() - 1],
+            harm: verdict.harm,
+            causes: predictor::causes(verdict),
+            others: neighbours.others(device),
+        };
+        // Where there is no room the next alarm is told: as long as it lasts there is one with every window.
+        let _told = commander.try_send(Command::Predicted { device: Arc::clone(device), foresight });
+    }
+
+    fn say_predicted(&self, device: &str, record: &Record, predicted: &Predicted) {
+        let verdict = &predicted.verdict;
         let Some(alarm) = verdict.alarm else { return };
         let mut entry = Entry::warning("FailurePredicted")
             .with("backend", record.backend)
@@ -483,7 +526,7 @@ impl Historian {
             let lead = u64::from(windows) * u64::from(record.span_us) / 1_000_000;
             entry = entry.with("expected_within_s", lead);
         }
-        self.journal.entry(device, entry.with("next", "it is reported; a failover is the operator's"));
+        self.journal.entry(device, entry.with("next", "a failover, or FailoverWithheld with the reason"));
     }
 
     fn freeze(&mut self, name: &Arc<str>, reason: &str, unix_ns: u64) {

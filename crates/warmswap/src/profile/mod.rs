@@ -11,6 +11,7 @@ pub(crate) mod feed;
 pub(crate) mod group;
 pub(crate) mod historian;
 pub(crate) mod host;
+mod neighbours;
 pub(crate) mod page;
 pub(crate) mod predictor;
 pub(crate) mod prober;
