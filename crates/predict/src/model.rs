@@ -166,6 +166,34 @@ pub struct Model {
     seen: Option<Seen>,
 }
 
+/// What a model learnt of its component, whatever backend serves it: what outlives the process.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Learnt {
+    /// Accepted, waiting, candidate, anchor.
+    pub(crate) knowledge: [Knowledge; 4],
+    pub(crate) own: [f32; 3],
+    pub(crate) longest_us: f32,
+    pub(crate) windows: u64,
+    pub(crate) commit_in: u64,
+    pub(crate) held: u64,
+}
+
+impl Learnt {
+    /// Whether a model can have come to these numbers. What it knows has been checked where it was made.
+    pub(crate) fn check(&self) -> Result<(), &'static str> {
+        let harm = self.own.iter().all(|own| (0.0..=1.0).contains(own));
+        let longest = self.longest_us.is_finite() && self.longest_us >= 0.0;
+        // The next window counts one more.
+        let counts = self.windows < u64::MAX && (1..=COMMIT_EVERY).contains(&self.commit_in);
+        match (harm, longest, counts && self.held <= COMMIT_EVERY) {
+            (false, ..) => Err("harm in health"),
+            (_, false, _) => Err("longest latency"),
+            (.., false) => Err("number of windows"),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Model {
     /// One that knows nothing but what every component has in common.
     #[must_use]
@@ -188,6 +216,21 @@ impl Model {
             joint: 0.0,
             seen: None,
         }
+    }
+
+    /// What it learnt of the component, for storage.
+    pub(crate) fn learnt(&self) -> Learnt {
+        let knowledge = [&self.accepted, &self.waiting, &self.candidate, &self.anchor].map(Knowledge::clone);
+        let Model { own, longest_us, windows, commit_in, held, .. } = *self;
+        Learnt { knowledge, own, longest_us, windows, commit_in, held }
+    }
+
+    /// One that has learnt this, and has seen nothing of any backend yet.
+    pub(crate) fn of_learnt(trained: &Trained, learnt: Learnt) -> Self {
+        let Learnt { knowledge: [accepted, waiting, candidate, anchor], own, longest_us, windows, commit_in, held } =
+            learnt;
+        let begun = Model::new(trained);
+        Model { accepted, waiting, candidate, anchor, own, longest_us, windows, commit_in, held, ..begun }
     }
 
     /// Judges a window. Of another backend than the last one's, only what was learnt of the component is kept.
