@@ -17,8 +17,10 @@ use crate::config::{DeviceConfig, Source};
 use crate::control;
 use crate::driver::{Driver, Ended, listen, take_signals};
 use crate::journal::{Journal, JournalSender};
-use crate::profile::historian::{self, StoreConfig};
+use crate::profile::historian::{self, Beginning, StoreConfig};
+use crate::profile::predictor;
 use crate::profile::sampler::{self, Pace};
+use crate::profile::snapshots::{Described, model_of};
 
 /// Options of `warmswap guard`.
 #[derive(Debug, clap::Args)]
@@ -96,8 +98,14 @@ pub(super) struct Args {
     /// minutes before failovers (default: in memory only)
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
+    /// Have the failure model go on with what it had learnt in this health snapshot (default: with the newest in --store)
+    #[arg(long, value_name = "FILE")]
+    restore: Option<PathBuf>,
+    /// Have the failure model begin with this trained model instead of the one that is built in
+    #[arg(long, value_name = "FILE")]
+    model: Option<PathBuf>,
     /// Do not measure the device
-    #[arg(long, conflicts_with_all = ["store", "offload_cpus"])]
+    #[arg(long, conflicts_with_all = ["store", "offload_cpus", "restore", "model"])]
     no_profile: bool,
     /// Time between two measurements, in milliseconds
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(10..=10_000))]
@@ -241,6 +249,10 @@ pub(super) fn together(lines: Vec<Vec<String>>) -> Result<u8, Failure> {
 fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     let Some(first) = devices.first() else { return Err(Failure::new(2, "there is no device to guard")) };
     let shared = Shared::of(first);
+    if let Some(path) = &first.model {
+        predictor::begin_with(super::model::read(path)?);
+    }
+    let beginning = beginning(&devices)?;
     let mut configs = devices.into_iter().map(configure).collect::<Result<Vec<_>, _>>()?;
     configs.iter().try_for_each(check_paths)?;
     let journal_file = shared.journal.map(|path| open_journal(&path)).transpose()?;
@@ -248,7 +260,8 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     let (janitor, cleaning) = Janitor::start()?;
     let (journal, sender, thread) = Journal::start(journal_file, shared.quiet)?;
     let names: Vec<Arc<str>> = configs.iter().map(|config| config.name.as_str().into()).collect();
-    let (notes, history, historian) = historian::start(&names, shared.store, sender.clone(), shared.cpus.clone())?;
+    let (notes, history, historian) =
+        historian::start(&names, shared.store, beginning, sender.clone(), shared.cpus.clone())?;
     let sampler = if shared.profile { Some(sampler::start(shared.pace, shared.cpus, notes.clone())?) } else { None };
     let (mut driver, commander) = Driver::new(signals, janitor, sampler)?;
     history.tell_of_alarms(commander.clone(), &configs[0].control_dir);
@@ -298,6 +311,54 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
         }
         Ended::Failed(reason) => Err(Failure::new(1, spread(&reason))),
     }
+}
+
+/// What devices are told, for their health snapshots, and the models they go on with.
+fn beginning(devices: &[Args]) -> Result<Beginning, Failure> {
+    let mut beginning = Beginning::default();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    for args in devices {
+        let described = Described { configuration: described(args), arguments: arguments.clone() };
+        beginning.described.insert(args.name.clone(), described);
+        let Some(path) = &args.restore else { continue };
+        let fail = |why: &dyn std::fmt::Display| Failure::new(1, format!("--restore {}: {why}", path.display()));
+        let snapshot = warmswap_store::snapshot::read(path)?;
+        let model = model_of(&snapshot).map_err(|why| fail(&why))?;
+        beginning.models.insert(args.name.clone(), (model, path.display().to_string()));
+    }
+    Ok(beginning)
+}
+
+/// The configuration of a device, as a health snapshot has it.
+fn described(args: &Args) -> Vec<(String, String)> {
+    let path = |path: &Path| path.display().to_string();
+    let backend = match (&args.disk, &args.primary_socket) {
+        (Some(disk), _) => format!("built-in on {}", path(disk)),
+        (None, Some(socket)) => format!("external at {}", path(socket)),
+        (None, None) => args.command.join(" "),
+    };
+    let on_prediction = if args.observe { OnPrediction::Observe } else { OnPrediction::Act };
+    let directory = std::env::current_dir().map_or_else(|_| "-".to_owned(), |it| path(&it));
+    [
+        ("directory", directory),
+        ("name", args.name.clone()),
+        ("socket", path(&args.socket)),
+        ("type", args.device.name().to_owned()),
+        ("backend", backend),
+        ("shadow", (!args.no_shadow).to_string()),
+        ("canary", (!args.no_canary).to_string()),
+        ("fence", args.fence.name().to_owned()),
+        ("hang_ms", args.hang_ms.to_string()),
+        ("stall_ms", args.stall_ms.to_string()),
+        ("drain_ms", args.drain_ms.to_string()),
+        ("on_prediction", on_prediction.name().to_owned()),
+        ("predicted_per_hour", args.predicted_per_hour.to_string()),
+        ("cool_down_s", args.cool_down.to_string()),
+        ("tick_ms", args.tick_ms.to_string()),
+        ("window_ms", args.window_ms.to_string()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .to_vec()
 }
 
 /// Takes a device's paths, and returns the listener of its control socket.

@@ -24,7 +24,7 @@ use crate::profile::historian::HistoryHandle;
 /// ask for the status, a failover or a new shadow.
 const TELLING_MAX: usize = 48;
 /// Longest command line, in bytes.
-const LINE_MAX: usize = 16 * 1024;
+const LINE_MAX: usize = 32 * 1024;
 
 /// How long an asker is waited for, so that those who hang do not keep the places of others.
 #[derive(Clone, Copy, Debug)]
@@ -79,6 +79,18 @@ enum Ask {
     /// Every record from now on, encoded, in hexadecimal.
     Stream {
         device: Option<String>,
+    },
+    /// Takes a health snapshot.
+    Snapshot {
+        device: Option<String>,
+        reason: String,
+    },
+    /// What the failure model has learnt, in hexadecimal; with `state` it goes on with that, with `reset` it begins anew.
+    Model {
+        device: Option<String>,
+        state: Option<String>,
+        #[serde(default)]
+        reset: bool,
     },
 }
 
@@ -242,6 +254,19 @@ impl Server {
                     Ok(Err(why)) => error(3, &why),
                     Err(_) => ending(),
                 }
+            }
+            Ask::Snapshot { device, reason } => {
+                let taken = self.name(device).map(|device| self.history.snapshot(&device, &reason));
+                match taken {
+                    Ok(Ok(path)) => json!({ "file": path.display().to_string() }),
+                    Ok(Err(why)) => error(1, &why),
+                    Err(error) => error,
+                }
+            }
+            Ask::Model { device, state, reset } => {
+                let answer =
+                    self.name(device).map(|device| history::model(&self.history, &device, state.as_deref(), reset));
+                answer.unwrap_or_else(|error| error)
             }
             Ask::Events { .. } | Ask::Profile { .. } | Ask::History { .. } | Ask::Stream { .. } => {
                 error(2, "this is answered line by line")

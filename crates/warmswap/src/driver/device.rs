@@ -28,6 +28,7 @@ use crate::fds::FdTable;
 use crate::journal::JournalSender;
 use crate::process::{self, Process, RunDir, has_ended, open_pidfd};
 use crate::profile::sampler::Teller;
+use crate::profile::snapshots::Negotiated;
 use crate::shm::{MemoryAccess, SharedMemory};
 use crate::storage::{FenceBasis, Storage};
 use warmswap_socket::{Connection, ConnectionError, Message};
@@ -1039,6 +1040,13 @@ impl Device {
         self.answers.insert(command.0, answer);
         self.events.push_back(Event::FailoverRequested { command, now: at_once, reason });
         self.run(now, poller);
+    }
+
+    /// What was negotiated, and where rings stand, but not during a failover.
+    pub(crate) fn negotiated(&self) -> Option<Negotiated> {
+        let rings = || self.pair.status(super::now()).rings;
+        let quiet = !self.pair.is_failing_over();
+        quiet.then(|| Negotiated { session: self.pair.session().encode(), rings: rings() })
     }
 
     /// The failure model has an alarm.

@@ -32,6 +32,7 @@ use crate::config::DeviceConfig;
 use crate::journal::JournalSender;
 use crate::process::Process;
 use crate::profile::sampler::Teller;
+use crate::profile::snapshots::Negotiated;
 use crate::storage::Storage;
 
 /// Commands that may wait for the control thread.
@@ -97,6 +98,13 @@ pub(crate) enum Command {
         backend: BackendId,
         /// In words.
         holder: String,
+    },
+    /// Say what a device has negotiated; dropped while a failover runs.
+    Negotiated {
+        /// Which device.
+        device: Arc<str>,
+        /// Where to.
+        answer: Sender<Negotiated>,
     },
     /// The failure model of a device has an alarm.
     Predicted {
@@ -479,6 +487,12 @@ impl Driver {
                 Command::HolderFound { device, backend, holder } => {
                     if let Some(device) = self.devices.get_mut(usize::from(device)) {
                         device.holder_found(backend, holder);
+                    }
+                }
+                Command::Negotiated { device, answer } => {
+                    let negotiated = self.devices.iter().find(|known| known.name() == &*device);
+                    if let Some(negotiated) = negotiated.and_then(Device::negotiated) {
+                        let _gone = answer.try_send(negotiated);
                     }
                 }
                 Command::Predicted { device, foresight } => {

@@ -50,6 +50,11 @@ impl Consumer {
         }
     }
 
+    /// Goes on with this failure model.
+    pub(crate) fn set_predictor(&mut self, predictor: Predictor) {
+        self.predictor = Some(Box::new(predictor));
+    }
+
     /// The failure model, once there was a window.
     pub(crate) fn predictor(&self) -> Option<&Predictor> {
         self.predictor.as_deref()

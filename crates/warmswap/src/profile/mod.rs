@@ -18,6 +18,7 @@ pub(crate) mod prober;
 mod process;
 mod rings;
 pub(crate) mod sampler;
+pub(crate) mod snapshots;
 pub(crate) mod source;
 pub(crate) mod stream;
 mod text;

@@ -4,10 +4,16 @@ use std::sync::OnceLock;
 
 use warmswap_predict::{Alarm, Cause, Feature, Law, Model, Record, Trained, Verdict, load_trained_model};
 
+static TRAINED: OnceLock<Trained> = OnceLock::new();
+
 /// What every model begins with.
 pub(crate) fn trained() -> &'static Trained {
-    static TRAINED: OnceLock<Trained> = OnceLock::new();
     TRAINED.get_or_init(load_trained_model)
+}
+
+/// Has every model begin with this one, if none has begun yet.
+pub(crate) fn begin_with(trained: Trained) {
+    let _begun = TRAINED.set(trained);
 }
 
 /// A failure is imminent.
@@ -41,6 +47,16 @@ impl Default for Predictor {
 }
 
 impl Predictor {
+    /// One that goes on with what was learnt before.
+    pub(crate) fn with(model: Model) -> Self {
+        Predictor { model, ..Predictor::default() }
+    }
+
+    /// What was learnt.
+    pub(crate) fn model(&self) -> &Model {
+        &self.model
+    }
+
     /// Judges a window, then learns it. Gives an alarm, if there is one.
     pub(crate) fn feed(&mut self, window: &Record) -> Option<Predicted> {
         let verdict = self.model.predict(trained(), window);
