@@ -148,7 +148,7 @@ impl Default for Limits {
             idle_after: Nanos::from_millis(20),
             poll: Nanos::from_micros(50),
             ask_max: Nanos::from_millis(100),
-            canary_every: Nanos::from_millis(2_000),
+            canary_every: Nanos::from_millis(900),
             canary_poll: Nanos::from_micros(150),
             restart_min: Nanos::from_millis(10),
             restart_max: Nanos::from_millis(5_000),

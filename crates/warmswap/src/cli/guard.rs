@@ -16,6 +16,7 @@ use crate::cgroup::Janitor;
 use crate::config::{DeviceConfig, Source};
 use crate::control;
 use crate::driver::{Driver, Ended, listen, take_signals};
+use crate::hook::Hook;
 use crate::journal::{Journal, JournalSender};
 use crate::profile::historian::{self, Beginning, StoreConfig};
 use crate::profile::predictor;
@@ -116,6 +117,10 @@ pub(super) struct Args {
     /// Processors on which measuring and keeping profiles is done, as 0,2-3 (default: any)
     #[arg(long, value_name = "CPUS", value_parser = cpus)]
     offload_cpus: Option<Cpus>,
+    /// Command that is run when something happens that somebody may want to act on: failovers, predictions, shadows lost or ready
+    /// (WARMSWAP_DEVICE, WARMSWAP_EVENT, the entry as JSON on its standard input); one at a time, each at most 10 s
+    #[arg(long, value_name = "COMMAND")]
+    hook: Option<String>,
     /// Append the journal to this file, as JSON lines
     #[arg(long, value_name = "FILE")]
     journal: Option<PathBuf>,
@@ -202,6 +207,7 @@ fn region(name: &str) -> Result<RegionUse, String> {
 
 /// What all devices of one process share.
 struct Shared {
+    hook: Option<String>,
     journal: Option<PathBuf>,
     quiet: bool,
     store: Option<StoreConfig>,
@@ -213,6 +219,7 @@ struct Shared {
 impl Shared {
     fn of(args: &Args) -> Self {
         Shared {
+            hook: args.hook.clone(),
             journal: args.journal.clone(),
             quiet: args.quiet,
             store: args.store.clone().map(|dir| StoreConfig { dir, retention: Retention::default() }),
@@ -257,8 +264,9 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     configs.iter().try_for_each(check_paths)?;
     let journal_file = shared.journal.map(|path| open_journal(&path)).transpose()?;
     let signals = take_signals()?;
+    let hook = shared.hook.map(Hook::start).transpose()?;
     let (janitor, cleaning) = Janitor::start()?;
-    let (journal, sender, thread) = Journal::start(journal_file, shared.quiet)?;
+    let (journal, sender, thread) = Journal::start(journal_file, shared.quiet, hook)?;
     let names: Vec<Arc<str>> = configs.iter().map(|config| config.name.as_str().into()).collect();
     let (notes, history, historian) =
         historian::start(&names, shared.store, beginning, sender.clone(), shared.cpus.clone())?;

@@ -52,7 +52,7 @@ impl Served {
         let dir = std::env::temp_dir().join(format!("ws-{test}-{}", std::process::id()));
         std::fs::create_dir_all(&dir).expect("a temporary directory");
         let device: Arc<str> = "disk".into();
-        let (journal, sender, journal_thread) = Journal::start(None, true).expect("a thread can be started");
+        let (journal, sender, journal_thread) = Journal::start(None, true, None).expect("a thread can be started");
         let store = store.map(|store| StoreConfig { dir: dir.join(store), retention: Retention::default() });
         let started = historian::start(&[Arc::clone(&device)], store, Beginning::default(), sender, Vec::new());
         let (notes, history, historian) = started.expect("a thread can be started");

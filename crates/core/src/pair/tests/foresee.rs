@@ -78,7 +78,6 @@ fn a_shadow_that_is_slow_as_well_is_a_common_cause() {
                 #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
                 signal #2.probe
             > wait 80ms
-                #2 <- GET_FEATURES
                 * FailoverWithheld backend=1 alarm="harm" why="common-cause" reason="the shadow's reads are not completed either, usually they take 149.999µs" next="look at the storage: the fault lies below both backends"
             > canary 2 0
             > wait 50ms
@@ -275,35 +274,54 @@ fn the_next_one_has_to_wait() {
             > alarm 2 harm
                 * FailoverWithheld backend=2 alarm="harm" why="cooling" reason="the last predicted failover is too recent: not before 8.99045s have passed" next="look at the device: one that alarms again after a swap has its fault elsewhere"
             > wait 10000ms
-                #3 <- GET_FEATURES
+                #3 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
+                signal #3.probe
+                #3 <- GET_VRING_BASE 0
+                #3 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
                 #2 <- GET_FEATURES
                 #3 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
                 signal #3.probe
                 #3 <- GET_VRING_BASE 0
                 #3 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
                 #2 <- GET_FEATURES
-                #3 <- GET_FEATURES
+                #3 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
+                signal #3.probe
+                #3 <- GET_VRING_BASE 0
+                #3 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
                 #2 <- GET_FEATURES
                 #3 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
                 signal #3.probe
                 #3 <- GET_VRING_BASE 0
                 #3 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
                 #2 <- GET_FEATURES
-                #3 <- GET_FEATURES
+                #3 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
+                signal #3.probe
+                #3 <- GET_VRING_BASE 0
+                #3 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
                 #2 <- GET_FEATURES
                 #3 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
                 signal #3.probe
                 #3 <- GET_VRING_BASE 0
                 #3 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
                 #2 <- GET_FEATURES
-                #3 <- GET_FEATURES
+                #3 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
+                signal #3.probe
+                #3 <- GET_VRING_BASE 0
+                #3 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
                 #2 <- GET_FEATURES
                 #3 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
                 signal #3.probe
                 #3 <- GET_VRING_BASE 0
                 #3 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
                 #2 <- GET_FEATURES
-                #3 <- GET_FEATURES
+                #3 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
+                signal #3.probe
+                #3 <- GET_VRING_BASE 0
+                #3 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
+                #3 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
+                signal #3.probe
+                #3 <- GET_VRING_BASE 0
+                #3 <- SET_VRING_ENABLE 0=0, SET_VRING_NUM 0=8, SET_VRING_CALL call0
                 #2 <- GET_FEATURES
                 #3 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
                 signal #3.probe
