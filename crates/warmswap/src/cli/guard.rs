@@ -114,7 +114,8 @@ pub(super) struct Args {
     /// Length of the windows that a profile is made of, in milliseconds
     #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(10..=3_600_000))]
     window_ms: u64,
-    /// Processors on which measuring and keeping profiles is done, as 0,2-3 (default: any)
+    /// Processors on which shadows run, and measuring and keeping profiles is done, as 0,2-3 (default: any). A shadow that becomes the primary
+    /// goes where this program may run; one for which they have no time left is not started
     #[arg(long, value_name = "CPUS", value_parser = cpus)]
     offload_cpus: Option<Cpus>,
     /// Command that is run when something happens that somebody may want to act on: failovers, predictions, shadows lost or ready
@@ -270,8 +271,9 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     let names: Vec<Arc<str>> = configs.iter().map(|config| config.name.as_str().into()).collect();
     let (notes, history, historian) =
         historian::start(&names, shared.store, beginning, sender.clone(), shared.cpus.clone())?;
+    let cpus = shared.cpus.clone();
     let sampler = if shared.profile { Some(sampler::start(shared.pace, shared.cpus, notes.clone())?) } else { None };
-    let (mut driver, commander) = Driver::new(signals, janitor, sampler)?;
+    let (mut driver, commander) = Driver::new(signals, janitor, sampler, cpus)?;
     history.tell_of_alarms(commander.clone(), &configs[0].control_dir);
     let mut control_sockets = Vec::new();
     for config in &mut configs {

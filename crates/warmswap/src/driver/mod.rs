@@ -6,6 +6,7 @@ mod fence;
 mod inspector;
 mod kicks;
 mod maps;
+mod offload;
 mod poller;
 mod profile;
 mod spawner;
@@ -25,6 +26,7 @@ use warmswap_core::{BackendId, Entry, Foresight, Nanos, Report, Value};
 use self::device::{Device, Threads};
 use self::inspector::Inspector;
 use self::maps::Maps;
+use self::offload::Offload;
 use self::poller::{Interest, Poller, Source, Token};
 use self::spawner::Spawner;
 use crate::cgroup::Janitor;
@@ -188,6 +190,7 @@ pub(crate) struct Driver {
     spawner: Spawner,
     inspector: Inspector,
     maps: Maps,
+    offload: Offload,
     sampler: Option<Teller>,
     /// Adopted orphans may have ended.
     orphans: bool,
@@ -250,6 +253,7 @@ impl Driver {
         signals: OwnedFd,
         janitor: Janitor,
         sampler: Option<Teller>,
+        offload_cpus: Vec<usize>,
     ) -> std::io::Result<(Self, Commander)> {
         let poller = Poller::new()?;
         let (sender, commands) = crossbeam_channel::bounded(COMMANDS_MAX);
@@ -257,7 +261,8 @@ impl Driver {
         poller.add(waker.as_fd(), Token { device: 0, source: Source::Commands }, Interest::Read)?;
         poller.add(signals.as_fd(), Token { device: 0, source: Source::Signals }, Interest::Read)?;
         let commander = Commander { commands: sender, waker: Arc::clone(&waker) };
-        let spawner = Spawner::start(commander.clone(), janitor)?;
+        let offload = Offload::start(offload_cpus)?;
+        let spawner = Spawner::start(commander.clone(), janitor, offload.cpus().to_vec())?;
         let inspector = Inspector::start(commander.clone())?;
         let maps = Maps::start(commander.clone())?;
         let tokens = Vec::with_capacity(64);
@@ -273,6 +278,7 @@ impl Driver {
             spawner,
             inspector,
             maps,
+            offload,
             sampler,
             orphans: false,
             woken: Nanos(0),
@@ -305,6 +311,7 @@ impl Driver {
             spawner: self.spawner.clone(),
             inspector: self.inspector.clone(),
             maps: self.maps.clone(),
+            offload: self.offload.clone(),
             sampler: self.sampler.clone(),
         };
         let mut device = Device::new(number, config, journal, threads, now())?;
