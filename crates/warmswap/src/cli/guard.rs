@@ -87,10 +87,10 @@ pub(super) struct Args {
     #[arg(long)]
     observe: bool,
     /// Predicted failovers within an hour, at most
-    #[arg(long, value_name = "COUNT", default_value_t = 6, value_parser = clap::value_parser!(u32).range(0..=3_600))]
+    #[arg(long, value_name = "COUNT", default_value_t = 6, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     predicted_per_hour: u32,
     /// After a predicted failover none is made for so many seconds; twice as long each time one did not help, up to an hour
-    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3_600))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=3_600))]
     cool_down: u64,
     /// Directory for the backends' sockets (default: the control directory)
     #[arg(long, value_name = "DIR")]

@@ -80,6 +80,13 @@ enum Ask {
     Stream {
         device: Option<String>,
     },
+    /// Says that the failure model has an alarm of the primary: for instruments that need many of them.
+    #[cfg(feature = "lab")]
+    Alarm {
+        device: Option<String>,
+        /// Name of the alarm.
+        alarm: String,
+    },
     /// Takes a health snapshot.
     Snapshot {
         device: Option<String>,
@@ -255,6 +262,8 @@ impl Server {
                     Err(_) => ending(),
                 }
             }
+            #[cfg(feature = "lab")]
+            Ask::Alarm { device, alarm } => self.alarm(device, &alarm),
             Ask::Snapshot { device, reason } => {
                 let taken = self.name(device).map(|device| self.history.snapshot(&device, &reason));
                 match taken {
@@ -272,6 +281,32 @@ impl Server {
                 error(2, "this is answered line by line")
             }
         }
+    }
+
+    /// Has the control thread told of an alarm that nobody had.
+    #[cfg(feature = "lab")]
+    fn alarm(&self, device: Option<String>, alarm: &str) -> Value {
+        use warmswap_core::{BackendId, Foresight};
+        use warmswap_predict::{Alarm, Feature, Law};
+        let device = match self.name(device) {
+            Ok(device) => device,
+            Err(error) => return error,
+        };
+        let alarm = match alarm {
+            "law" => Alarm::Law(Law::RequestIsCompleted),
+            "exhaustion" => Alarm::Exhaustion(Feature::DescriptorShare),
+            "harm" => Alarm::Harm,
+            other => return error(2, &format!("{other} is no alarm that can be made up")),
+        };
+        let (answer, status) = crossbeam_channel::bounded(1);
+        self.commander.send(Command::Status { answer });
+        let devices = status.recv().unwrap_or_default();
+        let primary = devices.iter().find(|(name, _)| *name == device).and_then(|(_, it)| it.pair.primary.as_ref());
+        let backend = primary.map_or(BackendId(0), |primary| primary.id);
+        let causes = "none".to_owned();
+        let foresight = Foresight { backend, alarm, risk: 0.5, harm: 0.5, causes, others: 0 };
+        self.commander.send(Command::Predicted { device: device.into(), foresight });
+        json!({ "told": true })
     }
 
     /// The device a command is for, which is ours.
