@@ -63,6 +63,10 @@ fn main() -> std::process::ExitCode {
     if std::env::args_os().nth(1).is_some_and(|verb| verb == "blk") {
         return warmswap::cli::main(std::env::args_os());
     }
+    // A backend of a pair, of which the first fails and the others do not.
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == campaign::end_to_end::TURN) {
+        return campaign::end_to_end::turn(std::env::args_os().skip(2));
+    }
     let outcome = match Args::parse().instrument {
         Instrument::Vm(args) => vm::run(&args),
         Instrument::Rig(args) => rig::run(&args),

@@ -173,13 +173,7 @@ impl Driver {
 
     /// The load of a time since the run began.
     fn load(&self, since: u64) -> Load {
-        let whole: f64 = self.phases.iter().map(|phase| phase.seconds).sum();
-        let mut at = (since as f64 / 1e9) % whole;
-        let phase = self.phases.iter().find(|phase| {
-            at -= phase.seconds;
-            at < 0.0
-        });
-        let load = phase.unwrap_or(&self.phases[0]).load.times(self.speed);
+        let load = Phase::at(&self.phases, since as f64 / 1e9).times(self.speed);
         let reads = self.writes.map_or(load.reads, |writes| load.reads * (100 - writes.min(100)) / 100);
         Load { reads, ..load }
     }

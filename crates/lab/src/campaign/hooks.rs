@@ -102,6 +102,27 @@ fn stalls(shape: &Shape, span: Span) -> String {
     parts.join(";")
 }
 
+/// The same plan, whose last faults end after so many milliseconds instead of never.
+pub(super) fn until(plan: &str, end_ms: u64) -> String {
+    let number = |fault: &str, name: &str| {
+        let mut values = fault.split([':', ',']).filter_map(|it| it.strip_prefix(name)?.strip_prefix('='));
+        values.next().and_then(|it| it.parse::<u64>().ok())
+    };
+    let ended = |fault: &str| {
+        let left = end_ms.saturating_sub(number(fault, "from_ms").unwrap_or(0)).max(1);
+        match number(fault, "for_ms_in_all") {
+            Some(length) if length > 0 => fault.to_owned(),
+            Some(length) => fault.replace(&format!("for_ms_in_all={length}"), &format!("for_ms_in_all={left}")),
+            // What a stop keeps back it keeps back to its end.
+            None => match number(fault, "for_ms").filter(|length| *length > left) {
+                Some(length) => fault.replace(&format!("for_ms={length}"), &format!("for_ms={left}")),
+                None => format!("{fault},for_ms_in_all={left}"),
+            },
+        }
+    };
+    plan.split(';').map(ended).collect::<Vec<_>>().join(";")
+}
+
 /// A leak, of which each piece has its weight; all of them make a little more than is there.
 fn leak(form: Form, span: Span, fault: impl Fn(f64) -> String) -> String {
     const MORE: f64 = 1.1;
@@ -154,6 +175,21 @@ mod tests {
         let us = values(&plan(Hook::Latency, Form::Ramp, &shape, SPAN, 1_000.0), "us");
         assert_eq!(us.len(), 101);
         assert!(us[0] < 60 && us[100] > 1_500_000 && us.is_sorted(), "{us:?}");
+    }
+
+    #[test]
+    fn a_plan_that_ends_has_no_fault_left_at_its_end() {
+        let shape = Shape::new(Form::Ramp, &mut Rng::new(1, 1));
+        for hook in [Hook::Latency, Hook::Stall, Hook::Leak, Hook::Spin, Hook::Poison] {
+            let text = until(&plan(hook, Form::Ramp, &shape, SPAN, 1_000.0), 26_000);
+            for fault in text.split(';') {
+                let of = |name: &str| values(fault, name).first().copied();
+                let length = of("for_ms_in_all").or(of("for_ms")).unwrap_or_else(|| panic!("{fault}"));
+                // Poison is slow from the beginning.
+                let from = of("from_ms").unwrap_or(0);
+                assert!(length > 0 && (from + length <= 26_000 || from >= 26_000), "{fault}");
+            }
+        }
     }
 
     #[test]

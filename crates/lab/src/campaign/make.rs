@@ -22,7 +22,7 @@ use crate::common::process::Target;
 use crate::guest::now_ns;
 
 /// How often an injector is told how bad it shall be.
-const SET_EVERY: Duration = Duration::from_millis(10);
+pub(super) const SET_EVERY: Duration = Duration::from_millis(10);
 
 /// A run, and what its guest felt.
 #[derive(Debug)]
@@ -39,7 +39,8 @@ pub(super) struct Made {
 pub(super) fn make(spec: &Spec, plan: &Plan, place: Place<'_>) -> anyhow::Result<Made> {
     let script = Script::draw(spec, plan)?;
     let scene = Scene::new(spec, plan, place, script.fault.clone())?;
-    let injector = spec.kind.outside().map(|outside| injector(outside, &scene)).transpose()?;
+    let monitor = scene.monitor();
+    let injector = spec.kind.outside().map(|outside| injector(outside, &scene.subject(&monitor))).transpose()?;
     let records = follow(&scene, spec.ticks)?;
     let played = play(spec, plan, &script, &scene, injector).with_context(|| scene.last_words())?;
     if played.felt.failure.is_none() {

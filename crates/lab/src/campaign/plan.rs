@@ -86,6 +86,11 @@ pub(super) struct Spec {
 }
 
 impl Spec {
+    /// The same under another name.
+    pub(super) fn named(&self, name: &str) -> Spec {
+        Spec { name: name.to_owned(), ..self.clone() }
+    }
+
     /// Chance for one purpose of this run: it repeats with the seed, and runs of other kinds, forms, backends or workloads have another.
     pub(super) fn chance(&self, purpose: u64) -> Rng {
         let names = [self.kind.name, self.form.name(), self.backend.name(), self.workload].join("/");

@@ -71,7 +71,7 @@ pub(super) fn run(args: &Args, plan: &Plan, specs: &[Spec], out: &Path) -> anyho
 }
 
 /// Unmounts what campaigns that were killed have left mounted in their directories.
-fn unmount_abandoned() {
+pub(super) fn unmount_abandoned() {
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     for path in mounts.lines().filter_map(|line| line.strip_prefix(MOUNTS)?.trim_start().split(' ').next()) {
         let owner = path.split("/lab-campaign-").nth(1).and_then(|rest| rest.split('/').next());

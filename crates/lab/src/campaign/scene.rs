@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
 use super::fuse::Store;
-use super::inject::{Small, budget, monitor, throttled};
+use super::inject::{Small, Subject, budget, monitor, throttled};
 use super::kind::{Backend, Hook, Means, Outside};
 use super::plan::{Plan, Spec};
 use super::workload::BLOCKS;
@@ -26,7 +26,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// Lines of its log in an error.
 const LOG_LINES: usize = 20;
 /// Blocks of an image that takes space only where it is written: 512 MiB.
-const SPARSE_BLOCKS: u64 = 131_072;
+pub(super) const SPARSE_BLOCKS: u64 = 131_072;
 
 /// Where a run is made.
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +75,7 @@ impl Scene {
             _ => None,
         };
         let image = store.as_ref().map_or(file, Store::image);
-        let line = command_line(spec, &image, directory, fault);
+        let line = command_line(spec, &image, Some(&monitor_path(directory)), fault);
         let broker = start_broker(plan, directory, &line)?;
         let pid = backend_of(&broker)?;
         let limit = limit(spec, pid)?;
@@ -104,7 +104,20 @@ impl Scene {
         self.directory.join("control").join(format!("{DEVICE}.ctl"))
     }
 
-    /// The monitor of a qemu-storage-daemon.
+    /// What an injector acts on. The monitor of a qemu-storage-daemon is at `monitor`.
+    pub(super) fn subject<'a>(&'a self, monitor: &'a Path) -> Subject<'a> {
+        Subject {
+            name: &self.name,
+            seed: self.seed,
+            pid: self.pid,
+            image: &self.image,
+            monitor,
+            small: self.small.as_ref(),
+            faults: self.store.as_ref().map(Store::faults),
+        }
+    }
+
+    /// Where a qemu-storage-daemon has its monitor.
     pub(super) fn monitor(&self) -> PathBuf {
         monitor_path(&self.directory)
     }
@@ -120,7 +133,8 @@ impl Scene {
     }
 }
 
-fn monitor_path(directory: &Path) -> PathBuf {
+/// Where the monitor of a qemu-storage-daemon is.
+pub(super) fn monitor_path(directory: &Path) -> PathBuf {
     directory.join("qmp.sock")
 }
 
@@ -138,13 +152,16 @@ fn make_image(path: &Path, blocks: u64, sparse: bool) -> anyhow::Result<()> {
     Ok(std::fs::File::open(path)?.sync_all()?)
 }
 
-fn command_line(spec: &Spec, image: &Path, directory: &Path, fault: Option<String>) -> Vec<String> {
+/// The command line of a backend on that image, with a monitor if it is a qemu-storage-daemon, and a plan of faults if it is our own.
+pub(super) fn command_line(spec: &Spec, image: &Path, at: Option<&Path>, fault: Option<String>) -> Vec<String> {
     let image = image.to_path_buf();
     let ours = |direct| Blk { image: image.clone(), queues: 1, engine: Engine::Auto, direct }.command_line("{socket}");
     let qsd = |aio| {
         let mut line =
             Qsd { image: image.clone(), queues: 1, aio, direct: false, throttle: None }.command_line("{socket}");
-        line.splice(1..1, monitor(&monitor_path(directory)));
+        if let Some(at) = at {
+            line.splice(1..1, monitor(at));
+        }
         if spec.kind.outside() == Some(Outside::Throttle) {
             throttled(&mut line);
         }
@@ -189,7 +206,7 @@ fn start_broker(plan: &Plan, directory: &Path, backend: &[String]) -> anyhow::Re
 }
 
 /// The process of the backend.
-fn backend_of(broker: &BrokerProcess) -> anyhow::Result<u32> {
+pub(super) fn backend_of(broker: &BrokerProcess) -> anyhow::Result<u32> {
     let mut lines = broker.connect()?;
     let status = ask(&mut lines, &json!({"verb": "status"}))?;
     let pid =
@@ -210,7 +227,7 @@ fn ask(lines: &mut Lines, command: &Value) -> anyhow::Result<Value> {
 }
 
 /// The bound that a leak runs into.
-fn limit(spec: &Spec, pid: u32) -> anyhow::Result<Option<Group>> {
+pub(super) fn limit(spec: &Spec, pid: u32) -> anyhow::Result<Option<Group>> {
     match spec.kind.means {
         Means::Hook(Hook::Leak) => budget(&spec.name, pid, hooks::LEAK_BYTES).map(Some),
         Means::Hook(Hook::Threads) => {

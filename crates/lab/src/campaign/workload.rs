@@ -64,6 +64,19 @@ pub(super) struct Phase {
     pub(super) load: Load,
 }
 
+impl Phase {
+    /// The load of a time, in seconds, of phases that are repeated.
+    pub(super) fn at(phases: &[Phase], seconds: f64) -> Load {
+        let whole: f64 = phases.iter().map(|phase| phase.seconds).sum();
+        let mut at = seconds % whole;
+        let phase = phases.iter().find(|phase| {
+            at -= phase.seconds;
+            at < 0.0
+        });
+        phase.unwrap_or(&phases[0]).load
+    }
+}
+
 /// Names of the workloads.
 pub(super) const WORKLOADS: [&str; 8] =
     ["read-qd1", "mixed-qd8", "read-qd32", "sequential", "bursts", "idle-busy", "open-loop", "flush-heavy"];

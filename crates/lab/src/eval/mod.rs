@@ -15,6 +15,8 @@ pub(crate) mod table;
 pub(crate) mod trees;
 pub(crate) mod vus;
 
+use crate::campaign::end_to_end;
+
 /// Options of `lab eval`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -27,6 +29,8 @@ pub(crate) struct Args {
 enum What {
     /// The failure model, by the runs of a campaign: recall, lead times, false alarms, calibration, baselines.
     Runs(protocol::Args),
+    /// The whole: for how long guests stand still while their backends fail, with foresight, without it, and without a broker.
+    EndToEnd(end_to_end::Args),
     /// The detector of series, by public series with labels: VUS-PR, beside what others run.
     Series(series::Args),
 }
@@ -35,6 +39,7 @@ enum What {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     match &args.what {
         What::Runs(args) => protocol::run(args),
+        What::EndToEnd(args) => end_to_end::run(args),
         What::Series(args) => series::run(args),
     }
 }

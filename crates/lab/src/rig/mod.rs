@@ -14,14 +14,14 @@
 //! The control ([`unguarded`]) runs the same oracle without a broker, by the reconnect rules of QEMU and Cloud Hypervisor.
 //! It must find losses.
 
-mod block;
+pub(crate) mod block;
 mod broker;
 mod control;
 mod epoch;
 mod failover;
 mod halt;
 mod kind;
-mod ledger;
+pub(crate) mod ledger;
 mod load;
 mod options;
 mod process;
