@@ -33,6 +33,18 @@ const USELESS_NS: u64 = 1_000_000_000;
 /// A stall of this length is felt.
 const FELT_NS: u64 = 100_000_000;
 
+/// The first backend, whose the fault is, does not serve the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Swapped;
+
+impl std::fmt::Display for Swapped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the second backend was ready for the guest before the first, and serves it")
+    }
+}
+
+impl std::error::Error for Swapped {}
+
 /// What came of a run. Times by the clock of the guest.
 #[derive(Debug)]
 pub(super) struct Outcome {
@@ -90,7 +102,7 @@ impl Outcome {
         self.told.iter().filter_map(|told| match &told.what {
             What::Settled(kind) => Some(kind.as_str()),
             What::Halted => Some("halted"),
-            What::Predicted => None,
+            What::Predicted | What::Lost => None,
         })
     }
 }
@@ -123,6 +135,7 @@ fn endure(case: &Case, script: &Script, world: &World) -> anyhow::Result<(Endure
     let injector = spec.kind.outside().map(|outside| injector(outside, &world.subject(&monitor))).transpose()?;
     let chances = [spec.chance(2), spec.chance(3)];
     let mut guest = Enduring::boot(world.socket(), (script.phases.clone(), world.blocks), chances)?;
+    ensure!(world.first_serves()?, Swapped);
     let began = now_ns();
     let events: Vec<_> = script.table.guest.iter().map(|(at, event)| (began + at * 1_000_000, *event)).collect();
     let ended = AtomicBool::new(false);
