@@ -209,12 +209,13 @@ fn start_broker(plan: &Plan, directory: &Path, backend: &[String]) -> anyhow::Re
 pub(super) fn backend_of(broker: &BrokerProcess) -> anyhow::Result<u32> {
     let mut lines = broker.connect()?;
     let status = ask(&mut lines, &json!({"verb": "status"}))?;
-    let primary = &status["devices"][0]["primary"];
-    let pid = primary["pid"].as_u64().with_context(|| format!("there is no primary: {status}"))?;
+    let pid =
+        status["devices"][0]["primary"]["pid"].as_u64().with_context(|| format!("there is no primary: {status}"))?;
     Ok(u32::try_from(pid)?)
 }
 
-fn ask(lines: &mut Lines, command: &Value) -> anyhow::Result<Value> {
+/// Asks a broker.
+pub(super) fn ask(lines: &mut Lines, command: &Value) -> anyhow::Result<Value> {
     lines.send(command)?;
     let deadline = Instant::now() + ANSWER_MAX;
     loop {

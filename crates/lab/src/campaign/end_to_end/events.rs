@@ -25,8 +25,6 @@ pub(super) enum What {
     Settled(String),
     /// One was halted, and an operator has to decide.
     Halted,
-    /// A backend was lost.
-    Lost,
     /// A failure was predicted, whether anything was done about it or not.
     Predicted,
 }
@@ -59,7 +57,6 @@ fn told(line: &Value, at_ns: u64) -> Option<Told> {
     let (what, why) = match line["event"].as_str()? {
         "FailoverSettled" => (What::Settled(text("kind")), text("cause")),
         "FailoverHalted" => (What::Halted, text("message")),
-        "PrimaryLost" | "ShadowLost" | "BackendFailed" | "VmmGone" => (What::Lost, text("reason")),
         "FailurePredicted" => (What::Predicted, text("reason")),
         _ => return None,
     };

@@ -41,13 +41,11 @@ use super::pool::unmount_abandoned;
 use crate::common::interrupt;
 use crate::common::workspace::Workspace;
 use cases::{Case, Mode};
-use play::{Outcome, Swapped, play};
+use play::{Outcome, play};
 use report::{Report, Tried};
 
 /// Time before a fault begins: the model is warm by then.
 const HEALTHY_S: f64 = 12.0;
-/// A run whose fault is the other backend's is begun again, so often.
-const TRIES: u32 = 20;
 /// What a run is longer than its healthy part and its fault.
 const BEHIND_S: f64 = 6.0;
 
@@ -173,16 +171,6 @@ impl Pool<'_> {
     }
 
     fn make(&self, case: &Case, mode: Mode) -> anyhow::Result<Outcome> {
-        for _ in 1..TRIES {
-            match self.try_to_make(case, mode) {
-                Err(error) if error.root_cause().is::<Swapped>() => {}
-                made => return made,
-            }
-        }
-        self.try_to_make(case, mode)
-    }
-
-    fn try_to_make(&self, case: &Case, mode: Mode) -> anyhow::Result<Outcome> {
         let directory = self.workspace.directory(&format!("{}-{}", case.spec.name, mode.name()))?;
         let outcome = play(case, mode, &self.plan, &directory);
         // What was mounted there was unmounted; what is left is in nobody's way.
