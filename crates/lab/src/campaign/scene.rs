@@ -213,7 +213,8 @@ pub(super) fn backend_of(broker: &BrokerProcess) -> anyhow::Result<u32> {
     Ok(u32::try_from(pid)?)
 }
 
-fn ask(lines: &mut Lines, command: &Value) -> anyhow::Result<Value> {
+/// Asks a broker.
+pub(super) fn ask(lines: &mut Lines, command: &Value) -> anyhow::Result<Value> {
     lines.send(command)?;
     let deadline = Instant::now() + ANSWER_MAX;
     loop {

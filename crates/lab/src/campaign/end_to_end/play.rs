@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 
 use super::cases::{Case, Mode, Variant};
 use super::events::{self, Told, What};
@@ -24,6 +24,8 @@ use crate::guest::now_ns;
 
 /// A run ends so many milliseconds behind the collapse.
 const BEHIND_MS: u64 = 6_000;
+/// A pair is set up so often until the one that will fail is the one that serves.
+const SET_UP_TRIES: u32 = 20;
 /// With the fault gone, everything must be answered within this time.
 const SETTLE: Duration = Duration::from_secs(3);
 /// A failover that a prediction asked for is looked at for so long.
@@ -102,9 +104,9 @@ pub(super) fn play(case: &Case, mode: Mode, plan: &Plan, directory: &Path) -> an
         script.times.end = script.times.onset + script.times.fault + BEHIND_MS;
     }
     let fault = script.fault.as_deref().map(|fault| hooks::until(fault, script.times.end));
-    let mut world = World::new(case, mode, plan, directory, fault)?;
+    let (mut world, guest) = set_up(case, mode, plan, directory, &script, fault.as_deref())?;
     let told = world.control().map(|control| events::follow(&control)).transpose()?;
-    let (endured, began) = endure(case, &script, &world).with_context(|| world.last_words())?;
+    let (endured, began) = endure(case, &script, &world, guest).with_context(|| world.last_words())?;
     world.must_live().with_context(|| world.last_words())?;
     ensure!(!interrupt::is_asked(), "interrupted");
     drop(world);
@@ -115,14 +117,33 @@ pub(super) fn play(case: &Case, mode: Mode, plan: &Plan, directory: &Path) -> an
     Ok(Outcome { endured, told, began_ns: began, onset_ns, collapse_ns: ns(times.onset + times.fault) })
 }
 
-/// Boots the guest, lets happen what shall happen, and puts an end to it. Returns as well when the guest was started.
-fn endure(case: &Case, script: &Script, world: &World) -> anyhow::Result<(Endured, u64)> {
+/// Sets up a world in which the backend that will fail is the one that serves, and boots its guest.
+fn set_up(
+    case: &Case,
+    mode: Mode,
+    plan: &Plan,
+    directory: &Path,
+    script: &Script,
+    fault: Option<&str>,
+) -> anyhow::Result<(World, Enduring)> {
+    for _ in 0..SET_UP_TRIES {
+        let world = World::new(case, mode, plan, directory, fault.map(str::to_owned))?;
+        let disk = (script.phases.clone(), world.blocks);
+        let chances = [case.spec.chance(2), case.spec.chance(3)];
+        let guest = Enduring::boot(world.socket(), disk, chances).with_context(|| world.last_words())?;
+        if world.is_served_by_the_first().with_context(|| world.last_words())? {
+            return Ok((world, guest));
+        }
+    }
+    bail!("the other backend of the pair was ready first {SET_UP_TRIES} times")
+}
+
+/// Lets happen what shall happen, and puts an end to it. Returns as well when the run began.
+fn endure(case: &Case, script: &Script, world: &World, mut guest: Enduring) -> anyhow::Result<(Endured, u64)> {
     let spec = &case.spec;
     let first = Target::open(world.pid)?;
     let monitor = world.monitor();
     let injector = spec.kind.outside().map(|outside| injector(outside, &world.subject(&monitor))).transpose()?;
-    let chances = [spec.chance(2), spec.chance(3)];
-    let mut guest = Enduring::boot(world.socket(), (script.phases.clone(), world.blocks), chances)?;
     let began = now_ns();
     let events: Vec<_> = script.table.guest.iter().map(|(at, event)| (began + at * 1_000_000, *event)).collect();
     let ended = AtomicBool::new(false);

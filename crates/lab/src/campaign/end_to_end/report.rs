@@ -132,7 +132,9 @@ impl Report<'_> {
     /// Stall of a mode over all faults that were tried in every mode, in seconds.
     fn stall_s(&self, mode: Mode) -> Option<f64> {
         let compared = self.tried.iter().filter(|tried| tried.is_comparable(self.modes));
-        self.modes.contains(&mode).then(|| compared.filter_map(|tried| tried.of(mode)).map(Outcome::stall_s).sum())
+        // The sum of no numbers is negative.
+        let sum = || compared.filter_map(|tried| tried.of(mode)).map(Outcome::stall_s).sum::<f64>().max(0.0);
+        self.modes.contains(&mode).then(sum)
     }
 
     /// For programs.

@@ -1,8 +1,10 @@
 //! What surrounds a run: an image, the way to it of each backend, and whoever looks after the backends.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use serde_json::json;
 
 use super::cases::{Case, Mode, Variant};
 use super::supervisor::Supervisor;
@@ -11,7 +13,7 @@ use crate::campaign::fuse::Store;
 use crate::campaign::inject::{Small, Subject};
 use crate::campaign::kind::{Backend, Outside};
 use crate::campaign::plan::Plan;
-use crate::campaign::scene::{DEVICE, SPARSE_BLOCKS, backend_of, command_line, limit, monitor_path};
+use crate::campaign::scene::{DEVICE, SPARSE_BLOCKS, ask, backend_of, command_line, limit, monitor_path};
 use crate::campaign::workload::BLOCKS;
 use crate::common::broker::{BrokerProcess, Launch};
 use crate::common::cgroup::Group;
@@ -21,6 +23,8 @@ use crate::guest::BLOCK;
 const OBSERVE: Option<&str> = None;
 /// A primary that answers and completes nothing for so long is failed over: 30 s of a real device, in the compressed time of a campaign.
 const STALL_MS: &str = "6000";
+/// A pair is ready so soon after the boot of its guest.
+const READY_MAX: Duration = Duration::from_secs(5);
 /// Lines of a log in an error.
 const LOG_LINES: usize = 20;
 
@@ -127,6 +131,22 @@ impl World {
     /// Where a qemu-storage-daemon has its monitor.
     pub(super) fn monitor(&self) -> PathBuf {
         monitor_path(&self.directory)
+    }
+
+    /// Whether it is the first backend that serves the guest, which was just booted. A broker takes whichever of a pair is ready first.
+    pub(super) fn is_served_by_the_first(&self) -> anyhow::Result<bool> {
+        let Keeper::Broker(broker) = &self.keeper else { return Ok(true) };
+        let mut lines = broker.connect()?;
+        let until = Instant::now() + READY_MAX;
+        loop {
+            let status = ask(&mut lines, &json!({"verb": "status"}))?;
+            let device = &status["devices"][0];
+            if device["state"] == "protected" {
+                return Ok(device["primary"]["pid"] == self.pid);
+            }
+            ensure!(Instant::now() < until, "there is no pair: {status}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// What an injector acts on.
