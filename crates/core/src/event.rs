@@ -6,6 +6,7 @@
 use warmswap_wire::{BackendRequest, FdSlot, Header, Request};
 
 use crate::failover::Report;
+use crate::foresight::Foresight;
 use crate::journal::Entry;
 use crate::time::Nanos;
 
@@ -157,6 +158,8 @@ pub enum Event {
         /// The operator's reason.
         reason: String,
     },
+    /// The failure model takes a failure of the primary for imminent.
+    FailurePredicted(Foresight),
     /// Time has passed.
     Tick,
 }

@@ -75,6 +75,8 @@ impl Phase {
 pub enum Kind {
     /// The operator asked.
     Planned,
+    /// The primary works, but its failure is thought to be imminent.
+    Predicted,
     /// The primary died.
     Crash,
     /// The primary lives but does nothing.
@@ -87,6 +89,7 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Kind::Planned => "planned",
+            Kind::Predicted => "predicted",
             Kind::Crash => "crash",
             Kind::Hang => "hang",
         }

@@ -4,6 +4,7 @@ use warmswap_wire::DeviceType;
 
 use crate::drain::DrainMethod;
 use crate::event::FenceLevel;
+use crate::failover::Kind;
 use crate::time::Nanos;
 
 /// What may be done with the requests a dead backend still owed.
@@ -24,6 +25,26 @@ pub enum RegionUse {
     Trust,
 }
 
+/// What is done when a failure is predicted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnPrediction {
+    /// A failover is made, if everything that has to speak for it does.
+    Act,
+    /// It is reported.
+    Observe,
+}
+
+impl OnPrediction {
+    /// The word used in every report.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            OnPrediction::Act => "act",
+            OnPrediction::Observe => "observe",
+        }
+    }
+}
+
 /// The configuration of a pair.
 #[derive(Clone, Debug)]
 pub struct PairConfig {
@@ -41,6 +62,8 @@ pub struct PairConfig {
     pub shadow: bool,
     /// The shadow is asked to read from the device now and then.
     pub canary: bool,
+    /// What is done when a failure is predicted.
+    pub on_prediction: OnPrediction,
     /// The bounds.
     pub limits: Limits,
 }
@@ -84,9 +107,23 @@ pub struct Limits {
     pub restart_max: Nanos,
     /// Deaths a request must have been in flight at before it is isolated.
     pub isolate_after: u32,
+    /// Predicted failovers within an hour, at most.
+    pub predicted_per_hour: u32,
+    /// After a predicted failover the next one is not made for this long; twice as long each time one did not help, up to the second.
+    pub cool_down_min: Nanos,
+    /// See `cool_down_min`.
+    pub cool_down_max: Nanos,
+    /// A prediction is looked into for this long: a shadow that is on its way, and reads of the shadow, are waited for.
+    pub consider_max: Nanos,
 }
 
 impl Limits {
+    /// How long a primary may take to complete what it holds. One that is about to fail gets less: the guest waits.
+    #[must_use]
+    pub(crate) fn drain_of(&self, kind: Kind) -> Nanos {
+        if kind == Kind::Predicted { self.drain_max.min(Nanos(self.hang.0 / 2)) } else { self.drain_max }
+    }
+
     /// Time to the next look at something that has been waited for since `waited`: often at first, then less, so that a slow disk
     /// does not cost a processor.
     #[must_use]
@@ -111,11 +148,15 @@ impl Default for Limits {
             idle_after: Nanos::from_millis(20),
             poll: Nanos::from_micros(50),
             ask_max: Nanos::from_millis(100),
-            canary_every: Nanos::from_millis(2_000),
+            canary_every: Nanos::from_millis(900),
             canary_poll: Nanos::from_micros(150),
             restart_min: Nanos::from_millis(10),
             restart_max: Nanos::from_millis(5_000),
             isolate_after: 3,
+            predicted_per_hour: 6,
+            cool_down_min: Nanos::from_millis(10_000),
+            cool_down_max: Nanos::from_millis(3_600_000),
+            consider_max: Nanos::from_millis(1_000),
         }
     }
 }

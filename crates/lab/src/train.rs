@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use serde::Serialize;
-use warmswap_predict::{OUTCOME_COUNT, Trained};
+use warmswap_predict::{INPUT_COUNT, OUTCOME_COUNT, Trained};
 
 use crate::campaign::runs::{self, Run};
 use crate::common::commit::commit;
@@ -89,11 +89,19 @@ pub(crate) fn read(directories: &[PathBuf]) -> anyhow::Result<Vec<Run>> {
 
 /// Fits a model to runs; with it the samples.
 pub(crate) fn fit(runs: &[&Run]) -> (Trained, Vec<Sample>) {
+    fit_without(runs, &[false; INPUT_COUNT])
+}
+
+/// The same without some of the signs.
+pub(crate) fn fit_without(runs: &[&Run], left_out: &[bool; INPUT_COUNT]) -> (Trained, Vec<Sample>) {
     let prior = Trained::prior();
     let floors: [f32; OUTCOME_COUNT] = health::floors(&prior, runs);
     let mut trained = Trained { floors, weights: health::weights(&prior, runs), ..prior };
-    let samples: Vec<Sample> =
+    let mut samples: Vec<Sample> =
         runs.iter().enumerate().flat_map(|(number, run)| samples(&trained, run, number)).collect();
+    for sample in &mut samples {
+        sample.inputs.iter_mut().zip(left_out).filter(|(_, out)| **out).for_each(|(input, _)| *input = 0.0);
+    }
     trained.hazard = fit::fit(&samples);
     trained.tolerances = health::tolerances(&trained, &samples);
     (trained, samples)

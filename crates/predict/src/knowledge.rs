@@ -35,6 +35,19 @@ impl Knowledge {
         Knowledge { regression: Regression::from_weights(trained.weights), scales: [Scale::default(); OUTCOME_COUNT] }
     }
 
+    /// Of a regression and scales that were stored.
+    pub(crate) fn from_parts(
+        regression: Regression<CONTEXT_COUNT, OUTCOME_COUNT>,
+        scales: [Scale; OUTCOME_COUNT],
+    ) -> Self {
+        Knowledge { regression, scales }
+    }
+
+    /// Its regression and its scales, for storage.
+    pub(crate) fn parts(&self) -> (&Regression<CONTEXT_COUNT, OUTCOME_COUNT>, &[Scale; OUTCOME_COUNT]) {
+        (&self.regression, &self.scales)
+    }
+
     /// What is expected of an outcome at this load.
     pub(crate) fn expected(&self, at: usize, context: &[f32; CONTEXT_COUNT]) -> f32 {
         self.regression.expected(at, context) + self.scales[at].mean()

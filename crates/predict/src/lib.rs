@@ -33,6 +33,7 @@ mod regress;
 mod scale;
 mod schema;
 mod series;
+mod state;
 mod trained;
 mod verdict;
 
@@ -51,5 +52,6 @@ pub use regress::{Gain, Regression};
 pub use scale::{Scale, Z_MAX};
 pub use schema::{FEATURE_COUNT, FEATURES, Feature, Role, Source, Spec, Summary, Unit};
 pub use series::{CONTEXT_MAX, ColumnCause, Scored, SeriesDetector};
+pub use state::{MODEL_STATE_BYTES, StateError};
 pub use trained::{TRAINED_BYTES, Trained, TrainedError, load_trained_model};
 pub use verdict::{Alarm, Cause, Law, Verdict};

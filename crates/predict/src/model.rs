@@ -53,6 +53,8 @@ const LOST_US: f32 = 50_000.0;
 const SOON: f32 = 30.0;
 /// A backend that answers nothing, or one request not, for this long, in microseconds, stands still: a disk may think for a while.
 const STALLED_US: f32 = 300_000.0;
+/// Ticks on end for which what a law forbids has to last.
+const LAW_TICKS: u32 = 2;
 /// The block device below is where requests are, if it is busy for more than this part of the time.
 const BELOW: f32 = 0.9;
 /// Resources with a bound.
@@ -107,6 +109,10 @@ struct Volatile {
     misses: f32,
     /// For how long a kick and an interrupt had no effect, a request and all of them no answer, at the end of the last window, in microseconds.
     overdue: [f32; 4],
+    /// The first, third and fourth of these at the last ticks, and for how many ticks they have grown.
+    tick_overdue: [(f32, u32); 3],
+    /// How busy the block device below was when that was told last.
+    disk_busy: f32,
     /// Harm, held for a while.
     harm: f32,
     /// Windows of this process.
@@ -126,6 +132,8 @@ impl Default for Volatile {
             anon: Exhaustion::new(STRIDES[0]),
             misses: 0.0,
             overdue: [0.0; 4],
+            tick_overdue: [(0.0, 0); 3],
+            disk_busy: 0.0,
             harm: 0.0,
             windows: 0,
         }
@@ -158,6 +166,34 @@ pub struct Model {
     seen: Option<Seen>,
 }
 
+/// What a model learnt of its component, whatever backend serves it: what outlives the process.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Learnt {
+    /// Accepted, waiting, candidate, anchor.
+    pub(crate) knowledge: [Knowledge; 4],
+    pub(crate) own: [f32; 3],
+    pub(crate) longest_us: f32,
+    pub(crate) windows: u64,
+    pub(crate) commit_in: u64,
+    pub(crate) held: u64,
+}
+
+impl Learnt {
+    /// Whether a model can have come to these numbers. What it knows has been checked where it was made.
+    pub(crate) fn check(&self) -> Result<(), &'static str> {
+        let harm = self.own.iter().all(|own| (0.0..=1.0).contains(own));
+        let longest = self.longest_us.is_finite() && self.longest_us >= 0.0;
+        // The next window counts one more.
+        let counts = self.windows < u64::MAX && (1..=COMMIT_EVERY).contains(&self.commit_in);
+        match (harm, longest, counts && self.held <= COMMIT_EVERY) {
+            (false, ..) => Err("harm in health"),
+            (_, false, _) => Err("longest latency"),
+            (.., false) => Err("number of windows"),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Model {
     /// One that knows nothing but what every component has in common.
     #[must_use]
@@ -180,6 +216,21 @@ impl Model {
             joint: 0.0,
             seen: None,
         }
+    }
+
+    /// What it learnt of the component, for storage.
+    pub(crate) fn learnt(&self) -> Learnt {
+        let knowledge = [&self.accepted, &self.waiting, &self.candidate, &self.anchor].map(Knowledge::clone);
+        let Model { own, longest_us, windows, commit_in, held, .. } = *self;
+        Learnt { knowledge, own, longest_us, windows, commit_in, held }
+    }
+
+    /// One that has learnt this, and has seen nothing of any backend yet.
+    pub(crate) fn of_learnt(trained: &Trained, learnt: Learnt) -> Self {
+        let Learnt { knowledge: [accepted, waiting, candidate, anchor], own, longest_us, windows, commit_in, held } =
+            learnt;
+        let begun = Model::new(trained);
+        Model { accepted, waiting, candidate, anchor, own, longest_us, windows, commit_in, held, ..begun }
     }
 
     /// Judges a window. Of another backend than the last one's, only what was learnt of the component is kept.
@@ -250,6 +301,40 @@ impl Model {
             self.commit_in = COMMIT_EVERY;
             core::mem::swap(&mut self.accepted, &mut self.waiting);
             self.waiting.clone_from(&self.candidate);
+        }
+    }
+
+    /// Sees a tick: what a law says need not wait for the end of the window. A kick that is not seen, and requests that are not answered, for
+    /// longer than anything takes here and for several ticks on end. Interrupts are the guest's to take, and are judged with the window.
+    pub fn see_tick(&mut self, record: &Record) -> Option<Law> {
+        if self.backend != record.backend {
+            return None;
+        }
+        let value = |feature| record.get(feature).unwrap_or(0.0);
+        let busy = &mut self.volatile.disk_busy;
+        *busy = record.get(Feature::DiskBusy).unwrap_or(*busy);
+        let below = *busy > BELOW;
+        let overdue = [Feature::KickOverdue, Feature::OldestAge, Feature::Gap].map(value);
+        let span = 0.9 * record.span_us as f32;
+        for (seen, overdue) in self.volatile.tick_overdue.iter_mut().zip(overdue) {
+            let grows = overdue > 0.0 && overdue >= seen.0 + span;
+            *seen = (overdue, if grows { seen.1 + 1 } else { 0 });
+        }
+        let limit = LOST_US.max(2.0 * self.longest_us);
+        let lasts = |at: usize, limit: f32| {
+            let (overdue, ticks) = self.volatile.tick_overdue[at];
+            overdue > limit && ticks >= LAW_TICKS
+        };
+        if value(Feature::RunDelay).max(value(Feature::Throttled)) > STARVED {
+            None
+        } else if lasts(0, limit) {
+            Some(Law::KickIsSeen)
+        } else if !below && lasts(2, limit.max(STALLED_US)) {
+            Some(Law::AnythingIsCompleted)
+        } else if !below && self.is_warm() && lasts(1, limit.max(STALLED_US)) && value(Feature::Completions) > 0.0 {
+            Some(Law::RequestIsCompleted)
+        } else {
+            None
         }
     }
 
@@ -702,6 +787,30 @@ mod tests {
         let lost = |us: f32| move |record: &mut Record| record.set(Feature::KickOverdue, Some(us));
         assert_eq!(component.see(1.0, &lost(200_000.0)).alarm, None, "it may only be late");
         assert_eq!(component.see(1.0, &lost(1_200_000.0)).alarm, Some(Alarm::Law(Law::KickIsSeen)));
+    }
+
+    #[test]
+    fn a_law_need_not_wait_for_the_end_of_the_window() {
+        let mut component = Component::new();
+        (0..50).for_each(|_| assert_eq!(component.see(1.0, &healthy).alarm, None));
+        let mut tick = |feature: Feature, us: f32, busy: f32| {
+            let mut tick = Record::new(Grain::Tick, 0, 1, 0, 100_000);
+            tick.set(feature, Some(us));
+            tick.set(Feature::Completions, Some(100.0));
+            tick.set(Feature::DiskBusy, Some(busy));
+            component.model.see_tick(&tick)
+        };
+        assert_eq!(
+            [40e3, 140e3, 240e3].map(|us| tick(Feature::KickOverdue, us, 0.0)),
+            [None, None, Some(Law::KickIsSeen)]
+        );
+        assert_eq!([90e3, 10e3, 110e3].map(|us| tick(Feature::KickOverdue, us, 0.0)), [None; 3], "it moved");
+        let gaps = [150e3, 250e3, 350e3];
+        assert_eq!(gaps.map(|us| tick(Feature::Gap, us, 0.0)), [None, None, Some(Law::AnythingIsCompleted)]);
+        assert_eq!(tick(Feature::Gap, 0.0, 0.0), None);
+        assert_eq!(gaps.map(|us| tick(Feature::Gap, us, 1.0)), [None; 3], "the disk is what has not answered");
+        let ages = [150e3, 250e3, 350e3];
+        assert_eq!(ages.map(|us| tick(Feature::OldestAge, us, 0.0)), [None, None, Some(Law::RequestIsCompleted)]);
     }
 
     #[test]

@@ -39,6 +39,20 @@ impl<const IN: usize, const OUT: usize> Regression<IN, OUT> {
         Regression { weights, ..Self::default() }
     }
 
+    /// Its covariance and its weights, for storage.
+    #[must_use]
+    pub fn parts(&self) -> (&[[f32; IN]; IN], &[[f32; IN]; OUT]) {
+        (&self.covariance, &self.weights)
+    }
+
+    /// Of its covariance and its weights. None if these cannot be: a number is none, or a variance is not positive.
+    #[must_use]
+    pub fn from_parts(covariance: [[f32; IN]; IN], weights: [[f32; IN]; OUT]) -> Option<Self> {
+        let numbers = covariance.iter().flatten().chain(weights.iter().flatten()).all(|value| value.is_finite());
+        let known = (0..IN).all(|at| covariance[at][at] > 0.0);
+        (numbers && known).then_some(Regression { covariance, weights })
+    }
+
     /// Keeps a weight within bounds.
     pub fn bound_weight(&mut self, outcome: usize, term: usize, (least, most): (f32, f32)) {
         let weight = &mut self.weights[outcome][term];
@@ -142,5 +156,19 @@ mod tests {
         assert!((0..3).map(|at| regression.covariance[at][at]).sum::<f32>() <= TRACE_MAX * 3.0 * 1.001);
         learn(&mut regression, [f32::NAN; 3], 1.0);
         assert!(regression.expected(0, &[1.0, 0.0, 0.0]).is_finite());
+    }
+
+    #[test]
+    fn what_cannot_be_is_no_regression() {
+        let mut regression = Regression::<3, 1>::default();
+        (0..50).for_each(|step| learn(&mut regression, [1.0, wave(step).0, wave(step).1], 2.0));
+        let (covariance, weights) = regression.parts();
+        assert_eq!(Regression::from_parts(*covariance, *weights), Some(regression.clone()));
+        for (row, column, value) in [(1, 1, 0.0), (0, 0, -1.0), (0, 2, f32::NAN), (2, 2, f32::INFINITY)] {
+            let mut other = *covariance;
+            other[row][column] = value;
+            assert_eq!(Regression::from_parts(other, *weights), None, "{value}");
+        }
+        assert_eq!(Regression::from_parts(*covariance, [[0.0, f32::NAN, 0.0]]), None);
     }
 }

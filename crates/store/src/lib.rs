@@ -3,8 +3,10 @@
 //! ```text
 //! ticks ───▶ FlightRecorder ──freeze──▶ Recording ──┐
 //! windows ──────────────────────────────────────────┴──▶ History (one file) ──▶ Reader
+//!    └── and what the device is ──▶ Snapshot ──▶ Snapshots (a file each)
 //! ```
-//! Both are bounded, and both leave out what is [idle](idle_like): a component that rests costs next to nothing. Times are arguments.
+//! All are bounded, and recorder and history leave out what is [idle](idle_like): a component that rests costs next to nothing. Times are
+//! arguments.
 
 #![forbid(unsafe_code)]
 
@@ -17,6 +19,7 @@ mod idle;
 mod overlay;
 mod reader;
 mod recording;
+pub mod snapshot;
 
 pub use codec::{Broken, rounded};
 pub use error::StoreError;
@@ -25,3 +28,7 @@ pub use history::{History, Retention};
 pub use idle::idle_like;
 pub use reader::{Reader, Windows};
 pub use recording::{Recording, RecordingError, Ticks};
+pub use snapshot::{
+    Listed, Newest, Refusal, RingPosition, SNAPSHOT_BYTES_MAX, SNAPSHOT_WINDOWS_MAX, Snapshot, SnapshotError,
+    SnapshotRetention, SnapshotVerdict, Snapshots,
+};

@@ -14,6 +14,8 @@ use crossbeam_channel::{Receiver, Sender};
 use serde_json::json;
 use warmswap_core::{Entry, Severity, Value};
 
+use crate::hook::Hook;
+
 /// Entries on their way to the journal's thread.
 const QUEUE_MAX: usize = 8192;
 /// Entries kept in memory.
@@ -94,12 +96,16 @@ pub(crate) struct Journal {
 
 impl Journal {
     /// Starts the journal's thread.
-    pub(crate) fn start(file: Option<File>, quiet: bool) -> std::io::Result<(Self, JournalSender, JournalThread)> {
+    pub(crate) fn start(
+        file: Option<File>,
+        quiet: bool,
+        hook: Option<Hook>,
+    ) -> std::io::Result<(Self, JournalSender, JournalThread)> {
         let (queue, notes) = crossbeam_channel::bounded(QUEUE_MAX);
         let lost = Arc::new(AtomicU64::new(0));
         let journal = Journal::default();
         let sender = JournalSender { queue, lost: Arc::clone(&lost) };
-        let writer = Writer { journal: journal.clone(), file, quiet, lost, held: Some(Vec::new()) };
+        let writer = Writer { journal: journal.clone(), file, quiet, hook, lost, held: Some(Vec::new()) };
         let thread = std::thread::Builder::new().name("journal".to_owned()).spawn(move || writer.run(notes))?;
         Ok((journal, sender, JournalThread(thread)))
     }
@@ -142,6 +148,7 @@ struct Writer {
     journal: Journal,
     file: Option<File>,
     quiet: bool,
+    hook: Option<Hook>,
     lost: Arc<AtomicU64>,
     /// Words of backends while the device starts.
     held: Option<Vec<String>>,
@@ -190,6 +197,9 @@ impl Writer {
         {
             print(&format!("the journal file cannot be written and is given up: {error}"));
             self.file = None;
+        }
+        if let Some(hook) = &mut self.hook {
+            hook.tell(&record.device, record.entry.event, || to_json(&record));
         }
         let mut kept = self.journal.lock();
         if kept.records.len() == KEPT_MAX {

@@ -16,6 +16,7 @@ mod config;
 pub mod control;
 mod driver;
 mod fds;
+mod hook;
 mod journal;
 mod process;
 mod profile;

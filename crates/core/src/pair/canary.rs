@@ -84,13 +84,14 @@ impl Pair {
     fn canary_due(&self, link: &Link) -> Option<Nanos> {
         let free = self.shadow == Some(link.id) && self.failover.is_none() && link.private_memory.is_some();
         let free = free && link.canary.possible && !self.closing && link.canary_region != Region::Asked;
-        (free && link.state == LinkState::Ready).then(|| link.canary.began + self.config.limits.canary_every)
+        let every = if self.wants_read_now() { Nanos(0) } else { self.config.limits.canary_every };
+        (free && link.state == LinkState::Ready).then(|| link.canary.began + every)
     }
 
     fn look_at_canary(&mut self, backend: BackendId, step: &mut Step<'_>) {
         let limits = self.config.limits;
         let waiting = self.failover.is_some();
-        let hurried = waiting || self.asked.is_some();
+        let hurried = waiting || self.asked.is_some() || self.wants_read_now();
         let Some(link) = self.link_mut(backend) else { return };
         let Some(private) = link.private_memory else { return };
         let waited = step.now.since(link.canary.began);
@@ -98,11 +99,16 @@ impl Pair {
             Some(0) => {
                 link.canary.state = CanaryState::Stopping;
                 link.canary.took = Some(waited);
+                let (first, began) = (link.canary.number == 0, link.canary.began);
                 link.warming_at = step.now;
                 let request = Request::GetVringBase(VringState { index: RING, value: 0 });
                 link.ask(&request, Purpose::Canary, step.out);
                 // As good a sign of life as any.
                 link.pinged_at = Some(step.now);
+                // The first pays for what is put off until then.
+                if !first && self.shadow == Some(backend) {
+                    self.policy.read(began, waited, step.now);
+                }
             }
             Some(status) => {
                 self.canary_failed(backend, &format!("its canary read ended with status {status}"), step);

@@ -321,9 +321,10 @@ impl Pair {
         let Some(failover) = &mut self.failover else { return };
         failover.poll_at = step.now + limits.poll_interval(failover.spent(step.now));
         match failover.phase {
-            Phase::Draining if failover.spent(step.now) > limits.drain_max => {
+            Phase::Draining if failover.spent(step.now) > limits.drain_of(failover.report.kind) => {
                 self.counters.drains_overdue += 1;
-                let note = format!("the primary did not come to rest within {}", limits.drain_max);
+                let most = limits.drain_of(failover.report.kind);
+                let note = format!("the primary did not come to rest within {most}");
                 self.enter_fencing(&note, step);
             }
             Phase::Handing if failover.target.is_none() => self.hand_over(step),
@@ -380,6 +381,7 @@ impl Pair {
         self.shadow_note = "starting".to_owned();
         match failover.report.kind {
             Kind::Planned => self.counters.planned += 1,
+            Kind::Predicted => self.counters.predicted += 1,
             Kind::Crash => self.counters.crash += 1,
             Kind::Hang => self.counters.hang += 1,
         }
@@ -453,7 +455,7 @@ impl Pair {
     pub(crate) fn next_failover_poll(&self) -> Option<Nanos> {
         let failover = self.failover.as_ref()?;
         match failover.phase {
-            Phase::Draining => Some(failover.entered + self.config.limits.drain_max + Nanos(1)),
+            Phase::Draining => Some(failover.entered + self.config.limits.drain_of(failover.report.kind) + Nanos(1)),
             Phase::Confirming | Phase::Isolating => Some(failover.poll_at),
             Phase::Handing => self.restart_at,
             _ => None,

@@ -9,12 +9,14 @@
 //! - `observe`: looking at rings
 //! - `stop`: stopping rings
 //! - `failover`: the phases
+//! - `foresee`: a failure that is predicted
 //! - `canary`: reads of the broker's own on the shadow
 //! - `isolate`: a request that kills every backend
 //! - `status`: what is shown to people and programs
 
 mod canary;
 mod failover;
+mod foresee;
 mod isolate;
 mod links;
 mod observe;
@@ -31,6 +33,7 @@ pub use status::{BackendStatus, Counters, PairState, RingStatus, Status};
 use crate::drain::DrainMethod;
 use crate::event::{Action, Actions, BackendId, CommandId, Event, earliest};
 use crate::failover::{Failover, Kind, Phase, Report};
+use crate::foresight::Policy;
 use crate::journal::Entry;
 use crate::link::{Link, LinkState, Offer};
 use crate::memory::GuestMemory;
@@ -89,6 +92,7 @@ pub struct Pair {
     put_off_since: Option<Nanos>,
     shadow_note: String,
     suspects: Suspects,
+    policy: Policy,
     counters: Counters,
     last_report: Option<Report>,
 }
@@ -122,6 +126,7 @@ impl Pair {
             shadow_note: "not started yet".to_owned(),
             put_off_since: None,
             suspects: Suspects::default(),
+            policy: Policy::default(),
             counters: Counters::default(),
             last_report: None,
         }
@@ -206,6 +211,7 @@ impl Pair {
             Event::FailoverRequested { command, now: at_once, reason } => {
                 self.failover_requested(command, at_once, &reason, &mut step);
             }
+            Event::FailurePredicted(foresight) => self.failure_predicted(foresight, &mut step),
             Event::Tick => {}
         }
         self.settle_step(&mut step);
@@ -219,6 +225,7 @@ impl Pair {
         self.poll_canaries(step);
         self.poll_links(step);
         self.begin_asked(step);
+        self.poll_foresight(step);
         self.poll_ticket(step);
         self.fill_roles(step);
     }
@@ -231,6 +238,7 @@ impl Pair {
         next = earliest(next, self.next_failover_poll());
         next = earliest(next, self.next_link_check());
         next = earliest(next, self.next_canary());
+        next = earliest(next, self.next_foresight());
         next = earliest(next, self.asked.as_ref().map(|asked| asked.deadline));
         earliest(next, self.ticket.as_ref().map(Ticket::deadline))
     }

@@ -3,6 +3,7 @@
 use super::Pair;
 use crate::event::BackendId;
 use crate::failover::{Phase, Report};
+use crate::foresight::PolicyStatus;
 use crate::link::LinkState;
 use crate::observer::Observer;
 use crate::time::Nanos;
@@ -14,10 +15,16 @@ pub struct Counters {
     pub settled: u64,
     /// Of these, asked for by the operator.
     pub planned: u64,
+    /// Of these, because a failure was predicted.
+    pub predicted: u64,
     /// Of these, after a death.
     pub crash: u64,
     /// Of these, after a hang.
     pub hang: u64,
+    /// Windows with an alarm of the failure model.
+    pub alarms: u64,
+    /// Of these, not acted upon.
+    pub withheld: u64,
     /// Failovers that were refused.
     pub refused: u64,
     /// Failovers that were halted.
@@ -132,6 +139,8 @@ pub struct Status {
     pub recovery: &'static str,
     /// Rings the VMM wants served.
     pub rings: Vec<RingStatus>,
+    /// What is done about predictions.
+    pub policy: PolicyStatus,
     /// Counters.
     pub counters: Counters,
     /// The last failover.
@@ -171,7 +180,7 @@ impl Pair {
 
     /// The pair as it is now.
     #[must_use]
-    pub fn status(&self) -> Status {
+    pub fn status(&self, now: Nanos) -> Status {
         let backend = |id: Option<BackendId>| {
             let link = self.link(id?)?;
             Some(BackendStatus { id: link.id, state: link.state, canary: link.canary.took })
@@ -190,6 +199,7 @@ impl Pair {
             halted: self.halted.clone(),
             recovery: self.recovery_level(),
             rings: self.ring_status(),
+            policy: self.policy.status(self.config.on_prediction, &self.config.limits, now),
             counters: self.counters,
             last: self.last_report.clone(),
         }

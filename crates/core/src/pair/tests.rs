@@ -7,6 +7,7 @@
 
 mod canaries;
 mod failovers;
+mod foresee;
 mod harness;
 mod isolation;
 mod keeper;

@@ -27,7 +27,8 @@ pub(super) struct Broker {
 impl Broker {
     /// Starts one with its backends (`{socket}` in `backend`) and waits until it listens. `options` go to `guard`.
     pub(super) fn start(directory: &Path, options: &[&str], backend: &[String]) -> anyhow::Result<Self> {
-        let options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
+        // What is measured is what it does, not what it comes to think of a machine under load.
+        let options: Vec<String> = options.iter().copied().chain(["--observe"]).map(str::to_owned).collect();
         let process =
             BrokerProcess::start(&Launch { name: NAME, directory, options: &options, backend, environment: None })?;
         Ok(Broker { commands: process.connect()?, status: process.connect()?, process })

@@ -188,6 +188,7 @@ fn start_broker(plan: &Plan, directory: &Path, backend: &[String]) -> anyhow::Re
     // Nobody is replaced, however slow it is: the guest shall see the failure. A process that dies has ended the run.
     let options = [
         "--no-shadow",
+        "--observe",
         "--quiet",
         "--tick-ms",
         &tick,

@@ -1,9 +1,11 @@
 //! How good detectors are: measures, tables, what others run, and the protocol by which the failure model is judged.
 
 pub(crate) mod baselines;
+mod causes;
 pub(crate) mod columns;
 pub(crate) mod components;
 pub(crate) mod fit;
+mod further;
 pub(crate) mod health;
 pub(crate) mod period;
 pub(crate) mod protocol;

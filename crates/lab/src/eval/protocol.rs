@@ -20,13 +20,14 @@ use serde::Serialize;
 use warmswap_predict::{Alarm, FEATURE_COUNT, Feature, WINDOWS_PER_FALSE_ALARM};
 
 use super::baselines::{self, BASELINES, BURN_IN};
+use super::further::{self, Further};
 use super::replay::{Said, alarms, replay};
 use crate::campaign::runs::Run;
 use crate::common::commit::commit;
 use crate::train;
 
 /// Seconds of a day, each a window.
-const DAY: f64 = 86_400.0;
+pub(super) const DAY: f64 = 86_400.0;
 
 /// Options of `lab eval runs`.
 #[derive(Debug, clap::Args)]
@@ -40,6 +41,9 @@ pub(crate) struct Args {
     /// Leave the baselines out.
     #[arg(long)]
     no_baselines: bool,
+    /// Judge further: without each part, new components, slow poison, the shipped model.
+    #[arg(long)]
+    further: bool,
     /// A file of labels of runs with what was said of each, one JSON object a line.
     #[arg(long, value_name = "FILE")]
     details: Option<PathBuf>,
@@ -114,6 +118,7 @@ struct Report {
     calibration_error: f64,
     brier_skill: f64,
     per_kind: BTreeMap<String, KindRow>,
+    further: Option<Further>,
     command: String,
     commit: String,
 }
@@ -133,10 +138,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if !args.no_baselines {
         compare(&runs, &mut report, args);
     }
+    if args.further {
+        report.further = Some(further::ask(&runs, 3 * args.failover_ms * 1_000_000));
+    }
     if args.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
         print!("{}", table(&report));
+        report.further.iter().for_each(|it| print!("{}", further::table(it)));
     }
     Ok(())
 }
@@ -228,12 +237,12 @@ fn recall<'a>(outcomes: impl Iterator<Item = &'a Outcome>) -> Option<f64> {
     share(outcomes.filter(|it| it.fault && it.failed).map(|it| it.predicted))
 }
 
-fn share(these: impl Iterator<Item = bool>) -> Option<f64> {
+pub(super) fn share(these: impl Iterator<Item = bool>) -> Option<f64> {
     let (count, right) = these.fold((0_usize, 0_usize), |(count, right), it| (count + 1, right + usize::from(it)));
     (count > 0).then(|| right as f64 / count as f64)
 }
 
-fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
+pub(super) fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
     let (count, sum) = values.fold((0_usize, 0.0), |(count, sum), value| (count + 1, sum + value));
     (count > 0).then(|| sum / count as f64)
 }
@@ -295,6 +304,7 @@ fn report(runs: &[Run], seen: &Judged, left_out: &Judged, args: &Args) -> Report
         calibration_error: calibration_error(&seen.risks),
         brier_skill: brier_skill(&seen.risks),
         per_kind,
+        further: None,
         command: format!(
             "cargo run -rq -p lab -- eval runs --runs {} --failover-ms {} --json",
             directories.join(" "),
@@ -358,7 +368,7 @@ fn threshold(scored: &[Scored], allowed: u32) -> f32 {
 }
 
 /// Upper bound of a Poisson mean at 95 %, one-sided, of so many events: where so few or fewer have a probability of 5 %.
-fn poisson_upper(events: u32) -> f64 {
+pub(super) fn poisson_upper(events: u32) -> f64 {
     let below = |mean: f64| {
         let (mut term, mut sum) = ((-mean).exp(), 0.0);
         for event in 0..=events {

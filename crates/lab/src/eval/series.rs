@@ -12,6 +12,7 @@ use anyhow::{Context, ensure};
 use serde::Serialize;
 
 use super::baselines::{BASELINES, Scorer, baseline};
+use super::causes::{self, Named};
 use super::period::period;
 use super::table::Table;
 use super::vus;
@@ -31,6 +32,10 @@ pub(crate) struct Args {
     /// Rows at the beginning that say what is usual.
     #[arg(long, default_value_t = 500, value_name = "ROWS")]
     burn_in: usize,
+    /// A file that names the anomalous columns of each anomaly: columns server, start, end, columns. Whether one of the three causes that are
+    /// named is among them is compared with principal components and with chance.
+    #[arg(long, value_name = "FILE")]
+    causes: Option<PathBuf>,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -52,14 +57,15 @@ struct Reached {
 struct Report {
     mean: f64,
     detectors: BTreeMap<&'static str, Reached>,
+    causes: Option<Named>,
     command: String,
     commit: String,
 }
 
 /// A series.
-struct Series {
-    name: String,
-    rows: Vec<Vec<f32>>,
+pub(super) struct Series {
+    pub(super) name: String,
+    pub(super) rows: Vec<Vec<f32>>,
     labels: Vec<bool>,
 }
 
@@ -83,10 +89,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
     }
     compare(&mut detectors);
+    let causes = args.causes.as_deref().map(|path| causes::judge(path, &files, args.burn_in)).transpose()?;
     let directories: Vec<String> = args.data.iter().map(|dir| dir.display().to_string()).collect();
     let report = Report {
         mean: detectors[OURS].mean,
         detectors,
+        causes,
         command: format!(
             "cargo run -rq -p lab -- eval series --data {} --burn-in {} --json",
             directories.join(" "),
@@ -119,7 +127,7 @@ fn series_in(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn read(path: &Path) -> anyhow::Result<Series> {
+pub(super) fn read(path: &Path) -> anyhow::Result<Series> {
     let mut table = Table::open(path)?;
     let label = table.find("label")?;
     let mut places: Vec<usize> = (0..table.names().len()).filter(|place| *place != label).collect();
@@ -190,6 +198,11 @@ fn table(report: &Report) -> String {
     rows.sort_by(|one, two| two.1.mean.total_cmp(&one.1.mean));
     for (name, Reached { mean, us_per_row, ours_better_by, ours_better_by_95: [low, high], .. }) in rows {
         text += &format!("{name:<24} {mean:>8.4} {us_per_row:>9.2}  {ours_better_by:+.3} ({low:+.3} to {high:+.3})\n");
+    }
+    if let Some(Named { anomalies, ours, components, chance }) = &report.causes {
+        text += &format!(
+            "one of three causes right, {anomalies} anomalies: ours {ours:.2}, principal components {components:.2}, chance {chance:.2}\n"
+        );
     }
     text
 }

@@ -39,7 +39,7 @@ pub(super) struct Broker {
 impl Broker {
     /// Starts one with its backends and waits until it listens, or until it has refused to.
     pub(super) fn start(directory: &Path, arm: Arm, backend: &[String]) -> anyhow::Result<Result<Self, Refusal>> {
-        let options = ["--journal".to_owned(), directory.join("journal").display().to_string()];
+        let options = ["--observe".to_owned(), "--journal".to_owned(), directory.join("journal").display().to_string()];
         let environment = Some((TRUST_EXIT, (arm == Arm::Sabotaged).then_some("1")));
         match BrokerProcess::try_start(&Launch { name: NAME, directory, options: &options, backend, environment })? {
             Ok(process) => Ok(Ok(Broker { status: process.connect()?, process })),

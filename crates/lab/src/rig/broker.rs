@@ -98,6 +98,13 @@ impl Broker {
         self.commands.send(&json!({"verb": "failover", "device": NAME, "now": now, "reason": "lab rig"}))
     }
 
+    /// Has it believe that a failure of the primary is imminent.
+    pub(crate) fn alarm(&mut self, alarm: &str) -> anyhow::Result<()> {
+        self.answer = None;
+        self.unanswered += 1;
+        self.commands.send(&json!({"verb": "alarm", "device": NAME, "alarm": alarm}))
+    }
+
     /// The answer to the last command, once. Those of earlier ones, which nobody waited for, are dropped.
     pub(crate) fn take_answer(&mut self) -> Option<Answer> {
         self.answer.take()

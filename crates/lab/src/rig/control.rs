@@ -30,6 +30,10 @@ pub(crate) struct DeviceStatus {
     pub(crate) rings: Vec<RingStatus>,
     /// Counts.
     pub(crate) failovers: Counts,
+    /// What is done about predictions.
+    pub(crate) policy: Policy,
+    /// More counts.
+    pub(crate) counters: Counters,
     /// The last failover that ended.
     pub(crate) last_failover: Option<Failover>,
     /// The broker itself.
@@ -64,6 +68,32 @@ pub(crate) struct RingStatus {
     pub(crate) index: u32,
     /// exact, inexact.
     pub(crate) observer: String,
+}
+
+/// What is done about predictions.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Policy {
+    /// Why the last one was not acted upon.
+    pub(crate) withheld: Option<Withheld>,
+}
+
+/// Why a prediction was not acted upon.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Withheld {
+    /// In words.
+    pub(crate) reason: String,
+}
+
+/// Counts of other things.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Counters {
+    /// Predictions.
+    pub(crate) alarms: u64,
+    /// Of these, not acted upon.
+    pub(crate) withheld: u64,
 }
 
 /// Failovers so far.

@@ -82,6 +82,7 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally, progress: &mut Progress) -
             .guard()
             .iter()
             .map(|it| (*it).to_owned())
+            .chain(on_prediction(plan.kinds))
             .chain(plan.guard.iter().cloned())
             .collect(),
     };
@@ -209,6 +210,15 @@ fn count_leaks(before: &Holdings, now: &Holdings, tally: &mut Tally) {
         tally.leaks += leaks as u64;
         tally.verdict.note(|| format!("the broker holds more than before: {now:?}, before {before:?}"));
     }
+}
+
+/// Predictions are made up where they are wanted, and those of the model are left alone elsewhere.
+fn on_prediction(kinds: &[Kind]) -> Vec<String> {
+    let options: &[&str] = match kinds.contains(&Kind::Predicted) {
+        true => &["--predicted-per-hour", "1000000", "--cool-down", "0"],
+        false => &["--observe"],
+    };
+    options.iter().map(|option| (*option).to_owned()).collect()
 }
 
 fn draw_kind(kinds: &[Kind], rng: &mut Rng) -> Kind {

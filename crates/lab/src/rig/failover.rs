@@ -27,6 +27,11 @@ const STALE_MAX: usize = 1000;
 /// Of 100 planned failovers, how many are asked for without waiting for the shadow.
 const IMPATIENT_PERCENT: u64 = 5;
 
+/// A prediction is acted upon or withheld by then.
+const PREDICTED_MAX_NS: u64 = 3_000_000_000;
+/// Alarms that are made up.
+const ALARMS: [&str; 3] = ["harm", "law", "exhaustion"];
+
 /// The pair before an injection.
 #[derive(Debug)]
 struct Before {
@@ -134,6 +139,7 @@ fn strike(
     let crash_too = detail.is_multiple_of(2);
     match kind {
         Kind::Planned | Kind::Now => world.broker.ask_failover(kind == Kind::Now)?,
+        Kind::Predicted => world.broker.alarm(ALARMS[(detail / 7 % ALARMS.len() as u64) as usize])?,
         Kind::Crash => {
             if detail / 10_000 % 100 < SWALLOW_PERCENT && !vmm::any_masked(world) {
                 swallow_calls(world, &before.primary, tally)?;
@@ -168,8 +174,11 @@ fn strike(
         return shadow_is_replaced(world, before, tally);
     }
     let asked = matches!(kind, Kind::Planned | Kind::Now);
-    let raced = (asked || kind == Kind::Crash) && vmm::race(world, detail, tally)?;
-    let ended = wait_for_end(world, before, start, asked)?;
+    let raced = (asked || matches!(kind, Kind::Crash | Kind::Predicted)) && vmm::race(world, detail, tally)?;
+    let ended = match kind {
+        Kind::Predicted => wait_for_predicted(world, before, start)?,
+        _ => wait_for_end(world, before, start, asked)?,
+    };
     tally.waited("end", now_ns() - start);
     let timed = !raced && !vmm::any_masked(world);
     after(world, Seen { kind, inflight, timed, blackout_ns: None, report: ended }, tally)
@@ -227,6 +236,29 @@ fn wait_for_end(world: &mut World, before: &Before, start: u64, asked: bool) -> 
             .and_then(|status| status.last_failover.clone())
             .context("the broker counts a failover that it does not report"),
     }
+}
+
+/// Waits until a predicted failover has ended, or was withheld: a refusal.
+fn wait_for_predicted(world: &mut World, before: &Before, start: u64) -> anyhow::Result<Failover> {
+    let (ended, withheld) = (before.status.failovers.ended(), before.status.counters.withheld);
+    let mut refusal = None;
+    let (mut told, alarms) = (false, before.status.counters.alarms);
+    world.run_until("the end of a predicted failover", true, |world| {
+        told |= world.broker.take_answer().is_some();
+        let Some(status) = world.broker.status_since(start).filter(|_| told) else { return Ok(false) };
+        if status.counters.withheld > withheld {
+            refusal = status.policy.withheld.clone();
+        }
+        // One that was overtaken by the loss of its primary, or by a failover under way, concerns nobody any more.
+        let passed = status.counters.alarms > alarms && status.phase == "Idle" && status.state != "failing-over";
+        Ok(status.failovers.ended() > ended || refusal.is_some() || (passed && now_ns() > start + PREDICTED_MAX_NS))
+    })?;
+    let status = world.broker.status_since(start).context("a status was just seen")?;
+    if status.failovers.ended() > ended {
+        return status.last_failover.clone().context("the broker counts a failover that it does not report");
+    }
+    let message = Some(refusal.map_or_else(|| "overtaken".to_owned(), |why| why.reason));
+    Ok(Failover { result: "refused".into(), message, ..Failover::default() })
 }
 
 /// Everything in flight must come back; then the failover counts.

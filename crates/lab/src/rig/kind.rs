@@ -12,6 +12,8 @@ pub(crate) enum Kind {
     Planned,
     /// As planned, without a drain.
     Now,
+    /// The failure model has an alarm.
+    Predicted,
     /// SIGKILL of the primary.
     Crash,
     /// SIGSTOP of the primary: a hang.
@@ -32,6 +34,7 @@ impl Kind {
         match self {
             Kind::Planned => "planned",
             Kind::Now => "now",
+            Kind::Predicted => "predicted",
             Kind::Crash => "crash",
             Kind::Stop => "stop",
             Kind::Spin => "spin",
@@ -45,7 +48,7 @@ impl Kind {
     pub(crate) fn weight(self) -> u64 {
         match self {
             Kind::Planned | Kind::Crash => 30,
-            Kind::Now => 15,
+            Kind::Now | Kind::Predicted => 15,
             Kind::Shadow => 6,
             Kind::Stop | Kind::Spin | Kind::Both => 5,
             Kind::Poison => 2,
@@ -56,6 +59,7 @@ impl Kind {
     pub(crate) fn reported_as(self) -> Option<&'static str> {
         match self {
             Kind::Planned | Kind::Now => Some("planned"),
+            Kind::Predicted => Some("predicted"),
             Kind::Crash => Some("crash"),
             Kind::Stop | Kind::Spin => Some("hang"),
             Kind::Shadow | Kind::Both | Kind::Poison => None,

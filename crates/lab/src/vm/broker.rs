@@ -131,7 +131,7 @@ impl Broker {
         std::fs::create_dir(&control)?;
         let log = workspace.path("broker.log");
         let mut command = warmswap("guard");
-        command.args(["--name", NAME, "--socket"]).arg(socket);
+        command.args(["--observe", "--name", NAME, "--socket"]).arg(socket);
         command.arg("--control").arg(&control).arg("--run-dir").arg(&control);
         command.arg("--journal").arg(workspace.path("journal.log")).args(backends.guard()).arg("--");
         command.args(backend::command_line(backends, qemu, limits, &workspace.image(), "{socket}"));

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use warmswap_blk::image::Identity;
-use warmswap_core::{DrainMethod, Entry, FenceLevel, Limits, Nanos, PairConfig, RegionUse, Survivors};
+use warmswap_core::{DrainMethod, Entry, FenceLevel, Limits, Nanos, OnPrediction, PairConfig, RegionUse, Survivors};
 use warmswap_store::Retention;
 use warmswap_wire::DeviceType;
 
@@ -16,9 +16,12 @@ use crate::cgroup::Janitor;
 use crate::config::{DeviceConfig, Source};
 use crate::control;
 use crate::driver::{Driver, Ended, listen, take_signals};
+use crate::hook::Hook;
 use crate::journal::{Journal, JournalSender};
-use crate::profile::historian::{self, StoreConfig};
+use crate::profile::historian::{self, Beginning, StoreConfig};
+use crate::profile::predictor;
 use crate::profile::sampler::{self, Pace};
+use crate::profile::snapshots::{Described, model_of};
 
 /// Options of `warmswap guard`.
 #[derive(Debug, clap::Args)]
@@ -80,6 +83,15 @@ pub(super) struct Args {
     /// A planned failover waits this long, in milliseconds, for the primary to complete what it holds
     #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
     drain_ms: u64,
+    /// Report predicted failures, do not act on them
+    #[arg(long)]
+    observe: bool,
+    /// Predicted failovers within an hour, at most
+    #[arg(long, value_name = "COUNT", default_value_t = 6, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    predicted_per_hour: u32,
+    /// After a predicted failover none is made for so many seconds; twice as long each time one did not help, up to an hour
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=3_600))]
+    cool_down: u64,
     /// Directory for the backends' sockets (default: the control directory)
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
@@ -87,8 +99,14 @@ pub(super) struct Args {
     /// minutes before failovers (default: in memory only)
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
+    /// Have the failure model go on with what it had learnt in this health snapshot (default: with the newest in --store)
+    #[arg(long, value_name = "FILE")]
+    restore: Option<PathBuf>,
+    /// Have the failure model begin with this trained model instead of the one that is built in
+    #[arg(long, value_name = "FILE")]
+    model: Option<PathBuf>,
     /// Do not measure the device
-    #[arg(long, conflicts_with_all = ["store", "offload_cpus"])]
+    #[arg(long, conflicts_with_all = ["store", "offload_cpus", "restore", "model"])]
     no_profile: bool,
     /// Time between two measurements, in milliseconds
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(10..=10_000))]
@@ -96,9 +114,14 @@ pub(super) struct Args {
     /// Length of the windows that a profile is made of, in milliseconds
     #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(10..=3_600_000))]
     window_ms: u64,
-    /// Processors on which measuring and keeping profiles is done, as 0,2-3 (default: any)
+    /// Processors on which shadows run, and measuring and keeping profiles is done, as 0,2-3 (default: any). A shadow that becomes the primary
+    /// goes where this program may run; one for which they have no time left is not started
     #[arg(long, value_name = "CPUS", value_parser = cpus)]
     offload_cpus: Option<Cpus>,
+    /// Command that is run when something happens that somebody may want to act on: failovers, predictions, shadows lost or ready
+    /// (WARMSWAP_DEVICE, WARMSWAP_EVENT, the entry as JSON on its standard input); one at a time, each at most 10 s
+    #[arg(long, value_name = "COMMAND")]
+    hook: Option<String>,
     /// Append the journal to this file, as JSON lines
     #[arg(long, value_name = "FILE")]
     journal: Option<PathBuf>,
@@ -185,6 +208,7 @@ fn region(name: &str) -> Result<RegionUse, String> {
 
 /// What all devices of one process share.
 struct Shared {
+    hook: Option<String>,
     journal: Option<PathBuf>,
     quiet: bool,
     store: Option<StoreConfig>,
@@ -196,6 +220,7 @@ struct Shared {
 impl Shared {
     fn of(args: &Args) -> Self {
         Shared {
+            hook: args.hook.clone(),
             journal: args.journal.clone(),
             quiet: args.quiet,
             store: args.store.clone().map(|dir| StoreConfig { dir, retention: Retention::default() }),
@@ -232,16 +257,24 @@ pub(super) fn together(lines: Vec<Vec<String>>) -> Result<u8, Failure> {
 fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     let Some(first) = devices.first() else { return Err(Failure::new(2, "there is no device to guard")) };
     let shared = Shared::of(first);
+    if let Some(path) = &first.model {
+        predictor::begin_with(super::model::read(path)?);
+    }
+    let beginning = beginning(&devices)?;
     let mut configs = devices.into_iter().map(configure).collect::<Result<Vec<_>, _>>()?;
     configs.iter().try_for_each(check_paths)?;
     let journal_file = shared.journal.map(|path| open_journal(&path)).transpose()?;
     let signals = take_signals()?;
+    let hook = shared.hook.map(Hook::start).transpose()?;
     let (janitor, cleaning) = Janitor::start()?;
-    let (journal, sender, thread) = Journal::start(journal_file, shared.quiet)?;
+    let (journal, sender, thread) = Journal::start(journal_file, shared.quiet, hook)?;
     let names: Vec<Arc<str>> = configs.iter().map(|config| config.name.as_str().into()).collect();
-    let (notes, history, historian) = historian::start(&names, shared.store, sender.clone(), shared.cpus.clone())?;
+    let (notes, history, historian) =
+        historian::start(&names, shared.store, beginning, sender.clone(), shared.cpus.clone())?;
+    let cpus = shared.cpus.clone();
     let sampler = if shared.profile { Some(sampler::start(shared.pace, shared.cpus, notes.clone())?) } else { None };
-    let (mut driver, commander) = Driver::new(signals, janitor, sampler)?;
+    let (mut driver, commander) = Driver::new(signals, janitor, sampler, cpus)?;
+    history.tell_of_alarms(commander.clone(), &configs[0].control_dir);
     let mut control_sockets = Vec::new();
     for config in &mut configs {
         let listener = prepare(config, &sender)?;
@@ -250,6 +283,7 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     }
     // Those who ask keep what they need of these.
     drop((commander, journal, history));
+    let control_dir = configs[0].control_dir.clone();
     let mut unready = configs.len();
     let ended = driver.add(configs, &sender).and_then(|()| {
         driver.run(&mut |config| {
@@ -265,6 +299,7 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     });
     sender.started(!matches!(ended, Ok(Ended::Failed(_))));
     drop((driver, sender, notes));
+    names.iter().for_each(|name| historian::forget_alarms(&control_dir, name));
     for socket in &control_sockets {
         let _gone = std::fs::remove_file(socket);
     }
@@ -286,6 +321,54 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
         }
         Ended::Failed(reason) => Err(Failure::new(1, spread(&reason))),
     }
+}
+
+/// What devices are told, for their health snapshots, and the models they go on with.
+fn beginning(devices: &[Args]) -> Result<Beginning, Failure> {
+    let mut beginning = Beginning::default();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    for args in devices {
+        let described = Described { configuration: described(args), arguments: arguments.clone() };
+        beginning.described.insert(args.name.clone(), described);
+        let Some(path) = &args.restore else { continue };
+        let fail = |why: &dyn std::fmt::Display| Failure::new(1, format!("--restore {}: {why}", path.display()));
+        let snapshot = warmswap_store::snapshot::read(path)?;
+        let model = model_of(&snapshot).map_err(|why| fail(&why))?;
+        beginning.models.insert(args.name.clone(), (model, path.display().to_string()));
+    }
+    Ok(beginning)
+}
+
+/// The configuration of a device, as a health snapshot has it.
+fn described(args: &Args) -> Vec<(String, String)> {
+    let path = |path: &Path| path.display().to_string();
+    let backend = match (&args.disk, &args.primary_socket) {
+        (Some(disk), _) => format!("built-in on {}", path(disk)),
+        (None, Some(socket)) => format!("external at {}", path(socket)),
+        (None, None) => args.command.join(" "),
+    };
+    let on_prediction = if args.observe { OnPrediction::Observe } else { OnPrediction::Act };
+    let directory = std::env::current_dir().map_or_else(|_| "-".to_owned(), |it| path(&it));
+    [
+        ("directory", directory),
+        ("name", args.name.clone()),
+        ("socket", path(&args.socket)),
+        ("type", args.device.name().to_owned()),
+        ("backend", backend),
+        ("shadow", (!args.no_shadow).to_string()),
+        ("canary", (!args.no_canary).to_string()),
+        ("fence", args.fence.name().to_owned()),
+        ("hang_ms", args.hang_ms.to_string()),
+        ("stall_ms", args.stall_ms.to_string()),
+        ("drain_ms", args.drain_ms.to_string()),
+        ("on_prediction", on_prediction.name().to_owned()),
+        ("predicted_per_hour", args.predicted_per_hour.to_string()),
+        ("cool_down_s", args.cool_down.to_string()),
+        ("tick_ms", args.tick_ms.to_string()),
+        ("window_ms", args.window_ms.to_string()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .to_vec()
 }
 
 /// Takes a device's paths, and returns the listener of its control socket.
@@ -322,6 +405,8 @@ fn configure(args: Args) -> Result<DeviceConfig, Failure> {
         hang: Nanos::from_millis(args.hang_ms),
         stall: Nanos::from_millis(args.stall_ms),
         drain_max: Nanos::from_millis(args.drain_ms),
+        predicted_per_hour: args.predicted_per_hour,
+        cool_down_min: Nanos::from_millis(args.cool_down * 1_000),
         ..Limits::default()
     };
     if args.fence == FenceLevel::Target && args.fence_command.is_none() {
@@ -342,6 +427,7 @@ fn configure(args: Args) -> Result<DeviceConfig, Failure> {
             fence: args.fence,
             shadow,
             canary: !args.no_canary,
+            on_prediction: if args.observe { OnPrediction::Observe } else { OnPrediction::Act },
             limits,
         },
         source,

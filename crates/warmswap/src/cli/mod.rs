@@ -15,6 +15,7 @@ mod profile;
 mod record;
 mod schema;
 mod show;
+mod snapshot;
 mod time;
 mod top;
 
@@ -39,7 +40,7 @@ struct Args {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Guard one device: start primary and shadow, and listen for the VMM
-    Guard(guard::Args),
+    Guard(Box<guard::Args>),
     /// Serve one raw image or block device as a vhost-user-blk back-end
     Blk(blk::Args),
     /// Show devices, roles, rings and failovers
@@ -88,7 +89,12 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// The trained model that the failure model of every device begins with.
+    /// Health snapshots: take one, list, show and compare them, go on from one
+    Snapshot {
+        #[command(subcommand)]
+        verb: snapshot::Verb,
+    },
+    /// The trained model that the failure model of every device begins with, and what that of one device has learnt
     Model {
         #[command(subcommand)]
         verb: model::Verb,
@@ -162,7 +168,7 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
         }
     };
     outcome(match args.verb {
-        Verb::Guard(args) => guard::run(args),
+        Verb::Guard(args) => guard::run(*args),
         Verb::Blk(args) => blk::run(args),
         Verb::Status { names, check, control, json } => show::status(&names, check, &control, json),
         Verb::Show(args) => device::run(&args),
@@ -172,6 +178,7 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
         Verb::Export(args) => export::run(&args),
         Verb::Record(args) => record::record(&args),
         Verb::Replay { file, json } => record::replay(&file, json),
+        Verb::Snapshot { verb } => snapshot::run(&verb),
         Verb::Model { verb } => model::run(&verb),
         Verb::Schema { json, markdown } => schema::run(json, markdown),
         Verb::Example { vmm, name, socket, json } => example::print(vmm, &name, socket, json),

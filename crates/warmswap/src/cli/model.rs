@@ -1,44 +1,131 @@
-//! `warmswap model`: the trained model that every device begins with.
+//! `warmswap model`: the trained model that every device begins with, and what the failure model of one device has learnt.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
-use warmswap_predict::{HORIZONS, INPUTS, OUTCOMES, TRAINED_BYTES, Trained, load_trained_model};
+use serde_json::{Value, json};
+use warmswap_predict::{HORIZONS, INPUTS, Model, OUTCOMES, StateError, TRAINED_BYTES, Trained, load_trained_model};
 
-use super::{Failure, plain};
+use super::{Control, Failure, plain};
+use crate::control::{Client, socket_path};
 
 /// What is done with it.
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Verb {
-    /// What a trained model knows: the shipped one, or that in a file.
+    /// What a trained model knows: the shipped one, or that in a file. With --name, what a device's model has learnt
     Show {
-        /// A file with a trained model.
+        /// A file with a trained model
         file: Option<PathBuf>,
-        /// Print one JSON object.
+        /// Of this device
+        #[arg(long, conflicts_with = "file")]
+        name: Option<String>,
+        #[command(flatten)]
+        control: Control,
+        /// Print one JSON object
         #[arg(long)]
         json: bool,
     },
-    /// Writes the shipped model into a file.
+    /// Writes the shipped model into a file. With --name, what a device's model has learnt
     Export {
-        /// Where it goes.
+        /// Where it goes
         file: PathBuf,
+        /// Of this device
+        #[arg(long)]
+        name: Option<String>,
+        #[command(flatten)]
+        control: Control,
+    },
+    /// Has the model of a device go on with what `export --name` or `snapshot export --model` wrote
+    Load {
+        /// The file
+        file: PathBuf,
+        /// The device
+        #[arg(long)]
+        name: String,
+        #[command(flatten)]
+        control: Control,
+    },
+    /// Has the model of a device begin anew: after its disk or its work was changed for good
+    Reset {
+        /// The device
+        #[arg(long)]
+        name: String,
+        #[command(flatten)]
+        control: Control,
     },
 }
 
 /// Runs `warmswap model`.
 pub(super) fn run(verb: &Verb) -> Result<u8, Failure> {
     match verb {
-        Verb::Show { file, json } => show(file.as_deref(), *json),
-        Verb::Export { file } => {
-            std::fs::write(file, load_trained_model().encode())
-                .map_err(|error| Failure::new(1, format!("{}: {error}", file.display())))?;
+        Verb::Show { name: Some(name), control, json, .. } => show_learnt(name, control, *json),
+        Verb::Show { file, json, .. } => show(file.as_deref(), *json),
+        Verb::Export { file, name, control } => {
+            let bytes = match name {
+                Some(name) => learnt(name, control)?,
+                None => load_trained_model().encode().to_vec(),
+            };
+            std::fs::write(file, bytes).map_err(|error| Failure::new(1, format!("{}: {error}", file.display())))?;
+            Ok(0)
+        }
+        Verb::Load { file, name, control } => {
+            let fail = |what: &dyn std::fmt::Display| Failure::new(1, format!("{}: {what}", file.display()));
+            let bytes = std::fs::read(file).map_err(|error| fail(&error))?;
+            // Its broker may have another trained model; what is no state at all is found here.
+            Model::decode(&load_trained_model(), &bytes).map(drop).or_else(|error| {
+                if matches!(error, StateError::Trained { .. }) { Ok(()) } else { Err(fail(&error)) }
+            })?;
+            let answer = ask(name, control, &json!({"verb": "model", "state": hex(&bytes)}))?;
+            writeln!(std::io::stdout(), "{name}: goes on with {} windows learnt", answer["windows_learnt"])?;
+            Ok(0)
+        }
+        Verb::Reset { name, control } => {
+            ask(name, control, &json!({"verb": "model", "reset": true}))?;
+            writeln!(std::io::stdout(), "{name}: begins anew")?;
             Ok(0)
         }
     }
 }
 
-fn read(path: &Path) -> Result<Trained, Failure> {
+fn ask(name: &str, control: &Control, command: &Value) -> Result<Value, Failure> {
+    let dir = control.dir();
+    super::show::names(std::slice::from_ref(&name.to_owned()), &dir)?;
+    Ok(Client::connect(&socket_path(&dir, name))?.ask(command)?)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What a device's model has learnt, as bytes.
+fn learnt(name: &str, control: &Control) -> Result<Vec<u8>, Failure> {
+    let answer = ask(name, control, &json!({"verb": "model"}))?;
+    let hex = answer["state"].as_str().filter(|hex| hex.is_ascii() && hex.len().is_multiple_of(2)).unwrap_or("");
+    let digits = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16);
+    let bytes: Result<Vec<u8>, _> = (0..hex.len()).step_by(2).map(digits).collect();
+    bytes
+        .ok()
+        .filter(|it| !it.is_empty())
+        .ok_or_else(|| Failure::new(1, format!("{name}: its broker says nothing of a model")))
+}
+
+fn show_learnt(name: &str, control: &Control, as_json: bool) -> Result<u8, Failure> {
+    let mut answer = ask(name, control, &json!({"verb": "model"}))?;
+    if let Some(members) = answer.as_object_mut() {
+        members.remove("state");
+    }
+    let mut out = std::io::stdout().lock();
+    if as_json {
+        writeln!(out, "{}", plain::json_line(&answer.to_string()))?;
+        return Ok(0);
+    }
+    let learning = if answer["is_warm"] == true { "" } else { ", still learning what is usual" };
+    writeln!(out, "{name}: {} windows learnt{learning}", answer["windows_learnt"])?;
+    Ok(0)
+}
+
+/// Reads a trained model.
+pub(super) fn read(path: &Path) -> Result<Trained, Failure> {
     let fail = |what: &dyn std::fmt::Display| Failure::new(1, format!("{}: {what}", path.display()));
     let bytes = std::fs::read(path).map_err(|error| fail(&error))?;
     Trained::decode(&bytes).map_err(|error| fail(&error))

@@ -100,8 +100,8 @@ fn read(
     while let Some(item) = stream.next()? {
         match item {
             Item::Record(record) => {
-                if let Some(verdict) = replayed.consumer.feed(&record) {
-                    replayed.alarms.push((record.end_unix_ns, verdict));
+                if let Some(predicted) = replayed.consumer.feed(&record).filter(|it| it.is_news) {
+                    replayed.alarms.push((record.end_unix_ns, predicted.verdict));
                 }
                 each(Ok(&record))?;
             }

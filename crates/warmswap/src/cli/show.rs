@@ -199,6 +199,9 @@ fn notes(out: &mut dyn Write, device: &Value) -> std::io::Result<()> {
     } else if device["state"] != "protected" {
         writeln!(out, "  shadow: {}", device["shadow_note"].as_str().unwrap_or("-"))?;
     }
+    if let Some(why) = device["policy"]["withheld"]["reason"].as_str() {
+        writeln!(out, "  a predicted failure is not acted upon: {why}")?;
+    }
     if let Some(pid) = device["after_crash_of"].as_u64() {
         writeln!(
             out,

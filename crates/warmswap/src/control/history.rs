@@ -8,12 +8,14 @@ use std::time::Duration;
 use crossbeam_channel::RecvTimeoutError;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use warmswap_predict::{Alarm, Cause, Grain, HORIZONS, RECORD_BYTES, Record, SCHEMA_VERSION};
+use warmswap_predict::{
+    Alarm, Cause, Grain, HORIZONS, MODEL_STATE_BYTES, Model, RECORD_BYTES, Record, SCHEMA_VERSION, WARM_AFTER,
+};
 use warmswap_store::StoreError;
 
 use super::server::error;
 use crate::profile::historian::HistoryHandle;
-use crate::profile::predictor::Predictor;
+use crate::profile::predictor::{Predictor, trained};
 
 /// Windows that a profile shows.
 const PROFILE_WINDOWS: usize = 60;
@@ -114,6 +116,35 @@ pub(crate) fn verdict(predictor: &Predictor) -> Option<Value> {
         "alarms": predictor.alarms(),
         "windows_learnt": predictor.learnt(),
     }))
+}
+
+/// What the failure model of a device has learnt, after it was told to go on with something else, if it was.
+pub(super) fn model(history: &HistoryHandle, device: &str, state: Option<&str>, reset: bool) -> Value {
+    if let Some(hex) = state {
+        let bytes = bytes_of(hex);
+        match bytes.and_then(|bytes| Model::decode(trained(), &bytes).map_err(|error| error.to_string())) {
+            Ok(model) => _ = history.set_predictor(device, Predictor::with(model)),
+            Err(why) => return error(1, &why),
+        }
+    } else if reset {
+        history.set_predictor(device, Predictor::default());
+    }
+    let state = history.predictor(device, |predictor| {
+        let mut hex = String::with_capacity(2 * MODEL_STATE_BYTES);
+        // A string takes what it is given.
+        predictor.model().encode(trained()).iter().for_each(|byte| _ = write!(hex, "{byte:02x}"));
+        json!({"windows_learnt": predictor.learnt(), "is_warm": predictor.learnt() >= WARM_AFTER, "state": hex})
+    });
+    state.unwrap_or_else(|| error(1, "the device has no failure model yet: it comes with the first window"))
+}
+
+fn bytes_of(hex: &str) -> Result<Vec<u8>, String> {
+    if !hex.is_ascii() || !hex.len().is_multiple_of(2) {
+        return Err("a model that is not in hexadecimal".to_owned());
+    }
+    let digits = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16);
+    let bytes: Result<Vec<u8>, _> = (0..hex.len()).step_by(2).map(digits).collect();
+    bytes.map_err(|error| format!("a model that is not in hexadecimal: {error}"))
 }
 
 /// Why records did not all reach the asker.

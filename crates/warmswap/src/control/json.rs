@@ -1,7 +1,7 @@
 //! The outward form of status and reports. The core knows no JSON; its values are converted here by hand.
 
 use serde_json::{Value, json};
-use warmswap_core::{BackendStatus, Phase, Report};
+use warmswap_core::{BackendStatus, Phase, PolicyStatus, Report};
 
 use crate::config::DeviceConfig;
 use crate::driver::DeviceStatus;
@@ -67,12 +67,16 @@ fn device(name: &str, status: &DeviceStatus, config: &DeviceConfig) -> Value {
         "failovers": {
             "settled": counters.settled,
             "planned": counters.planned,
+            "predicted": counters.predicted,
             "crash": counters.crash,
             "hang": counters.hang,
             "refused": counters.refused,
             "halted": counters.halted,
         },
+        "policy": policy(&pair.policy),
         "counters": {
+            "alarms": counters.alarms,
+            "withheld": counters.withheld,
             "shadows_lost": counters.shadows_lost,
             "canaries_failed": counters.canaries_failed,
             "isolated": counters.isolated,
@@ -102,6 +106,17 @@ fn backend(backend: Option<&BackendStatus>, pid: Option<u32>, reason: Option<&st
             value["reason"] = json!(reason);
         }
         value
+    })
+}
+
+/// What is done about predictions.
+fn policy(policy: &PolicyStatus) -> Value {
+    json!({
+        "on_prediction": policy.on_prediction.name(),
+        "left_this_hour": policy.left_this_hour,
+        "cooling_s": policy.cooling.map(|left| left.0 / 1_000_000_000),
+        "canary_usual_us": policy.canary_usual.map(|usual| (usual.as_micros() * 10.0).round() / 10.0),
+        "withheld": policy.withheld.as_ref().map(|why| json!({ "why": why.name(), "reason": why.to_string() })),
     })
 }
 

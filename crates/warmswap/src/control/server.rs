@@ -24,7 +24,7 @@ use crate::profile::historian::HistoryHandle;
 /// ask for the status, a failover or a new shadow.
 const TELLING_MAX: usize = 48;
 /// Longest command line, in bytes.
-const LINE_MAX: usize = 16 * 1024;
+const LINE_MAX: usize = 32 * 1024;
 
 /// How long an asker is waited for, so that those who hang do not keep the places of others.
 #[derive(Clone, Copy, Debug)]
@@ -79,6 +79,25 @@ enum Ask {
     /// Every record from now on, encoded, in hexadecimal.
     Stream {
         device: Option<String>,
+    },
+    /// Says that the failure model has an alarm of the primary: for instruments that need many of them.
+    #[cfg(feature = "lab")]
+    Alarm {
+        device: Option<String>,
+        /// Name of the alarm.
+        alarm: String,
+    },
+    /// Takes a health snapshot.
+    Snapshot {
+        device: Option<String>,
+        reason: String,
+    },
+    /// What the failure model has learnt, in hexadecimal; with `state` it goes on with that, with `reset` it begins anew.
+    Model {
+        device: Option<String>,
+        state: Option<String>,
+        #[serde(default)]
+        reset: bool,
     },
 }
 
@@ -243,10 +262,51 @@ impl Server {
                     Err(_) => ending(),
                 }
             }
+            #[cfg(feature = "lab")]
+            Ask::Alarm { device, alarm } => self.alarm(device, &alarm),
+            Ask::Snapshot { device, reason } => {
+                let taken = self.name(device).map(|device| self.history.snapshot(&device, &reason));
+                match taken {
+                    Ok(Ok(path)) => json!({ "file": path.display().to_string() }),
+                    Ok(Err(why)) => error(1, &why),
+                    Err(error) => error,
+                }
+            }
+            Ask::Model { device, state, reset } => {
+                let answer =
+                    self.name(device).map(|device| history::model(&self.history, &device, state.as_deref(), reset));
+                answer.unwrap_or_else(|error| error)
+            }
             Ask::Events { .. } | Ask::Profile { .. } | Ask::History { .. } | Ask::Stream { .. } => {
                 error(2, "this is answered line by line")
             }
         }
+    }
+
+    /// Has the control thread told of an alarm that nobody had.
+    #[cfg(feature = "lab")]
+    fn alarm(&self, device: Option<String>, alarm: &str) -> Value {
+        use warmswap_core::{BackendId, Foresight};
+        use warmswap_predict::{Alarm, Feature, Law};
+        let device = match self.name(device) {
+            Ok(device) => device,
+            Err(error) => return error,
+        };
+        let alarm = match alarm {
+            "law" => Alarm::Law(Law::RequestIsCompleted),
+            "exhaustion" => Alarm::Exhaustion(Feature::DescriptorShare),
+            "harm" => Alarm::Harm,
+            other => return error(2, &format!("{other} is no alarm that can be made up")),
+        };
+        let (answer, status) = crossbeam_channel::bounded(1);
+        self.commander.send(Command::Status { answer });
+        let devices = status.recv().unwrap_or_default();
+        let primary = devices.iter().find(|(name, _)| *name == device).and_then(|(_, it)| it.pair.primary.as_ref());
+        let backend = primary.map_or(BackendId(0), |primary| primary.id);
+        let causes = "none".to_owned();
+        let foresight = Foresight { backend, alarm, risk: 0.5, harm: 0.5, causes, others: 0 };
+        self.commander.send(Command::Predicted { device: device.into(), foresight });
+        json!({ "told": true })
     }
 
     /// The device a command is for, which is ours.

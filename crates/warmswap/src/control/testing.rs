@@ -14,7 +14,7 @@ use super::{Client, socket_path};
 use crate::config::{DeviceConfig, Source};
 use crate::driver::{Commander, listen};
 use crate::journal::{Form, Journal, JournalThread};
-use crate::profile::historian::{self, HistorianThread, HistoryHandle, Noted, Notes, StoreConfig};
+use crate::profile::historian::{self, Beginning, HistorianThread, HistoryHandle, Noted, Notes, StoreConfig};
 
 /// 2026-01-01.
 pub(crate) const START: u64 = 1_767_225_600_000_000_000;
@@ -52,9 +52,9 @@ impl Served {
         let dir = std::env::temp_dir().join(format!("ws-{test}-{}", std::process::id()));
         std::fs::create_dir_all(&dir).expect("a temporary directory");
         let device: Arc<str> = "disk".into();
-        let (journal, sender, journal_thread) = Journal::start(None, true).expect("a thread can be started");
+        let (journal, sender, journal_thread) = Journal::start(None, true, None).expect("a thread can be started");
         let store = store.map(|store| StoreConfig { dir: dir.join(store), retention: Retention::default() });
-        let started = historian::start(&[Arc::clone(&device)], store, sender, Vec::new());
+        let started = historian::start(&[Arc::clone(&device)], store, Beginning::default(), sender, Vec::new());
         let (notes, history, historian) = started.expect("a thread can be started");
         let config = config(&dir);
         let listener = listen(&config.control_socket()).expect("a socket can be made");
@@ -142,6 +142,7 @@ fn config(dir: &Path) -> DeviceConfig {
             fence: FenceLevel::Stopped,
             shadow: false,
             canary: false,
+            on_prediction: warmswap_core::OnPrediction::Act,
             limits: Limits::default(),
         },
         run_dir: dir.to_owned(),

@@ -11,8 +11,8 @@ use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use warmswap_core::{
-    Action, Actions, BackendId, CommandId, Entry, Event, FenceLevel, Nanos, Pair, PairState, PrivateEvents, Report,
-    Status, Value,
+    Action, Actions, BackendId, CommandId, Entry, Event, FenceLevel, Foresight, Nanos, Pair, PairState, PrivateEvents,
+    Report, Status, Value,
 };
 use warmswap_wire::{BackendRequest, FdSlot, Request, RequestCode};
 
@@ -20,6 +20,7 @@ use super::backends::{self, Backend};
 use super::fence::{Fence, Progress};
 use super::inspector::{Inspector, Look, Search};
 use super::maps::{self, Maps};
+use super::offload::{Move, Offload};
 use super::poller::{Interest, Poller, Source as PollSource, Token};
 use super::profile::Reporter;
 use super::spawner::{Spawner, Start};
@@ -28,6 +29,7 @@ use crate::fds::FdTable;
 use crate::journal::JournalSender;
 use crate::process::{self, Process, RunDir, has_ended, open_pidfd};
 use crate::profile::sampler::Teller;
+use crate::profile::snapshots::Negotiated;
 use crate::shm::{MemoryAccess, SharedMemory};
 use crate::storage::{FenceBasis, Storage};
 use warmswap_socket::{Connection, ConnectionError, Message};
@@ -86,6 +88,7 @@ pub(crate) struct Device {
     unprovable_noted: Option<BackendId>,
     inspector: Inspector,
     maps: Maps,
+    offload: Offload,
     /// Process of the VMM, if the system says which.
     vmm_pid: Option<u32>,
     /// The VMM maps guest memory so that nobody else sees what the guest writes.
@@ -106,6 +109,8 @@ pub(crate) struct Threads {
     pub(crate) spawner: Spawner,
     pub(crate) inspector: Inspector,
     pub(crate) maps: Maps,
+    /// Moves backends to where their role belongs.
+    pub(crate) offload: Offload,
     /// Measures devices, where that is wanted.
     pub(crate) sampler: Option<Teller>,
 }
@@ -133,7 +138,7 @@ impl Device {
         threads: Threads,
         now: Nanos,
     ) -> std::io::Result<Self> {
-        let Threads { spawner, inspector, maps, sampler } = threads;
+        let Threads { spawner, inspector, maps, offload, sampler } = threads;
         let reporter = sampler.map(|teller| Reporter::new(number, &config, teller));
         let run_dir = RunDir::create(&config.run_dir, &config.name)?;
         let mut device = Device {
@@ -165,6 +170,7 @@ impl Device {
             unprovable: None,
             unprovable_noted: None,
             inspector,
+            offload,
             maps,
             vmm_pid: None,
             private_memory: None,
@@ -371,6 +377,7 @@ impl Device {
             Action::UnwatchKick { ring } => self.unwatch_kick(ring, poller),
             Action::Assign { backend, primary } => {
                 self.backend(backend).into_iter().for_each(|backend| backend.assign(primary));
+                self.put_in_place(backend);
             }
             Action::Journal(entry) => {
                 self.learn(&entry);
@@ -383,6 +390,14 @@ impl Device {
                 }
             }
         }
+    }
+
+    /// Has a backend moved to where its role belongs.
+    fn put_in_place(&self, id: BackendId) {
+        let Some(backend) = self.backends.iter().find(|backend| backend.id == id) else { return };
+        let Some(process) = backend.process.as_ref().filter(|process| process.is_ours()) else { return };
+        let subject = process.subject();
+        self.offload.put(Move { pid: subject.pid, group: subject.group, primary: backend.primary });
     }
 
     /// What `status` shows of what the journal says.
@@ -576,7 +591,7 @@ impl Device {
 
     /// Rings that are served, or should be.
     pub(crate) fn rings(&self) -> usize {
-        self.pair.status().rings.len()
+        self.pair.status(super::now()).rings.len()
     }
 
     /// Says how the program's end went for this device.
@@ -632,6 +647,16 @@ impl Device {
         }
     }
 
+    /// The primary that a backend is started beside, if nobody waits for the one that is started.
+    fn beside(&self, id: BackendId) -> Option<Option<u32>> {
+        let primary = self.pair.primary();
+        if primary == Some(id) || self.pair.is_failing_over() {
+            return None;
+        }
+        let primary = self.backends.iter().find(|backend| Some(backend.id) == primary);
+        Some(primary.and_then(|backend| Some(backend.process.as_ref()?.pid)))
+    }
+
     fn try_start(&mut self, id: BackendId, now: Nanos) -> Result<(), String> {
         match &self.config.source {
             Source::Command(command) => {
@@ -642,6 +667,7 @@ impl Device {
                     command: command.clone(),
                     path: path.clone(),
                     group: crate::cgroup::name(&self.config.name, id.0),
+                    beside: self.beside(id),
                 };
                 if !self.spawner.spawn(start) {
                     return Err("too many processes wait to be started".to_owned());
@@ -669,6 +695,7 @@ impl Device {
                 self.backends[at].process = Some(process);
                 self.backends[at].connect_at = Some(now);
                 self.watch_process(&self.backends[at], poller);
+                self.put_in_place(id);
             }
             // Given up in the meantime.
             (Ok(process), None) => {
@@ -1041,9 +1068,22 @@ impl Device {
         self.run(now, poller);
     }
 
+    /// What was negotiated, and where rings stand, but not during a failover.
+    pub(crate) fn negotiated(&self) -> Option<Negotiated> {
+        let rings = || self.pair.status(super::now()).rings;
+        let quiet = !self.pair.is_failing_over();
+        quiet.then(|| Negotiated { session: self.pair.session().encode(), rings: rings() })
+    }
+
+    /// The failure model has an alarm.
+    pub(crate) fn failure_predicted(&mut self, foresight: Foresight, now: Nanos, poller: &Poller) {
+        self.events.push_back(Event::FailurePredicted(foresight));
+        self.run(now, poller);
+    }
+
     /// Replaces the shadow by a newly started one, as if its process had ended. Answers with the generation of the one that goes.
     pub(crate) fn refresh(&mut self, now: Nanos, poller: &Poller) -> Result<u64, String> {
-        let status = self.pair.status();
+        let status = self.pair.status(super::now());
         if !matches!(status.state, PairState::Protected | PairState::Unprotected) {
             return Err(format!("the device is {}: its shadow cannot be replaced now", status.state.name()));
         }
@@ -1060,7 +1100,7 @@ impl Device {
             let backend = self.backends.iter().find(|backend| Some(backend.id) == id)?;
             Some(backend.process.as_ref()?.pid)
         };
-        let status = self.pair.status();
+        let status = self.pair.status(super::now());
         let primary = status.primary.as_ref().map(|backend| backend.id);
         let provable = self.backends.iter().find(|backend| Some(backend.id) == primary);
         // Before it has been looked at nothing is known; afterwards it is with the inspector now and then.

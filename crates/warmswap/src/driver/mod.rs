@@ -6,6 +6,7 @@ mod fence;
 mod inspector;
 mod kicks;
 mod maps;
+mod offload;
 mod poller;
 mod profile;
 mod spawner;
@@ -20,11 +21,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
-use warmswap_core::{BackendId, Entry, Nanos, Report, Value};
+use warmswap_core::{BackendId, Entry, Foresight, Nanos, Report, Value};
 
 use self::device::{Device, Threads};
 use self::inspector::Inspector;
 use self::maps::Maps;
+use self::offload::Offload;
 use self::poller::{Interest, Poller, Source, Token};
 use self::spawner::Spawner;
 use crate::cgroup::Janitor;
@@ -32,6 +34,7 @@ use crate::config::DeviceConfig;
 use crate::journal::JournalSender;
 use crate::process::Process;
 use crate::profile::sampler::Teller;
+use crate::profile::snapshots::Negotiated;
 use crate::storage::Storage;
 
 /// Commands that may wait for the control thread.
@@ -98,6 +101,20 @@ pub(crate) enum Command {
         /// In words.
         holder: String,
     },
+    /// Say what a device has negotiated; dropped while a failover runs.
+    Negotiated {
+        /// Which device.
+        device: Arc<str>,
+        /// Where to.
+        answer: Sender<Negotiated>,
+    },
+    /// The failure model of a device has an alarm.
+    Predicted {
+        /// Which device.
+        device: Arc<str>,
+        /// What it says.
+        foresight: Foresight,
+    },
     /// Make a failover.
     Failover {
         /// Of which device.
@@ -119,6 +136,13 @@ pub(crate) struct Commander {
 }
 
 impl Commander {
+    /// Hands a command over if there is room for it; never waits.
+    pub(crate) fn try_send(&self, command: Command) -> bool {
+        let sent = self.commands.try_send(command).is_ok();
+        let _full = rustix::io::write(&*self.waker, &1_u64.to_ne_bytes());
+        sent
+    }
+
     /// Hands a command over, waiting for room if the control thread is behind.
     pub(crate) fn send(&self, command: Command) -> bool {
         let sent = self.commands.send(command).is_ok();
@@ -166,6 +190,7 @@ pub(crate) struct Driver {
     spawner: Spawner,
     inspector: Inspector,
     maps: Maps,
+    offload: Offload,
     sampler: Option<Teller>,
     /// Adopted orphans may have ended.
     orphans: bool,
@@ -228,6 +253,7 @@ impl Driver {
         signals: OwnedFd,
         janitor: Janitor,
         sampler: Option<Teller>,
+        offload_cpus: Vec<usize>,
     ) -> std::io::Result<(Self, Commander)> {
         let poller = Poller::new()?;
         let (sender, commands) = crossbeam_channel::bounded(COMMANDS_MAX);
@@ -235,7 +261,8 @@ impl Driver {
         poller.add(waker.as_fd(), Token { device: 0, source: Source::Commands }, Interest::Read)?;
         poller.add(signals.as_fd(), Token { device: 0, source: Source::Signals }, Interest::Read)?;
         let commander = Commander { commands: sender, waker: Arc::clone(&waker) };
-        let spawner = Spawner::start(commander.clone(), janitor)?;
+        let offload = Offload::start(offload_cpus)?;
+        let spawner = Spawner::start(commander.clone(), janitor, offload.cpus().to_vec())?;
         let inspector = Inspector::start(commander.clone())?;
         let maps = Maps::start(commander.clone())?;
         let tokens = Vec::with_capacity(64);
@@ -251,6 +278,7 @@ impl Driver {
             spawner,
             inspector,
             maps,
+            offload,
             sampler,
             orphans: false,
             woken: Nanos(0),
@@ -283,6 +311,7 @@ impl Driver {
             spawner: self.spawner.clone(),
             inspector: self.inspector.clone(),
             maps: self.maps.clone(),
+            offload: self.offload.clone(),
             sampler: self.sampler.clone(),
         };
         let mut device = Device::new(number, config, journal, threads, now())?;
@@ -465,6 +494,17 @@ impl Driver {
                 Command::HolderFound { device, backend, holder } => {
                     if let Some(device) = self.devices.get_mut(usize::from(device)) {
                         device.holder_found(backend, holder);
+                    }
+                }
+                Command::Negotiated { device, answer } => {
+                    let negotiated = self.devices.iter().find(|known| known.name() == &*device);
+                    if let Some(negotiated) = negotiated.and_then(Device::negotiated) {
+                        let _gone = answer.try_send(negotiated);
+                    }
+                }
+                Command::Predicted { device, foresight } => {
+                    if let Some(device) = self.devices.iter_mut().find(|known| known.name() == &*device) {
+                        device.failure_predicted(foresight, now, &self.poller);
                     }
                 }
                 Command::Failover { device, now: at_once, reason, answer } => {

@@ -7,6 +7,7 @@ use crossbeam_channel::{Receiver, Sender};
 use warmswap_core::BackendId;
 
 use super::backends::listen;
+use super::offload::{Admission, own_memory};
 use super::{Command, Commander};
 use crate::cgroup::Janitor;
 use crate::process::{Endpoint, Process};
@@ -24,6 +25,8 @@ pub(crate) struct Start {
     pub(crate) path: PathBuf,
     /// Name of its control group.
     pub(crate) group: String,
+    /// Nobody waits for it: it is started only if there is room beside the primary, which is this process.
+    pub(crate) beside: Option<Option<u32>>,
 }
 
 /// Hands starts to the spawner's thread.
@@ -34,9 +37,9 @@ pub(crate) struct Spawner {
 
 impl Spawner {
     /// Starts the thread. The results come back as commands.
-    pub(crate) fn start(commander: Commander, janitor: Janitor) -> std::io::Result<Self> {
+    pub(crate) fn start(commander: Commander, janitor: Janitor, cpus: Vec<usize>) -> std::io::Result<Self> {
         let (sender, starts) = crossbeam_channel::bounded(STARTS_MAX);
-        let work = move || run(&starts, &commander, &janitor);
+        let work = move || run(&starts, &commander, &janitor, &cpus);
         std::thread::Builder::new().name("spawner".to_owned()).spawn(work)?;
         Ok(Spawner { starts: sender })
     }
@@ -47,9 +50,14 @@ impl Spawner {
     }
 }
 
-fn run(starts: &Receiver<Start>, commander: &Commander, janitor: &Janitor) {
+fn run(starts: &Receiver<Start>, commander: &Commander, janitor: &Janitor, cpus: &[usize]) {
+    let mut admission = Admission::default();
     for start in starts {
-        let process = spawn(&start, janitor);
+        let admitted = match start.beside {
+            Some(primary) => admission.admit(primary.map_or(0, own_memory), cpus),
+            None => Ok(()),
+        };
+        let process = admitted.and_then(|()| spawn(&start, janitor));
         if !commander.send(Command::Spawned { device: start.device, backend: start.backend, process }) {
             return;
         }

@@ -1,8 +1,8 @@
 //! What is made of records, the same whether they come from a living device or from a file.
 
-use warmswap_predict::{Grain, Record, Verdict};
+use warmswap_predict::{Grain, Record};
 
-use super::predictor::Predictor;
+use super::predictor::{Predicted, Predictor};
 
 /// Most records that can be missing between two that came. Numbers begin with the program, and of ten ticks a second it gives out fewer
 /// than this in a year: a greater jump is the work of somebody who made up numbers.
@@ -36,18 +36,23 @@ pub(crate) struct Consumer {
 }
 
 impl Consumer {
-    /// Takes the next record. Gives what is said of a window if a failure is imminent and that is news.
-    pub(crate) fn feed(&mut self, record: &Record) -> Option<Verdict> {
+    /// Takes the next record. Gives what is said if a failure is imminent.
+    pub(crate) fn feed(&mut self, record: &Record) -> Option<Predicted> {
         match record.grain {
             Grain::Tick => {
                 self.ticks.take(record);
-                None
+                self.predictor.as_mut()?.feed_tick(record)
             }
             Grain::Window => {
                 self.windows.take(record);
                 self.predictor.get_or_insert_default().feed(record)
             }
         }
+    }
+
+    /// Goes on with this failure model.
+    pub(crate) fn set_predictor(&mut self, predictor: Predictor) {
+        self.predictor = Some(Box::new(predictor));
     }
 
     /// The failure model, once there was a window.

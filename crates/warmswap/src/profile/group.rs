@@ -243,6 +243,14 @@ fn is_among(list: &[u8], word: &[u8]) -> bool {
     !word.is_empty() && list.split(|byte| *byte == b',').any(|it| it == word)
 }
 
+/// Our own group in the hierarchy of a controller of version 1, or of version 2 for no name.
+pub(crate) fn own_group(controller: &str) -> Option<PathBuf> {
+    let mounts = std::fs::read("/proc/self/mountinfo").ok()?;
+    let mounts: Vec<Mount<'_>> = mounts.split(|byte| *byte == b'\n').filter_map(Mount::parse).collect();
+    let membership = std::fs::read("/proc/self/cgroup").ok()?;
+    levels(Path::new("/"), &mounts, &membership, controller.as_bytes()).into_iter().next()
+}
+
 /// The group of a process in the hierarchy of a controller of version 1, or of version 2 for no name, and those above it.
 fn levels(root: &Path, mounts: &[Mount<'_>], membership: &[u8], controller: &[u8]) -> Vec<PathBuf> {
     for line in membership.split(|byte| *byte == b'\n') {

@@ -9,19 +9,22 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use warmswap_core::Entry;
-use warmswap_predict::{Grain, Record, Verdict};
+use warmswap_core::{BackendId, Entry, Foresight};
+use warmswap_predict::{Alarm, Grain, Model, Record};
 use warmswap_store::{
     FLIGHT_BYTES_MAX, FLIGHT_KEEP_NS, FlightRecorder, History, Reader, Recording, Retention, StoreError,
 };
 
 use super::consumer::Consumer;
-use super::predictor::{self, Predictor};
+use super::neighbours::Neighbours;
+use super::predictor::{self, Predicted, Predictor};
+use super::snapshots::{Behaviour, Described, Snapshotter, model_of};
 use super::windows::{LastWindows, WINDOWS_MAX};
+use crate::driver::{Command, Commander};
 use crate::journal::JournalSender;
 
 /// Notes on their way to the historian: more than a minute of one device.
@@ -44,6 +47,8 @@ const JOIN_MAX: Duration = Duration::from_secs(3);
 const FLUSH_EVERY: Duration = Duration::from_secs(10);
 /// A history that somebody else reads is tried again this often.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
+/// A health snapshot is taken this often, if nothing else makes one.
+const SNAPSHOT_EVERY: Duration = Duration::from_secs(600);
 /// Of so many times, once it is made sure that they are there, and what is too old goes.
 const FLUSHES_PER_PRUNE: u32 = 6;
 /// What is too old goes at least this often, in flushes: of a device at rest nothing is written.
@@ -52,6 +57,11 @@ const FLUSHES_PER_PRUNE_MAX: u32 = 360;
 /// Path of a device's history in a directory of histories.
 pub(crate) fn history_path(dir: &Path, device: &str) -> PathBuf {
     dir.join(format!("{device}.redb"))
+}
+
+/// Removes what a device's alarms left in a directory.
+pub(crate) fn forget_alarms(dir: &Path, device: &str) {
+    super::neighbours::forget(dir, device);
 }
 
 /// What the historian is to know.
@@ -88,6 +98,15 @@ impl Notes {
     }
 }
 
+/// What histories and health snapshots begin with.
+#[derive(Debug, Default)]
+pub(crate) struct Beginning {
+    /// What each device was told.
+    pub(crate) described: BTreeMap<String, Described>,
+    /// Models that devices go on with, and where they are from.
+    pub(crate) models: BTreeMap<String, (Model, String)>,
+}
+
 /// Where histories are kept, and how much of them.
 #[derive(Clone, Debug)]
 pub(crate) struct StoreConfig {
@@ -116,13 +135,39 @@ struct Device {
     reader: Option<Reader>,
 }
 
+/// Who is told of alarms.
+#[derive(Debug)]
+struct Acting {
+    commander: Commander,
+    neighbours: Neighbours,
+}
+
 #[derive(Debug, Default)]
 struct Shared {
     devices: Mutex<BTreeMap<Arc<str>, Device>>,
+    /// Who is told of alarms, once there is somebody.
+    acting: OnceLock<Acting>,
+    /// Where there is a directory for them.
+    snapshotter: Option<Snapshotter>,
     ended: AtomicBool,
 }
 
 impl Shared {
+    /// Takes a health snapshot of a device.
+    fn snapshot(&self, device: &str, reason: &str, recording: Option<Recording>) -> Result<PathBuf, String> {
+        let Some(snapshotter) = &self.snapshotter else {
+            return Err("there is no directory for health snapshots: start the broker with --store".to_owned());
+        };
+        let behaviour = {
+            let devices = self.lock();
+            let device = devices.get(device).ok_or_else(|| format!("{device} is not a device of this broker"))?;
+            let predictor = device.consumer.predictor().cloned();
+            Behaviour { windows: device.windows.iter().collect(), predictor, recording }
+        };
+        let commander = self.acting.get().map(|acting| &acting.commander);
+        snapshotter.take(device, (reason, unix_ns()), behaviour, commander)
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Device>> {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -152,6 +197,23 @@ impl Followed {
 impl HistoryHandle {
     fn of<T: Default>(&self, device: &str, what: impl FnOnce(&Device) -> T) -> T {
         self.shared.lock().get(device).map(what).unwrap_or_default()
+    }
+
+    /// Takes a health snapshot of a device now. Returns where it is.
+    pub(crate) fn snapshot(&self, device: &str, reason: &str) -> Result<PathBuf, String> {
+        self.shared.snapshot(device, reason, None)
+    }
+
+    /// Has the failure model of a device go on with what this one knows. Says whether there is such a device.
+    pub(crate) fn set_predictor(&self, device: &str, predictor: Predictor) -> bool {
+        let mut devices = self.shared.lock();
+        devices.get_mut(device).map(|device| device.consumer.set_predictor(predictor)).is_some()
+    }
+
+    /// Has the control thread told of every alarm from now on. Alarms of other brokers are noted in `dir`.
+    pub(crate) fn tell_of_alarms(&self, commander: Commander, dir: &Path) {
+        let acting = Acting { commander, neighbours: Neighbours::new(dir) };
+        assert!(self.shared.acting.set(acting).is_ok(), "there is one control thread");
     }
 
     /// Records that the historian never got.
@@ -334,11 +396,15 @@ fn flight_bytes(devices: usize) -> usize {
 pub(crate) fn start(
     devices: &[Arc<str>],
     store: Option<StoreConfig>,
+    beginning: Beginning,
     journal: JournalSender,
     cpus: Vec<usize>,
 ) -> std::io::Result<(Notes, HistoryHandle, HistorianThread)> {
     let (queue, notes) = crossbeam_channel::bounded(QUEUE_MAX.max(QUEUE_PER_DEVICE * devices.len()));
-    let (shared, lost) = (Arc::new(Shared::default()), Arc::new(AtomicU64::new(0)));
+    let Beginning { described, models } = beginning;
+    let snapshotter = store.as_ref().map(|store| Snapshotter::new(&store.dir, described));
+    let shared = Arc::new(Shared { snapshotter, ..Shared::default() });
+    let lost = Arc::new(AtomicU64::new(0));
     let recorder = FlightRecorder::new(FLIGHT_KEEP_NS, flight_bytes(devices.len()));
     let device = |name| (Arc::clone(name), Device { recorder: recorder.clone(), ..Device::default() });
     shared.lock().extend(devices.iter().map(device));
@@ -346,6 +412,7 @@ pub(crate) fn start(
         Historian { shared: Arc::clone(&shared), store, kept: BTreeMap::new(), waiting: Vec::new(), journal };
     let thread = std::thread::Builder::new().name("historian".to_owned()).spawn(move || {
         super::keep_to(&cpus);
+        historian.restore(models);
         historian.run(&notes);
     })?;
     Ok((Notes { queue, lost: Arc::clone(&lost) }, HistoryHandle { shared, lost }, HistorianThread(thread)))
@@ -356,6 +423,7 @@ impl Historian {
         let devices: Vec<Arc<str>> = self.shared.lock().keys().cloned().collect();
         devices.iter().for_each(|device| self.open(device));
         let mut due = Instant::now() + FLUSH_EVERY;
+        let mut snapshot_due = Instant::now() + SNAPSHOT_EVERY;
         let mut retry = Instant::now() + RETRY_EVERY;
         loop {
             let next = if self.waiting.is_empty() { due } else { due.min(retry) };
@@ -373,14 +441,64 @@ impl Historian {
                 self.flush_all(false);
                 due = now + FLUSH_EVERY;
             }
+            if now >= snapshot_due {
+                devices.iter().for_each(|device| self.snapshot(device, "periodic", None));
+                snapshot_due = now + SNAPSHOT_EVERY;
+            }
         }
         self.flush_all(true);
+        devices.iter().for_each(|device| self.snapshot(device, "the broker ends", None));
         let mut devices = self.shared.lock();
         self.shared.ended.store(true, Ordering::Release);
         for device in devices.values_mut() {
             device.followers.clear();
             // The file is closed when the last one who reads it is done.
             device.reader = None;
+        }
+    }
+
+    /// Has each device go on with what it learnt before: with what was named for it, or else with its newest snapshot.
+    fn restore(&self, mut named: BTreeMap<String, (Model, String)>) {
+        let devices: Vec<Arc<str>> = self.shared.lock().keys().cloned().collect();
+        for name in devices {
+            let found = named.remove(&*name).or_else(|| self.newest_model(&name));
+            let Some((model, from)) = found else { continue };
+            let entry = Entry::info("ModelRestored").with("windows_learnt", model.windows()).with("from", from);
+            if let Some(device) = self.shared.lock().get_mut(&name) {
+                device.consumer.set_predictor(Predictor::with(model));
+            }
+            self.journal.entry(&name, entry);
+        }
+    }
+
+    fn newest_model(&self, device: &Arc<str>) -> Option<(Model, String)> {
+        let newest = self.shared.snapshotter.as_ref()?.newest(device);
+        let refuse = |reason: String| {
+            let entry = Entry::warning("SnapshotRefused").with("reason", reason);
+            self.journal.entry(device, entry.with("next", "an older one is taken, or the model begins anew"));
+        };
+        newest.refused.iter().for_each(|error| refuse(error.to_string()));
+        let (path, snapshot) = newest.found?;
+        if snapshot.model.is_empty() {
+            return None;
+        }
+        match model_of(&snapshot) {
+            Ok(model) => Some((model, path.display().to_string())),
+            Err(error) => {
+                refuse(format!("{}: {error}", path.display()));
+                None
+            }
+        }
+    }
+
+    /// Takes a health snapshot, where there is a directory for them. What goes wrong is said.
+    fn snapshot(&self, device: &str, reason: &str, recording: Option<Recording>) {
+        if self.shared.snapshotter.is_none() {
+            return;
+        }
+        if let Err(error) = self.shared.snapshot(device, reason, recording) {
+            let entry = Entry::warning("SnapshotFailed").with("reason", error);
+            self.journal.entry(device, entry.with("next", "the one before it is kept; the next is tried as usual"));
         }
     }
 
@@ -466,13 +584,46 @@ impl Historian {
             Err(crossbeam_channel::TrySendError::Disconnected(_)) => false,
         });
         drop(devices);
-        if let Some(verdict) = alarm {
-            self.predicted(name, record, &verdict);
+        if let Some(predicted) = alarm {
+            self.predicted(name, record, &predicted);
         }
     }
 
     /// A failure is imminent: that is told, and what led to it is kept.
-    fn predicted(&self, device: &Arc<str>, record: &Record, verdict: &Verdict) {
+    fn predicted(&self, device: &Arc<str>, record: &Record, predicted: &Predicted) {
+        let Predicted { verdict, is_news } = predicted;
+        let Some(alarm) = verdict.alarm else { return };
+        if *is_news {
+            self.say_predicted(device, record, predicted);
+        }
+        // Whoever has to act is told first.
+        self.tell(device, record, predicted, alarm);
+        if *is_news {
+            let recording =
+                self.shared.lock().get(device).map(|it| it.recorder.freeze(alarm.name(), record.end_unix_ns));
+            self.snapshot(device, &format!("alarm: {}", alarm.name()), recording);
+        }
+    }
+
+    /// Tells the control thread of an alarm.
+    fn tell(&self, device: &Arc<str>, record: &Record, predicted: &Predicted, alarm: Alarm) {
+        let verdict = &predicted.verdict;
+        let Some(Acting { commander, neighbours }) = self.shared.acting.get() else { return };
+        neighbours.note(device);
+        let foresight = Foresight {
+            backend: BackendId(record.backend),
+            alarm,
+            risk: verdict.risk[verdict.risk.len() - 1],
+            harm: verdict.harm,
+            causes: predictor::causes(verdict),
+            others: neighbours.others(device),
+        };
+        // Where there is no room the next alarm is told: as long as it lasts there is one with every window.
+        let _told = commander.try_send(Command::Predicted { device: Arc::clone(device), foresight });
+    }
+
+    fn say_predicted(&self, device: &str, record: &Record, predicted: &Predicted) {
+        let verdict = &predicted.verdict;
         let Some(alarm) = verdict.alarm else { return };
         let mut entry = Entry::warning("FailurePredicted")
             .with("backend", record.backend)
@@ -483,7 +634,7 @@ impl Historian {
             let lead = u64::from(windows) * u64::from(record.span_us) / 1_000_000;
             entry = entry.with("expected_within_s", lead);
         }
-        self.journal.entry(device, entry.with("next", "it is reported; a failover is the operator's"));
+        self.journal.entry(device, entry.with("next", "a failover, or FailoverWithheld with the reason"));
     }
 
     fn freeze(&mut self, name: &Arc<str>, reason: &str, unix_ns: u64) {
@@ -499,6 +650,7 @@ impl Historian {
         };
         // The windows before it belong to it.
         self.flush(name, false, Some(&recording));
+        self.snapshot(name, reason, None);
     }
 
     fn flush_all(&mut self, last: bool) {

@@ -2,12 +2,27 @@
 
 use std::sync::OnceLock;
 
-use warmswap_predict::{Alarm, Model, Record, Trained, Verdict, load_trained_model};
+use warmswap_predict::{Alarm, Cause, Feature, Law, Model, Record, Trained, Verdict, load_trained_model};
+
+static TRAINED: OnceLock<Trained> = OnceLock::new();
 
 /// What every model begins with.
 pub(crate) fn trained() -> &'static Trained {
-    static TRAINED: OnceLock<Trained> = OnceLock::new();
     TRAINED.get_or_init(load_trained_model)
+}
+
+/// Has every model begin with this one, if none has begun yet.
+pub(crate) fn begin_with(trained: Trained) {
+    let _begun = TRAINED.set(trained);
+}
+
+/// A failure is imminent.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Predicted {
+    /// What the model says.
+    pub(crate) verdict: Verdict,
+    /// It was not said before.
+    pub(crate) is_news: bool,
 }
 
 /// The model of one device.
@@ -16,6 +31,8 @@ pub(crate) struct Predictor {
     model: Model,
     verdict: Option<Verdict>,
     alarms: u64,
+    /// Number of the last window.
+    number: u64,
     /// Alarms by name, each with the last window that had it: as long as it lasts it is said once.
     said: Vec<(&'static str, u64)>,
 }
@@ -25,19 +42,45 @@ const SAID_FOR: u64 = 60;
 
 impl Default for Predictor {
     fn default() -> Self {
-        Predictor { model: Model::new(trained()), verdict: None, alarms: 0, said: Vec::new() }
+        Predictor { model: Model::new(trained()), verdict: None, alarms: 0, number: 0, said: Vec::new() }
     }
 }
 
 impl Predictor {
-    /// Judges a window, then learns it. Gives an alarm that was not given before.
-    pub(crate) fn feed(&mut self, window: &Record) -> Option<Verdict> {
+    /// One that goes on with what was learnt before.
+    pub(crate) fn with(model: Model) -> Self {
+        Predictor { model, ..Predictor::default() }
+    }
+
+    /// What was learnt.
+    pub(crate) fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Judges a window, then learns it. Gives an alarm, if there is one.
+    pub(crate) fn feed(&mut self, window: &Record) -> Option<Predicted> {
         let verdict = self.model.predict(trained(), window);
         self.model.train(trained());
         self.verdict = Some(verdict);
+        self.number = window.number;
         let alarm = verdict.alarm?;
         self.alarms += 1;
-        self.is_news(alarm, window.number).then_some(verdict)
+        Some(Predicted { verdict, is_news: self.is_news(alarm, window.number) })
+    }
+
+    /// Sees a tick: what the laws say is not left until the end of the window.
+    pub(crate) fn feed_tick(&mut self, tick: &Record) -> Option<Predicted> {
+        let law = self.model.see_tick(tick)?;
+        let feature = match law {
+            Law::KickIsSeen => Feature::KickOverdue,
+            Law::RequestIsCompleted => Feature::OldestAge,
+            Law::AnythingIsCompleted => Feature::Gap,
+            Law::InterruptIsTaken => Feature::CallOverdue,
+        };
+        let cause = Cause { feature, residual: tick.get(feature).unwrap_or(0.0), share: 1.0 };
+        let alarm = Alarm::Law(law);
+        let verdict = Verdict { alarm: Some(alarm), causes: [Some(cause), None, None], ..self.verdict? };
+        Some(Predicted { verdict, is_news: self.is_news(alarm, self.number) })
     }
 
     /// Whether an alarm has not been given for some windows.
@@ -91,8 +134,9 @@ mod tests {
         let mut predictor = Predictor::default();
         assert!(predictor.feed(&window(0, 0.0)).is_none());
         assert!(predictor.feed(&window(1, 500_000.0)).is_none());
-        assert!(predictor.feed(&window(2, 1_500_000.0)).is_some());
-        assert!(predictor.feed(&window(3, 2_500_000.0)).is_none(), "it was said");
+        let is_news = |predicted: Option<Predicted>| predicted.map(|it| it.is_news);
+        assert_eq!(is_news(predictor.feed(&window(2, 1_500_000.0))), Some(true));
+        assert_eq!(is_news(predictor.feed(&window(3, 2_500_000.0))), Some(false), "it was said");
         assert_eq!(predictor.alarms(), 2);
         assert!(predictor.is_news(Alarm::Harm, 4), "another one is");
         assert!(!predictor.is_news(Alarm::Law(Law::KickIsSeen), 5), "and the first still not");

@@ -21,6 +21,7 @@
 //! publish 0 3 4                   as `complete`, and its backend gets no further than that: it does not clear the marks in its region
 //! spoil 1 0 version 7             what its region says of ring 0 is damaged (also size, used, marks HEAD COUNTER, gone)
 //! failover · failover now         the operator asks for one
+//! alarm 1 harm                    the failure model has an alarm of backend 1 (also law, full, store)
 //! wait 25ms                       time passes, ticks come when they are due
 //! jump 90ms                       time passes unnoticed: the control thread was not given the processor
 //! ring 0 · status                 shows a ring · shows the pair
@@ -36,10 +37,13 @@ use warmswap_wire::{
     VringState,
 };
 
+use warmswap_predict::{Alarm, Feature, Law};
+
 use super::keeper::Keepers;
 use crate::canary;
 use crate::drain::DrainMethod;
 use crate::event::{Action, Actions, BackendId, CommandId, Event, FenceLevel, PrivateEvents};
+use crate::foresight::Foresight;
 use crate::journal::{Entry, Value};
 use crate::memory::GuestMemory;
 use crate::memory::PRIVATE_ADDR;
@@ -69,6 +73,7 @@ pub(super) fn config() -> PairConfig {
         fence: FenceLevel::Stopped,
         shadow: true,
         canary: false,
+        on_prediction: crate::policy::OnPrediction::Act,
         limits: Limits::default(),
     }
 }
@@ -288,6 +293,17 @@ impl Harness {
             "failover" => {
                 let now = args.first() == Some(&"now");
                 self.event(Event::FailoverRequested { command: CommandId(1), now, reason: "test".to_owned() });
+            }
+            "alarm" => {
+                let alarm = match args[1] {
+                    "law" => Alarm::Law(Law::RequestIsCompleted),
+                    "full" => Alarm::Exhaustion(Feature::DescriptorShare),
+                    "store" => Alarm::Exhaustion(Feature::StoreShare),
+                    _ => Alarm::Harm,
+                };
+                let (backend, causes) = (BackendId(id()), "none".to_owned());
+                let foresight = Foresight { backend, alarm, risk: 0.5, harm: 0.5, causes, others: 0 };
+                self.event(Event::FailurePredicted(foresight));
             }
             "wait" => self.wait(nanos(args[0])),
             "jump" => {
@@ -987,7 +1003,7 @@ impl Harness {
     }
 
     fn show_status(&mut self) {
-        let status = self.pair.status();
+        let status = self.pair.status(self.now);
         let backend = |it: &Option<crate::pair::BackendStatus>| {
             it.as_ref().map_or("none".to_owned(), |it| format!("{} {}", it.id, it.state.name()))
         };

@@ -170,6 +170,11 @@ fn world_step(harness: &mut Harness, random: &mut Random) {
             }
         }
         18 => harness.quietly(if random.below(3) == 0 { "failover now" } else { "failover" }),
+        16 => {
+            if let Some(id) = pick(harness.backends.keys().copied(), random) {
+                harness.quietly(&format!("alarm {id} {}", ["harm", "law", "full"][random.below(3) as usize]));
+            }
+        }
         19 if random.below(20) == 0 => {
             if let Some(id) = pick(harness.backends.keys().copied(), random) {
                 harness.quietly(&format!("claims {id} {}", random.below(65_536)));

@@ -222,13 +222,16 @@ fn a_canary_has_a_region_of_its_own_and_the_guests_is_in_force_again_behind_it()
                 #3 <- SET_INFLIGHT_FD #3.region
             > wait 2300ms
                 watch kick0
-                #1 <- GET_FEATURES
-                #3 <- GET_FEATURES
+                #3 <- SET_INFLIGHT_FD #3.canary-region, SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
+                signal #3.probe
+                #3 <- GET_VRING_BASE 0
+                #3 <- SET_VRING_ENABLE 0=0, SET_INFLIGHT_FD #3.region, SET_VRING_NUM 0=8, SET_VRING_CALL call0
                 #1 <- GET_FEATURES
                 #3 <- SET_INFLIGHT_FD #3.canary-region, SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #3.call, SET_VRING_KICK #3.probe, SET_VRING_ENABLE 0=1
                 signal #3.probe
                 #3 <- GET_VRING_BASE 0
                 #3 <- SET_VRING_ENABLE 0=0, SET_INFLIGHT_FD #3.region, SET_VRING_NUM 0=8, SET_VRING_CALL call0
+                #1 <- GET_FEATURES
             > exit 1
                 close #1.kick
                 close #1.call
@@ -703,7 +706,7 @@ fn halted(script: &str) -> String {
     let mut harness = Harness::new(PairConfig { region: RegionUse::Trust, ..tracked() });
     let script = format!("{script}\n~exit 1\n~fenced 1");
     script.lines().map(str::trim).filter(|line| !line.is_empty()).for_each(|line| harness.line(line));
-    let reason = harness.pair.status().halted.expect("it is halted");
+    let reason = harness.pair.status(harness.now).halted.expect("it is halted");
     harness.finish();
     let unknown = "ring 0: what is in flight is not known exactly: the ring was not observed for so long that its indices may have wrapped; ";
     reason.strip_prefix(unknown).unwrap_or_else(|| panic!("it halts for another reason: {reason}")).to_owned()

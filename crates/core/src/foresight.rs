@@ -1,0 +1,517 @@
+//! Whether a predicted failure is acted upon: the model can ask for a failover, only this can grant one.
+//!
+//! ```text
+//! alarm ─▶ of this primary? acting allowed? a cause that a swap can cure? rested? budget? alone?
+//!       ─▶ the shadow is asked to read, now        (the control group: it shares the storage, not the backend)
+//!       ─▶ as slow as the primary: common cause    else: worth it? ─▶ failover
+//! ```
+//! A predicted failover costs the guest about a millisecond where it was wrong, and loses nothing. What bounds it is that it must not become a
+//! habit: an hourly budget, a rest after each, and twice the rest after each that did not help.
+
+use std::fmt;
+
+use warmswap_predict::{Alarm, Feature, Law};
+
+use crate::event::BackendId;
+use crate::policy::{Limits, OnPrediction};
+use crate::time::Nanos;
+
+/// Reads of the shadow that are compared with what they usually take.
+pub(crate) const READS: usize = 3;
+/// Reads that take so many times as long as usual say that the shadow is slow, too.
+const COMMON_FACTOR: f32 = 2.0;
+/// The same where the primary does not answer at all: the shadow has to answer.
+const COMMON_FACTOR_STOPPED: f32 = 10.0;
+/// And at least so much longer: below that it is chance.
+const COMMON_LEAST: Nanos = Nanos::from_millis(1);
+/// One read that has been under way for so long, and longer than that, is enough: its end is not waited for.
+const HANGING: Nanos = Nanos::from_millis(50);
+/// Other devices of the host whose failure is predicted at the same time: so many and it is the host.
+const OTHERS_MAX: u32 = 2;
+/// An hour.
+const HOUR: Nanos = Nanos::from_millis(3_600_000);
+/// A failover did not help if the next alarm comes within so many rests.
+const HELPED_AFTER: u64 = 6;
+/// The same reason is said again after this.
+const SAID_AGAIN: Nanos = Nanos::from_millis(60_000);
+/// What a swap costs the guest, until one was seen.
+const SWAP_COST: Nanos = Nanos::from_millis(2);
+/// What is usual is not learnt from reads so soon after an alarm.
+const UNWELL_FOR: Nanos = Nanos::from_millis(10_000);
+
+/// An alarm of the failure model, as policy has to know it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Foresight {
+    /// The backend whose window it was.
+    pub backend: BackendId,
+    /// Why a failure is thought to be imminent.
+    pub alarm: Alarm,
+    /// How likely one is within the longest horizon, 0 to 1.
+    pub risk: f32,
+    /// What the guest suffers already, 0 to 1.
+    pub harm: f32,
+    /// What speaks for it, in words.
+    pub causes: String,
+    /// Other devices of the host with an alarm of the last seconds.
+    pub others: u32,
+}
+
+/// Why a predicted failure is not acted upon.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Withheld {
+    /// The operator wants reports only.
+    ObserveOnly,
+    /// A swap cannot help: both backends have the resource in common.
+    SharedResource(Feature),
+    /// Other devices have alarms as well.
+    Host {
+        /// How many.
+        others: u32,
+    },
+    /// The last predicted failover is too recent.
+    Cooling {
+        /// For how long yet.
+        left: Nanos,
+    },
+    /// There were enough within an hour.
+    Budget {
+        /// How many there may be.
+        per_hour: u32,
+    },
+    /// The shadow is as slow as the primary.
+    CommonCause {
+        /// What its reads take now; none if they are not completed.
+        took: Option<Nanos>,
+        /// What they take usually.
+        usual: Nanos,
+    },
+    /// What it would cost is more than what it would save.
+    NotWorth {
+        /// Probability of a failure, 0 to 1.
+        risk: f32,
+    },
+    /// It cannot be made; why.
+    Refused(String),
+}
+
+impl Withheld {
+    /// The word used in every report.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Withheld::ObserveOnly => "observe-only",
+            Withheld::SharedResource(_) => "shared-resource",
+            Withheld::Host { .. } => "host",
+            Withheld::Cooling { .. } => "cooling",
+            Withheld::Budget { .. } => "budget",
+            Withheld::CommonCause { .. } => "common-cause",
+            Withheld::NotWorth { .. } => "not-worth",
+            Withheld::Refused(_) => "refused",
+        }
+    }
+
+    /// What somebody may do about it.
+    #[must_use]
+    pub fn next(&self) -> &'static str {
+        match self {
+            Withheld::ObserveOnly => "start without --observe to have it acted upon, or make the failover yourself",
+            Withheld::SharedResource(_) => "make room: primary and shadow use it up together",
+            Withheld::Host { .. } => "look at the host: several devices do not fail by themselves at the same time",
+            Withheld::Cooling { .. } | Withheld::Budget { .. } => {
+                "look at the device: one that alarms again after a swap has its fault elsewhere"
+            }
+            Withheld::CommonCause { .. } => "look at the storage: the fault lies below both backends",
+            Withheld::NotWorth { .. } => "nothing: it is watched on",
+            Withheld::Refused(_) => "it is tried again at the next alarm",
+        }
+    }
+}
+
+impl fmt::Display for Withheld {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Withheld::ObserveOnly => f.write_str("predictions are only reported here (--observe)"),
+            Withheld::SharedResource(feature) => {
+                write!(f, "{} is shared by primary and shadow: a swap cannot help", feature.name())
+            }
+            Withheld::Host { others } => write!(f, "{others} other devices of this host have alarms as well"),
+            Withheld::Cooling { left } => {
+                write!(f, "the last predicted failover is too recent: not before {left} have passed")
+            }
+            Withheld::Budget { per_hour } => write!(f, "there were {per_hour} predicted failovers within an hour"),
+            Withheld::CommonCause { took: Some(took), usual } => {
+                write!(f, "the shadow is slow as well: its reads take {took}, usually {usual}")
+            }
+            Withheld::CommonCause { took: None, usual } => {
+                write!(f, "the shadow's reads are not completed either, usually they take {usual}")
+            }
+            Withheld::NotWorth { risk } => {
+                write!(f, "a failure is not likely enough ({:.1} %) for what a swap costs", risk * 100.0)
+            }
+            Withheld::Refused(why) => f.write_str(why),
+        }
+    }
+}
+
+/// What is shown of the policy.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PolicyStatus {
+    /// What is done when a failure is predicted.
+    pub on_prediction: OnPrediction,
+    /// Predicted failovers that may be made within the hour.
+    pub left_this_hour: u32,
+    /// For how long none is made.
+    pub cooling: Option<Nanos>,
+    /// What the shadow's reads usually take.
+    pub canary_usual: Option<Nanos>,
+    /// Why the last alarm was not acted upon, if it was not.
+    pub withheld: Option<Withheld>,
+}
+
+/// An alarm that is being looked into.
+#[derive(Clone, Debug)]
+pub(crate) struct Considered {
+    pub(crate) foresight: Foresight,
+    pub(crate) began: Nanos,
+    /// What reads of the shadow have taken since.
+    reads: [Nanos; READS],
+    count: usize,
+}
+
+impl Considered {
+    /// Whether a read of the shadow is wanted.
+    pub(crate) fn wants_read(&self) -> bool {
+        self.count < READS
+    }
+
+    /// The middle of the reads so far.
+    fn median(&self) -> Option<Nanos> {
+        let mut reads = self.reads;
+        let there = &mut reads[..self.count];
+        there.sort_unstable();
+        there.get(there.len().checked_sub(1)? / 2).copied()
+    }
+}
+
+/// What reads of the shadow take in health: a median that moves slowly (a stochastic approximation on a logarithmic scale).
+#[derive(Clone, Copy, Debug, Default)]
+struct Usual {
+    log: f32,
+    count: u32,
+}
+
+impl Usual {
+    /// So many reads are averaged first.
+    const START: u32 = 5;
+    /// Afterwards each moves it by so much.
+    const STEP: f32 = 0.05;
+
+    fn learn(&mut self, took: Nanos) {
+        let log = (took.0.max(1) as f32).ln();
+        self.count = self.count.saturating_add(1);
+        if self.count <= Self::START {
+            self.log += (log - self.log) / self.count as f32;
+        } else {
+            self.log += (log - self.log).clamp(-Self::STEP, Self::STEP);
+        }
+    }
+
+    fn value(&self) -> Option<Nanos> {
+        (self.count > 0).then(|| Nanos(self.log.exp() as u64))
+    }
+}
+
+/// Decides about predicted failovers of one pair.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Policy {
+    pub(crate) considered: Option<Considered>,
+    /// When the predicted failovers of the last hour were made.
+    made: Vec<Nanos>,
+    /// The rest after the next one; none: the shortest.
+    rest: Option<Nanos>,
+    usual: Usual,
+    alarm_at: Option<Nanos>,
+    said: Option<(&'static str, Nanos)>,
+    last_withheld: Option<Withheld>,
+}
+
+impl Policy {
+    /// Why an alarm is not even looked into. Learns from it whether the last failover helped.
+    pub(crate) fn at_first(
+        &mut self,
+        foresight: &Foresight,
+        on_prediction: OnPrediction,
+        limits: &Limits,
+        now: Nanos,
+    ) -> Option<Withheld> {
+        self.alarm_at = Some(now);
+        if let Alarm::Exhaustion(feature @ Feature::StoreShare) = foresight.alarm {
+            return Some(Withheld::SharedResource(feature));
+        }
+        if foresight.others >= OTHERS_MAX {
+            return Some(Withheld::Host { others: foresight.others });
+        }
+        if on_prediction == OnPrediction::Observe {
+            return Some(Withheld::ObserveOnly);
+        }
+        if let Some(left) = self.cooling(limits, now) {
+            return Some(Withheld::Cooling { left });
+        }
+        if self.left_this_hour(limits, now) == 0 {
+            return Some(Withheld::Budget { per_hour: limits.predicted_per_hour });
+        }
+        None
+    }
+
+    /// Looks into an alarm from now on.
+    pub(crate) fn consider(&mut self, foresight: Foresight, now: Nanos) {
+        self.considered = Some(Considered { foresight, began: now, reads: [Nanos(0); READS], count: 0 });
+    }
+
+    /// A read of the shadow that began at `began` has taken so long.
+    pub(crate) fn read(&mut self, began: Nanos, took: Nanos, now: Nanos) {
+        if let Some(considered) = self.considered.as_mut().filter(|it| it.wants_read() && began >= it.began) {
+            considered.reads[considered.count] = took;
+            considered.count += 1;
+        } else if self.alarm_at.is_none_or(|at| now.since(at) >= UNWELL_FOR) {
+            self.usual.learn(took);
+        }
+    }
+
+    /// What speaks against the failover that is considered, now that the shadow was asked. `waiting` is how long a read has been under way.
+    pub(crate) fn against(&self, waiting: Option<Nanos>, swap: Option<Nanos>, limits: &Limits) -> Option<Withheld> {
+        let considered = self.considered.as_ref()?;
+        let Foresight { alarm, risk, harm, .. } = considered.foresight;
+        if self.usual.value().is_none() && waiting.is_some() {
+            return Some(Withheld::Refused("the shadow has not completed any read yet".to_owned()));
+        }
+        if let Some(usual) = self.usual.value() {
+            let most = slow_beyond(alarm, usual);
+            if waiting.is_some_and(|waiting| waiting > most.max(HANGING)) {
+                return Some(Withheld::CommonCause { took: None, usual });
+            }
+            let took = considered.median();
+            if took.is_some_and(|took| took > most) {
+                return Some(Withheld::CommonCause { took, usual });
+            }
+        }
+        // What a law or a resource says is as good as certain; what harm says has happened in part.
+        let risk = if matches!(alarm, Alarm::Law(_) | Alarm::Exhaustion(_)) { 1.0 } else { risk.max(harm) };
+        let (warm, crash) = (swap.unwrap_or(SWAP_COST), limits.hang);
+        let gain = risk * crash.0 as f32;
+        (gain <= (1.0 - risk) * warm.0 as f32).then_some(Withheld::NotWorth { risk })
+    }
+
+    /// Whether a read that has been under way for so long says that the shadow is slow, without waiting for its end.
+    pub(crate) fn is_slow(&self, waiting: Nanos) -> bool {
+        let (Some(considered), Some(usual)) = (&self.considered, self.usual.value()) else { return false };
+        waiting > slow_beyond(considered.foresight.alarm, usual).max(HANGING)
+    }
+
+    /// The failover that was considered begins.
+    pub(crate) fn act(&mut self, limits: &Limits, now: Nanos) -> Option<Foresight> {
+        let considered = self.considered.take()?;
+        let helped = self.helped(limits, now);
+        self.rest = match self.rest {
+            Some(rest) if !helped => Some(Nanos(rest.0.saturating_mul(2)).min(limits.cool_down_max)),
+            _ => Some(limits.cool_down_min),
+        };
+        self.made.retain(|at| now.since(*at) < HOUR);
+        self.made.push(now);
+        self.last_withheld = None;
+        Some(considered.foresight)
+    }
+
+    /// Whether what was done last has helped: no alarm came for a good while after it.
+    pub(crate) fn helped(&self, limits: &Limits, now: Nanos) -> bool {
+        let rest = self.rest.unwrap_or(limits.cool_down_min);
+        self.made.last().is_none_or(|at| now.since(*at) >= Nanos(rest.0.saturating_mul(HELPED_AFTER)))
+    }
+
+    /// Notes that the alarm is not acted upon. Says whether that is news.
+    pub(crate) fn withhold(&mut self, why: &Withheld, now: Nanos) -> bool {
+        self.considered = None;
+        self.last_withheld = Some(why.clone());
+        let news = self.said.is_none_or(|(name, at)| name != why.name() || now.since(at) >= SAID_AGAIN);
+        if news {
+            self.said = Some((why.name(), now));
+        }
+        news
+    }
+
+    fn cooling(&self, limits: &Limits, now: Nanos) -> Option<Nanos> {
+        let rest = self.rest.unwrap_or(limits.cool_down_min);
+        let over = *self.made.last()? + rest;
+        (now < over).then(|| over.since(now))
+    }
+
+    fn left_this_hour(&self, limits: &Limits, now: Nanos) -> u32 {
+        let made = self.made.iter().filter(|at| now.since(**at) < HOUR).count();
+        limits.predicted_per_hour.saturating_sub(u32::try_from(made).unwrap_or(u32::MAX))
+    }
+
+    /// What is shown of it.
+    pub(crate) fn status(&self, on_prediction: OnPrediction, limits: &Limits, now: Nanos) -> PolicyStatus {
+        PolicyStatus {
+            on_prediction,
+            left_this_hour: self.left_this_hour(limits, now),
+            cooling: self.cooling(limits, now),
+            canary_usual: self.usual.value(),
+            withheld: self.last_withheld.clone(),
+        }
+    }
+}
+
+/// Whether draining a primary with that alarm would be waiting for what it will not do.
+pub(crate) fn can_drain(alarm: Alarm) -> bool {
+    !matches!(alarm, Alarm::Law(Law::RequestIsCompleted | Law::AnythingIsCompleted))
+}
+
+/// What reads of the shadow may take without its being slow.
+fn slow_beyond(alarm: Alarm, usual: Nanos) -> Nanos {
+    let factor = match alarm {
+        Alarm::Law(_) | Alarm::Errors | Alarm::Exhaustion(_) => COMMON_FACTOR_STOPPED,
+        Alarm::Harm | Alarm::Drift | Alarm::Risk => COMMON_FACTOR,
+    };
+    Nanos((usual.0 as f32 * factor) as u64).max(usual + COMMON_LEAST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Nanos = Nanos::from_millis(1_000);
+
+    fn alarm(alarm: Alarm) -> Foresight {
+        Foresight { backend: BackendId(1), alarm, risk: 0.4, harm: 0.3, causes: "none".to_owned(), others: 0 }
+    }
+
+    fn after(seconds: u64) -> Nanos {
+        Nanos(SECOND.0 * seconds)
+    }
+
+    /// A policy that knows what reads take: 400 µs.
+    fn experienced() -> Policy {
+        let mut policy = Policy::default();
+        (0..20).for_each(|at| policy.read(after(at), Nanos::from_micros(400), after(at)));
+        policy
+    }
+
+    fn judged(policy: &mut Policy, what: Alarm, reads: [u64; READS], now: Nanos) -> Option<Withheld> {
+        let limits = Limits::default();
+        let at_first = policy.at_first(&alarm(what), OnPrediction::Act, &limits, now);
+        if at_first.is_some() {
+            return at_first;
+        }
+        policy.consider(alarm(what), now);
+        for read in reads {
+            policy.read(now, Nanos::from_micros(read), now);
+        }
+        let against = policy.against(None, None, &limits);
+        if against.is_none() {
+            policy.act(&limits, now).expect("it was considered");
+        }
+        against
+    }
+
+    #[test]
+    fn a_slow_primary_beside_a_quick_shadow_is_replaced_and_one_beside_a_slow_shadow_is_not() {
+        let quick = judged(&mut experienced(), Alarm::Harm, [410, 900, 380], after(100));
+        assert_eq!(quick, None);
+        let slow = judged(&mut experienced(), Alarm::Harm, [4_000, 900, 3_000], after(100));
+        assert!(matches!(slow, Some(Withheld::CommonCause { took: Some(Nanos(3_000_000)), .. })), "{slow:?}");
+        let law = Alarm::Law(Law::AnythingIsCompleted);
+        assert_eq!(judged(&mut experienced(), law, [2_000, 900, 3_000], after(100)), None, "it answers");
+        assert!(judged(&mut experienced(), law, [20_000, 9_000, 30_000], after(100)).is_some());
+    }
+
+    #[test]
+    fn a_read_that_does_not_come_back_is_a_common_cause() {
+        let mut policy = experienced();
+        policy.consider(alarm(Alarm::Risk), after(100));
+        let against = policy.against(Some(Nanos::from_millis(300)), None, &Limits::default());
+        assert!(matches!(against, Some(Withheld::CommonCause { took: None, .. })), "{against:?}");
+    }
+
+    #[test]
+    fn what_both_share_the_host_and_the_operator_forbid_it() {
+        let limits = Limits::default();
+        let mut policy = experienced();
+        let full = alarm(Alarm::Exhaustion(Feature::StoreShare));
+        let first =
+            |policy: &mut Policy, foresight: &Foresight, on| policy.at_first(foresight, on, &limits, after(100));
+        let why = first(&mut policy, &full, OnPrediction::Act);
+        assert!(matches!(why, Some(Withheld::SharedResource(_))));
+        let many = Foresight { others: 2, ..alarm(Alarm::Harm) };
+        assert!(matches!(first(&mut policy, &many, OnPrediction::Act), Some(Withheld::Host { others: 2 })));
+        let harm = alarm(Alarm::Harm);
+        assert_eq!(first(&mut policy, &harm, OnPrediction::Observe), Some(Withheld::ObserveOnly));
+        assert_eq!(first(&mut policy, &harm, OnPrediction::Act), None);
+    }
+
+    #[test]
+    fn each_failover_that_did_not_help_doubles_the_rest_and_one_that_did_ends_that() {
+        let mut policy = experienced();
+        let mut now = 100;
+        let mut rests = Vec::new();
+        for _ in 0..4 {
+            assert_eq!(judged(&mut policy, Alarm::Harm, [400; READS], after(now)), None);
+            let began = now;
+            loop {
+                now += 1;
+                match judged(&mut policy.clone(), Alarm::Harm, [400; READS], after(now)) {
+                    Some(Withheld::Cooling { .. }) => {}
+                    None => break,
+                    other => panic!("{other:?}"),
+                }
+            }
+            rests.push(now - began);
+        }
+        assert_eq!(rests, [10, 20, 40, 80]);
+        now += 1_000;
+        assert_eq!(judged(&mut policy, Alarm::Harm, [400; READS], after(now)), None);
+        assert_eq!(policy.cooling(&Limits::default(), after(now)), Some(after(10)));
+    }
+
+    #[test]
+    fn an_hour_has_a_budget() {
+        let mut policy = experienced();
+        let mut now = 100;
+        for _ in 0..6 {
+            assert_eq!(judged(&mut policy, Alarm::Harm, [400; READS], after(now)), None);
+            now += 500;
+        }
+        let why = judged(&mut policy, Alarm::Harm, [400; READS], after(now));
+        assert_eq!(why, Some(Withheld::Budget { per_hour: 6 }));
+        assert_eq!(judged(&mut policy, Alarm::Harm, [400; READS], after(3_701)), None, "the first is an hour ago");
+    }
+
+    #[test]
+    fn what_is_hardly_likely_is_not_worth_it() {
+        let mut policy = experienced();
+        let foresight = Foresight { risk: 0.001, harm: 0.0, ..alarm(Alarm::Drift) };
+        policy.consider(foresight, after(100));
+        assert!(matches!(policy.against(None, None, &Limits::default()), Some(Withheld::NotWorth { .. })));
+    }
+
+    #[test]
+    fn the_same_reason_is_said_once_a_minute() {
+        let mut policy = Policy::default();
+        assert!(policy.withhold(&Withheld::ObserveOnly, after(0)));
+        assert!(!policy.withhold(&Withheld::ObserveOnly, after(59)));
+        assert!(policy.withhold(&Withheld::Budget { per_hour: 6 }, after(59)));
+        assert!(policy.withhold(&Withheld::ObserveOnly, after(60)));
+        assert!(policy.withhold(&Withheld::ObserveOnly, after(120)));
+    }
+
+    #[test]
+    fn what_is_usual_is_not_learnt_from_a_shadow_that_is_unwell() {
+        let mut policy = experienced();
+        let usual = policy.usual.value();
+        policy.at_first(&alarm(Alarm::Harm), OnPrediction::Observe, &Limits::default(), after(100));
+        policy.read(after(101), Nanos::from_millis(900), after(102));
+        assert_eq!(policy.usual.value(), usual);
+        policy.read(after(201), Nanos::from_millis(900), after(202));
+        assert!(policy.usual.value() > usual && policy.usual.value() < usual.map(|it| Nanos(it.0 * 2)));
+    }
+}

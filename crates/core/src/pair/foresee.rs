@@ -1,0 +1,98 @@
+//! A failure of the primary is predicted: what is asked before it is acted upon, and what is said if it is not.
+//!
+//! The shadow is the control group. It has the same storage and another process: what makes it slow as well lies below both, and a swap would
+//! only show the guest the same fault once more.
+
+use super::{Pair, Step};
+use crate::canary::CanaryState;
+use crate::failover::Kind;
+use crate::foresight::{Foresight, Withheld, can_drain};
+use crate::journal::Entry;
+use crate::time::Nanos;
+
+impl Pair {
+    /// An alarm of the failure model.
+    pub(crate) fn failure_predicted(&mut self, foresight: Foresight, step: &mut Step<'_>) {
+        self.counters.alarms += 1;
+        // One of a backend that has gone, or is just being replaced, concerns nobody any more.
+        if self.failover.is_some() || self.primary != Some(foresight.backend) || self.policy.considered.is_some() {
+            return;
+        }
+        let limits = self.config.limits;
+        match self.policy.at_first(&foresight, self.config.on_prediction, &limits, step.now) {
+            Some(why) => self.withhold(&foresight, &why, step),
+            None => self.policy.consider(foresight, step.now),
+        }
+    }
+
+    /// Goes on with an alarm that is being looked into.
+    pub(crate) fn poll_foresight(&mut self, step: &mut Step<'_>) {
+        let Some(considered) = &self.policy.considered else { return };
+        if self.failover.is_some() || self.primary != Some(considered.foresight.backend) {
+            self.policy.considered = None;
+            return;
+        }
+        let limits = self.config.limits;
+        let late = step.now >= considered.began + limits.consider_max;
+        let wants_read = considered.wants_read() && self.shadow_can_read();
+        let hinders = self.refusal().or_else(|| self.hindrance());
+        let waiting = self.canary_waiting(step.now);
+        let slow = waiting.is_some_and(|waiting| self.policy.is_slow(waiting));
+        if !late && !slow && (wants_read || hinders.is_some()) {
+            return;
+        }
+        let foresight = considered.foresight.clone();
+        // What the shadow does says more than that it is busy with it.
+        let swap = self.last_report.as_ref().map(|report| report.blackout);
+        let against = self.policy.against(waiting, swap, &limits).or_else(|| hinders.map(Withheld::Refused));
+        if let Some(why) = against {
+            return self.withhold(&foresight, &why, step);
+        }
+        self.act_on_prediction(step);
+    }
+
+    fn act_on_prediction(&mut self, step: &mut Step<'_>) {
+        let limits = self.config.limits;
+        let Some(foresight) = self.policy.act(&limits, step.now) else { return };
+        let cause =
+            format!("predicted ({}): {}; causes: {}", foresight.alarm.name(), foresight.alarm, foresight.causes);
+        let drain = can_drain(foresight.alarm);
+        self.begin_failover(Kind::Predicted, cause, foresight.backend, None, drain, step);
+    }
+
+    fn withhold(&mut self, foresight: &Foresight, why: &Withheld, step: &mut Step<'_>) {
+        self.counters.withheld += 1;
+        if !self.policy.withhold(why, step.now) {
+            return;
+        }
+        step.out.journal(
+            Entry::warning("FailoverWithheld")
+                .with("backend", foresight.backend.0)
+                .with("alarm", foresight.alarm.name())
+                .with("why", why.name())
+                .with("reason", why.to_string())
+                .with("next", why.next()),
+        );
+    }
+
+    /// Whether the shadow can be asked to read. A device without a harmless read has the weaker proof that its shadow answers.
+    fn shadow_can_read(&self) -> bool {
+        let shadow = self.shadow.and_then(|id| self.link(id));
+        shadow.is_some_and(|link| link.private_memory.is_some() && link.canary.possible)
+    }
+
+    /// For how long a read of the shadow has been under way.
+    fn canary_waiting(&self, now: Nanos) -> Option<Nanos> {
+        let link = self.shadow.and_then(|id| self.link(id))?;
+        (link.canary.state == CanaryState::Reading).then(|| now.since(link.canary.began))
+    }
+
+    /// Whether a read of the shadow is wanted at once.
+    pub(crate) fn wants_read_now(&self) -> bool {
+        self.policy.considered.as_ref().is_some_and(crate::foresight::Considered::wants_read)
+    }
+
+    pub(crate) fn next_foresight(&self) -> Option<Nanos> {
+        Some(self.policy.considered.as_ref()?.began + self.config.limits.consider_max)
+    }
+}
