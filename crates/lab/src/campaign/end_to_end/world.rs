@@ -19,8 +19,8 @@ use crate::common::broker::{BrokerProcess, Launch};
 use crate::common::cgroup::Group;
 use crate::guest::BLOCK;
 
-/// Option of `guard` by which it reports what it foresees and does nothing about it, where it has one.
-const OBSERVE: Option<&str> = None;
+/// Option of `guard` by which it reports what it foresees and does nothing about it.
+const OBSERVE: &str = "--observe";
 /// A primary that answers and completes nothing for so long is failed over: 30 s of a real device, in the compressed time of a campaign.
 const STALL_MS: &str = "6000";
 /// A pair is ready so soon after the boot of its guest.
@@ -213,14 +213,15 @@ fn start_broker(
 ) -> anyhow::Result<BrokerProcess> {
     let (tick, window) = (plan.tick_ms.to_string(), plan.window_ms.to_string());
     let mut options = vec!["--tick-ms", &tick, "--window-ms", &window, "--hang-ms", "500", "--stall-ms", STALL_MS];
-    options.extend(["--drain-ms", "200"]);
+    // The rest after a predicted failover in compressed time, too.
+    options.extend(["--drain-ms", "200", "--cool-down", "2"]);
     // What a broker knows by the name of a program, which is hidden from it here.
     options.extend(match backend {
         Backend::Blk | Backend::BlkDirect => ["--region", "trust"],
         Backend::Qsd | Backend::QsdUring => ["--drain", "private-kick"],
     });
     if mode == Mode::Reactive {
-        options.extend(OBSERVE);
+        options.push(OBSERVE);
     }
     let options: Vec<String> = options.into_iter().map(str::to_owned).collect();
     let backend = turns.command_line(&directory.join("turns.json"))?;
