@@ -36,6 +36,8 @@ enum Instrument {
     Bench(bench::Args),
     /// Our own backend alone, killed before every store it makes into shared memory, and what the next one makes of it.
     Crash(crash::Args),
+    /// The main job in three minutes: faults that are foreseen, and what would have been.
+    Demo(campaign::end_to_end::demo::Args),
     /// Fault campaigns: real backends driven into failure, and healthy ones, with labels and profiles.
     Campaign(campaign::Args),
     /// The late write of a killed backend, and the fence that holds it off.
@@ -72,6 +74,7 @@ fn main() -> std::process::ExitCode {
         Instrument::Rig(args) => rig::run(&args),
         Instrument::Bench(args) => bench::run(&args),
         Instrument::Crash(args) => crash::run(&args),
+        Instrument::Demo(args) => campaign::end_to_end::demo::run(&args),
         Instrument::Campaign(args) => campaign::run(&args),
         Instrument::Fence(args) => fence::run(&args),
         Instrument::Score(args) => score::run(&args),

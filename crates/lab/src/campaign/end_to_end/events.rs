@@ -25,6 +25,10 @@ pub(super) enum What {
     Settled(String),
     /// One was halted, and an operator has to decide.
     Halted,
+    /// A backend was lost, or the guest's connection.
+    Lost,
+    /// A predicted failure was not acted upon.
+    Withheld,
     /// A failure was predicted, whether anything was done about it or not.
     Predicted,
 }
@@ -58,6 +62,8 @@ fn told(line: &Value, at_ns: u64) -> Option<Told> {
         "FailoverSettled" => (What::Settled(text("kind")), text("cause")),
         "FailoverHalted" => (What::Halted, text("message")),
         "FailurePredicted" => (What::Predicted, text("reason")),
+        "FailoverWithheld" => (What::Withheld, text("reason")),
+        "PrimaryLost" | "ShadowLost" | "BackendFailed" | "VmmGone" => (What::Lost, text("reason")),
         _ => return None,
     };
     Some(Told { at_ns, what, why })

@@ -16,6 +16,7 @@
 //! the first one's, for without a pair there is no other.
 
 mod cases;
+pub(crate) mod demo;
 mod events;
 mod guest;
 mod play;

@@ -80,6 +80,11 @@ impl Outcome {
         self.foresights().find(|at| *at >= onset).map(|at| at - onset)
     }
 
+    /// When the guest first stood still for a while, after the onset.
+    pub(super) fn first_felt_ns(&self) -> Option<u64> {
+        first_beyond(&self.endured.stalls, FELT_NS, self.onset_ns?)
+    }
+
     /// When the failure was there, since the onset: the collapse, or the first stall that was felt if that came sooner.
     pub(super) fn failed(&self) -> Option<u64> {
         let onset = self.onset_ns?;
@@ -92,7 +97,7 @@ impl Outcome {
         self.told.iter().filter_map(|told| match &told.what {
             What::Settled(kind) => Some(kind.as_str()),
             What::Halted => Some("halted"),
-            What::Predicted => None,
+            What::Predicted | What::Withheld | What::Lost => None,
         })
     }
 }
