@@ -231,6 +231,8 @@ pub(crate) struct Policy {
     rest: Option<Nanos>,
     usual: Usual,
     alarm_at: Option<Nanos>,
+    /// When the shadow was last found slow as well, and how slow.
+    common: Option<(Nanos, Withheld)>,
     said: Option<(&'static str, Nanos)>,
     last_withheld: Option<Withheld>,
 }
@@ -247,6 +249,10 @@ impl Policy {
         self.alarm_at = Some(now);
         if let Alarm::Exhaustion(feature @ Feature::StoreShare) = foresight.alarm {
             return Some(Withheld::SharedResource(feature));
+        }
+        // Windows of the time in which both were slow are no evidence against one of them.
+        if let Some((_, why)) = self.common.as_ref().filter(|(at, _)| now.since(*at) < limits.cool_down_min) {
+            return Some(why.clone());
         }
         if foresight.others >= OTHERS_MAX {
             return Some(Withheld::Host { others: foresight.others });
@@ -276,6 +282,11 @@ impl Policy {
         } else if self.alarm_at.is_none_or(|at| now.since(at) >= UNWELL_FOR) {
             self.usual.learn(took);
         }
+        if let Some((at, Withheld::CommonCause { took: known, usual })) = &mut self.common
+            && took > slow_beyond(Alarm::Harm, *usual)
+        {
+            (*at, *known) = (now, Some(took));
+        }
     }
 
     /// What speaks against the failover that is considered, now that the shadow was asked. `waiting` is how long a read has been under way.
@@ -300,6 +311,13 @@ impl Policy {
         let (warm, crash) = (swap.unwrap_or(SWAP_COST), limits.hang);
         let gain = risk * crash.0 as f32;
         (gain <= (1.0 - risk) * warm.0 as f32).then_some(Withheld::NotWorth { risk })
+    }
+
+    /// The shadow was asked, and is slow as well.
+    pub(crate) fn found_common(&mut self, why: &Withheld, now: Nanos) {
+        if matches!(why, Withheld::CommonCause { .. }) {
+            self.common = Some((now, why.clone()));
+        }
     }
 
     /// Whether a read that has been under way for so long says that the shadow is slow, without waiting for its end.
@@ -431,6 +449,18 @@ mod tests {
         policy.consider(alarm(Alarm::Risk), after(100));
         let against = policy.against(Some(Nanos::from_millis(300)), None, &Limits::default());
         assert!(matches!(against, Some(Withheld::CommonCause { took: None, .. })), "{against:?}");
+    }
+
+    #[test]
+    fn after_a_common_cause_the_shadow_has_to_be_well_for_a_while() {
+        let mut policy = experienced();
+        let why = judged(&mut policy, Alarm::Harm, [4_000; READS], after(100)).expect("the shadow is slow");
+        policy.found_common(&why, after(100));
+        policy.read(after(104), Nanos::from_micros(5_000), after(104));
+        for (second, common) in [(105, true), (113, true), (114, false)] {
+            let now = judged(&mut policy.clone(), Alarm::Harm, [400; READS], after(second));
+            assert_eq!(matches!(now, Some(Withheld::CommonCause { .. })), common, "{second}: {now:?}");
+        }
     }
 
     #[test]

@@ -46,6 +46,7 @@ impl Pair {
         let swap = self.last_report.as_ref().map(|report| report.blackout);
         let against = self.policy.against(waiting, swap, &limits).or_else(|| hinders.map(Withheld::Refused));
         if let Some(why) = against {
+            self.policy.found_common(&why, step.now);
             return self.withhold(&foresight, &why, step);
         }
         self.act_on_prediction(step);

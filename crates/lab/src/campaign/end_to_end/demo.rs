@@ -198,7 +198,7 @@ fn tell(scene: &Scene, predictive: &Outcome, reactive: &Outcome) {
         (Variant::Common, _) => {}
         (_, Some(at)) => println!("   {at:>6.2} s  without foresight the guest stands still for the first time"),
         (_, None) => {
-            println!("             without foresight the guest did not stand still for a tenth of a second either")
+            println!("             without foresight the guest never stood still for a tenth of a second");
         }
     }
     println!(
