@@ -50,6 +50,8 @@ pub struct Foresight {
     pub risk: f32,
     /// What the guest suffers already, 0 to 1.
     pub harm: f32,
+    /// What speaks most for it, if that is more than everything else together.
+    pub cause: Option<Feature>,
     /// What speaks for it, in words.
     pub causes: String,
     /// Other devices of the host with an alarm of the last seconds.
@@ -247,7 +249,12 @@ impl Policy {
         now: Nanos,
     ) -> Option<Withheld> {
         self.alarm_at = Some(now);
-        if let Alarm::Exhaustion(feature @ Feature::StoreShare) = foresight.alarm {
+        let resource = match foresight.alarm {
+            Alarm::Exhaustion(feature) => Some(feature),
+            Alarm::Risk => foresight.cause,
+            _ => None,
+        };
+        if let Some(feature @ Feature::StoreShare) = resource {
             return Some(Withheld::SharedResource(feature));
         }
         // Windows of the time in which both were slow are no evidence against one of them.
@@ -401,7 +408,15 @@ mod tests {
     const SECOND: Nanos = Nanos::from_millis(1_000);
 
     fn alarm(alarm: Alarm) -> Foresight {
-        Foresight { backend: BackendId(1), alarm, risk: 0.4, harm: 0.3, causes: "none".to_owned(), others: 0 }
+        Foresight {
+            backend: BackendId(1),
+            alarm,
+            risk: 0.4,
+            harm: 0.3,
+            cause: None,
+            causes: "none".to_owned(),
+            others: 0,
+        }
     }
 
     fn after(seconds: u64) -> Nanos {
@@ -471,6 +486,9 @@ mod tests {
         let first =
             |policy: &mut Policy, foresight: &Foresight, on| policy.at_first(foresight, on, &limits, after(100));
         let why = first(&mut policy, &full, OnPrediction::Act);
+        assert!(matches!(why, Some(Withheld::SharedResource(_))));
+        let nearly = Foresight { cause: Some(Feature::StoreShare), ..alarm(Alarm::Risk) };
+        let why = first(&mut policy, &nearly, OnPrediction::Act);
         assert!(matches!(why, Some(Withheld::SharedResource(_))));
         let many = Foresight { others: 2, ..alarm(Alarm::Harm) };
         assert!(matches!(first(&mut policy, &many, OnPrediction::Act), Some(Withheld::Host { others: 2 })));

@@ -304,7 +304,7 @@ impl Server {
         let primary = devices.iter().find(|(name, _)| *name == device).and_then(|(_, it)| it.pair.primary.as_ref());
         let backend = primary.map_or(BackendId(0), |primary| primary.id);
         let causes = "none".to_owned();
-        let foresight = Foresight { backend, alarm, risk: 0.5, harm: 0.5, causes, others: 0 };
+        let foresight = Foresight { backend, alarm, risk: 0.5, harm: 0.5, cause: None, causes, others: 0 };
         self.commander.send(Command::Predicted { device: device.into(), foresight });
         json!({ "told": true })
     }

@@ -615,6 +615,7 @@ impl Historian {
             alarm,
             risk: verdict.risk[verdict.risk.len() - 1],
             harm: verdict.harm,
+            cause: verdict.causes[0].filter(|cause| cause.share > 0.5).map(|cause| cause.feature),
             causes: predictor::causes(verdict),
             others: neighbours.others(device),
         };

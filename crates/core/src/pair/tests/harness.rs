@@ -302,7 +302,7 @@ impl Harness {
                     _ => Alarm::Harm,
                 };
                 let (backend, causes) = (BackendId(id()), "none".to_owned());
-                let foresight = Foresight { backend, alarm, risk: 0.5, harm: 0.5, causes, others: 0 };
+                let foresight = Foresight { backend, alarm, risk: 0.5, harm: 0.5, cause: None, causes, others: 0 };
                 self.event(Event::FailurePredicted(foresight));
             }
             "wait" => self.wait(nanos(args[0])),
