@@ -43,7 +43,7 @@ pub(super) fn names(asked: &[String], dir: &Path) -> Result<Vec<String>, Failure
     let none = |why: String| Failure::new(4, format!("no warmswap runs in {}: {why}", dir.display()));
     let advice = || match std::env::var_os("XDG_RUNTIME_DIR") {
         None if !rustix::process::geteuid().is_root() => " (XDG_RUNTIME_DIR is not set; see --control)",
-        _ => "",
+        _ => " (a broker that was given another directory is asked with the same --control)",
     };
     let known = devices_in(dir).map_err(|error| none(format!("{error}{}", advice())))?;
     if known.is_empty() {
