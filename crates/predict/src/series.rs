@@ -2,7 +2,7 @@
 //!
 //! Per column a robust score ([`Scale`]) of what context does not explain ([`Regression`]), and of that the part that the other columns do not
 //! explain ([`Relation`]); over columns the mean magnitude, which sees many small changes at once, and a little of the mean of sixth powers, in which
-//! one column of many does not drown; over rows the means of five and of twenty, for changes that are short and that last. Rows that are
+//! one column of many does not drown; over rows means that fade, fast and slowly, for changes that are short and that last. Rows that are
 //! unusual as a whole teach nothing. Simpler and other stages were measured against this: see `lab eval series`.
 
 use crate::evidence::Evidence;
@@ -12,9 +12,10 @@ use crate::scale::{Scale, Z_MAX};
 
 /// Most columns of context.
 pub const CONTEXT_MAX: usize = 8;
-/// A score is the mean of two means, of so many rows and of so many.
-const SMOOTHED: [usize; 2] = [5, SMOOTHED_MAX];
-const SMOOTHED_MAX: usize = 20;
+/// A score is the mean of two exponentially weighted means, in which a row weighs as one of so many.
+const SMOOTHED: [f32; 2] = [4.0, 30.0];
+/// The first so many rows are usual whatever they are.
+const USUAL_FIRST: f32 = 10.0;
 /// What the mean of sixth powers counts in a row's score; the rest is the mean magnitude's.
 const GREATEST_SHARE: f32 = 0.2;
 /// Rows that a column's location and scale remember: a half-life of 2,000.
@@ -50,7 +51,7 @@ pub struct ColumnCause {
 /// What is said of a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scored {
-    /// How unusual it and the 19 before it are, the last five most, in deviations; 0 during the burn-in.
+    /// How unusual it and those before it are, in deviations, the latest most: half of the score are of the last six; 0 during the burn-in.
     pub score: f32,
     /// Whether there is evidence of a change that is not a false alarm.
     pub alarm: bool,
@@ -70,7 +71,7 @@ pub struct SeriesDetector<const N: usize> {
     regression: Option<Regression<{ CONTEXT_MAX + 1 }, N>>,
     contexts: [Scale; CONTEXT_MAX],
     relation: Relation<N>,
-    scores: [f32; SMOOTHED_MAX],
+    smoothed: [f32; SMOOTHED.len()],
     usual: Scale,
     evidence: Evidence,
 }
@@ -92,7 +93,7 @@ impl<const N: usize> SeriesDetector<N> {
             regression: with_context.then(Regression::default),
             contexts: [Scale::default(); CONTEXT_MAX],
             relation: Relation::new(columns),
-            scores: [0.0; SMOOTHED_MAX],
+            smoothed: [0.0; SMOOTHED.len()],
             usual: Scale::default(),
             evidence: Evidence::default(),
         }
@@ -115,7 +116,6 @@ impl<const N: usize> SeriesDetector<N> {
         (0..self.columns).filter(|at| is_missing(*at)).for_each(|at| related[at] = 0.0);
         let burning = self.rows < self.burn_in;
         self.rows = self.rows.saturating_add(1);
-        let score = self.joint(&related, burning);
         let squares = scores[..self.columns].iter().map(|score| (score * score).min(SQUARE_MAX)).sum::<f32>();
         if burning || squares < GATE * self.columns as f32 {
             self.learn(&residuals, &terms, burning);
@@ -124,6 +124,7 @@ impl<const N: usize> SeriesDetector<N> {
         if burning {
             return Scored { score: 0.0, alarm: false, causes: [None; 3] };
         }
+        let score = self.joint(&related);
         let causes = core::array::from_fn(|at| match (scores[at], related[at]) {
             _ if is_missing(at) => 0.0,
             (of_itself, by_others) if of_itself.abs() > by_others.abs() => of_itself,
@@ -161,14 +162,16 @@ impl<const N: usize> SeriesDetector<N> {
         if residual.is_finite() { self.scales[at].score(residual, self.floor(at)) } else { 0.0 }
     }
 
-    fn joint(&mut self, scores: &[f32; N], burning: bool) -> f32 {
+    fn joint(&mut self, scores: &[f32; N]) -> f32 {
         let (scores, count) = (&scores[..self.columns], self.columns.max(1) as f32);
         let mean = scores.iter().map(|score| score.abs()).sum::<f32>() / count;
         let greatest = libm::powf(scores.iter().map(|score| sixth(*score)).sum::<f32>() / count, 1.0 / 6.0);
-        self.scores.rotate_right(1);
-        self.scores[0] = if burning { 0.0 } else { mean + GREATEST_SHARE * (greatest - mean) };
-        let means = SMOOTHED.map(|rows| self.scores[..rows].iter().sum::<f32>() / rows as f32);
-        means.iter().sum::<f32>() / means.len() as f32
+        let score = mean + GREATEST_SHARE * (greatest - mean);
+        let seen = self.rows.saturating_sub(self.burn_in).max(1) as f32;
+        for (smoothed, rows) in self.smoothed.iter_mut().zip(SMOOTHED).filter(|_| score.is_finite()) {
+            *smoothed += (score - *smoothed) / rows.min(seen);
+        }
+        self.smoothed.iter().sum::<f32>() / SMOOTHED.len() as f32
     }
 
     fn learn(&mut self, residuals: &[f32; N], terms: &[f32; CONTEXT_MAX + 1], burning: bool) {
@@ -188,7 +191,7 @@ impl<const N: usize> SeriesDetector<N> {
     fn is_alarm(&mut self, score: f32) -> bool {
         let times = score / self.usual.mean().max(0.1);
         let harm = libm::logf(times.max(1.0)) / libm::logf(HARM_TIMES);
-        if self.usual.count() < 2.0 * SMOOTHED_MAX as f32 || harm < TOLERANCE {
+        if self.usual.count() < USUAL_FIRST || harm < TOLERANCE {
             let memory = if self.usual.count() < USUAL_START { f32::INFINITY } else { MEMORY };
             self.usual.learn(score, memory, 0.01);
         }
