@@ -1,17 +1,23 @@
 //! The detector on any multivariate series: how unusual each row is, and which columns make it so, in one causal pass.
 //!
-//! Per column a robust score ([`Scale`]) of what context does not explain ([`Regression`]); over columns a mean of sixth powers, which lies between
-//! the mean square, in which one column of many drowns, and the greatest, which is the noisiest; over rows a mean of five. Rows that are
+//! Per column a robust score ([`Scale`]) of what context does not explain ([`Regression`]), and of that the part that the other columns do not
+//! explain ([`Relation`]); over columns the mean magnitude, which sees many small changes at once, and a little of the mean of sixth powers, in which
+//! one column of many does not drown; over rows means that fade, fast and slowly, for changes that are short and that last. Rows that are
 //! unusual as a whole teach nothing. Simpler and other stages were measured against this: see `lab eval series`.
 
 use crate::evidence::Evidence;
 use crate::regress::Regression;
-use crate::scale::Scale;
+use crate::relation::Relation;
+use crate::scale::{Scale, Z_MAX};
 
 /// Most columns of context.
 pub const CONTEXT_MAX: usize = 8;
-/// Rows of which a score is the mean.
-const SMOOTHED: usize = 5;
+/// A score is the mean of two exponentially weighted means, in which a row weighs as one of so many.
+const SMOOTHED: [f32; 2] = [4.0, 30.0];
+/// The first so many rows are usual whatever they are.
+const USUAL_FIRST: f32 = 10.0;
+/// What the mean of sixth powers counts in a row's score; the rest is the mean magnitude's.
+const GREATEST_SHARE: f32 = 0.2;
 /// Rows that a column's location and scale remember: a half-life of 2,000.
 const MEMORY: f32 = 2_885.0;
 /// How unusual rows usually are is first estimated of so many.
@@ -36,16 +42,16 @@ const ROWS_PER_FALSE_ALARM: f32 = 1e5;
 pub struct ColumnCause {
     /// The column.
     pub column: usize,
-    /// Its score: how many deviations from what was expected, with its sign.
+    /// Its score: how many deviations from what was expected, of itself or, if that is more, by the other columns, with its sign.
     pub score: f32,
-    /// Its part of the row's score, 0 to 1.
+    /// Its part of the sum of the sixth powers of all columns' scores, 0 to 1.
     pub share: f32,
 }
 
 /// What is said of a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scored {
-    /// How unusual it and the four before it are, in deviations; 0 during the burn-in.
+    /// How unusual it and those before it are, in deviations, the latest most: half of the score are of the last six; 0 during the burn-in.
     pub score: f32,
     /// Whether there is evidence of a change that is not a false alarm.
     pub alarm: bool,
@@ -53,7 +59,7 @@ pub struct Scored {
     pub causes: [Option<ColumnCause>; 3],
 }
 
-/// A detector for up to `N` columns.
+/// A detector for up to `N` columns. Most of it are the `N` times `N` numbers of [`Relation`]: 64 KiB where `N` is 128.
 #[derive(Clone, Debug)]
 pub struct SeriesDetector<const N: usize> {
     columns: usize,
@@ -64,7 +70,8 @@ pub struct SeriesDetector<const N: usize> {
     largest: [f32; N],
     regression: Option<Regression<{ CONTEXT_MAX + 1 }, N>>,
     contexts: [Scale; CONTEXT_MAX],
-    scores: [f32; SMOOTHED],
+    relation: Relation<N>,
+    smoothed: [f32; SMOOTHED.len()],
     usual: Scale,
     evidence: Evidence,
 }
@@ -85,7 +92,8 @@ impl<const N: usize> SeriesDetector<N> {
             largest: [0.0; N],
             regression: with_context.then(Regression::default),
             contexts: [Scale::default(); CONTEXT_MAX],
-            scores: [0.0; SMOOTHED],
+            relation: Relation::new(columns),
+            smoothed: [0.0; SMOOTHED.len()],
             usual: Scale::default(),
             evidence: Evidence::default(),
         }
@@ -101,18 +109,28 @@ impl<const N: usize> SeriesDetector<N> {
             Some(value) if at < self.columns => self.residual(at, *value, &terms),
             _ => f32::NAN,
         });
-        let scores: [f32; N] = core::array::from_fn(|at| self.score(at, residuals[at]));
+        let mut scores: [f32; N] = core::array::from_fn(|at| self.score(at, residuals[at]));
+        let is_missing = |at: usize| !residuals[at].is_finite();
+        self.relation.fill(&mut scores, is_missing);
+        let mut related = self.relation.scores(&scores).map(|score| score.clamp(-Z_MAX, Z_MAX));
+        (0..self.columns).filter(|at| is_missing(*at)).for_each(|at| related[at] = 0.0);
         let burning = self.rows < self.burn_in;
         self.rows = self.rows.saturating_add(1);
-        let score = self.joint(&scores, burning);
         let squares = scores[..self.columns].iter().map(|score| (score * score).min(SQUARE_MAX)).sum::<f32>();
         if burning || squares < GATE * self.columns as f32 {
             self.learn(&residuals, &terms, burning);
+            self.relation.learn(&scores);
         }
         if burning {
             return Scored { score: 0.0, alarm: false, causes: [None; 3] };
         }
-        Scored { score, alarm: self.is_alarm(score), causes: self.causes(&scores) }
+        let score = self.joint(&related);
+        let causes = core::array::from_fn(|at| match (scores[at], related[at]) {
+            _ if is_missing(at) => 0.0,
+            (of_itself, by_others) if of_itself.abs() > by_others.abs() => of_itself,
+            (_, by_others) => by_others,
+        });
+        Scored { score, alarm: self.is_alarm(score), causes: self.causes(&causes) }
     }
 
     /// The terms of the regression: 1 and the context, each in its own deviations of the burn-in.
@@ -144,12 +162,16 @@ impl<const N: usize> SeriesDetector<N> {
         if residual.is_finite() { self.scales[at].score(residual, self.floor(at)) } else { 0.0 }
     }
 
-    fn joint(&mut self, scores: &[f32; N], burning: bool) -> f32 {
-        let sum: f32 = scores[..self.columns].iter().map(|score| sixth(*score)).sum();
-        let joint = libm::powf(sum / self.columns.max(1) as f32, 1.0 / 6.0);
-        self.scores.rotate_right(1);
-        self.scores[0] = if burning { 0.0 } else { joint };
-        self.scores.iter().sum::<f32>() / SMOOTHED as f32
+    fn joint(&mut self, scores: &[f32; N]) -> f32 {
+        let (scores, count) = (&scores[..self.columns], self.columns.max(1) as f32);
+        let mean = scores.iter().map(|score| score.abs()).sum::<f32>() / count;
+        let greatest = libm::powf(scores.iter().map(|score| sixth(*score)).sum::<f32>() / count, 1.0 / 6.0);
+        let score = mean + GREATEST_SHARE * (greatest - mean);
+        let seen = self.rows.saturating_sub(self.burn_in).max(1) as f32;
+        for (smoothed, rows) in self.smoothed.iter_mut().zip(SMOOTHED).filter(|_| score.is_finite()) {
+            *smoothed += (score - *smoothed) / rows.min(seen);
+        }
+        self.smoothed.iter().sum::<f32>() / SMOOTHED.len() as f32
     }
 
     fn learn(&mut self, residuals: &[f32; N], terms: &[f32; CONTEXT_MAX + 1], burning: bool) {
@@ -169,7 +191,7 @@ impl<const N: usize> SeriesDetector<N> {
     fn is_alarm(&mut self, score: f32) -> bool {
         let times = score / self.usual.mean().max(0.1);
         let harm = libm::logf(times.max(1.0)) / libm::logf(HARM_TIMES);
-        if self.usual.count() < 2.0 * SMOOTHED as f32 || harm < TOLERANCE {
+        if self.usual.count() < USUAL_FIRST || harm < TOLERANCE {
             let memory = if self.usual.count() < USUAL_START { f32::INFINITY } else { MEMORY };
             self.usual.learn(score, memory, 0.01);
         }
@@ -217,7 +239,7 @@ mod tests {
     #[test]
     fn an_unusual_column_is_found_and_named() {
         let mut detector = SeriesDetector::<8>::new(4, 200, false);
-        let mut last = None;
+        let (mut last, mut usual) = (None, 0.0_f32);
         for step in 0..400 {
             let mut row: [f32; 4] = core::array::from_fn(|at| 10.0 + noise(step, at as u32));
             row[3] = 5.0;
@@ -227,10 +249,10 @@ mod tests {
             last = Some(detector.step(&row, &[]));
             let scored = last.expect("just set");
             assert_eq!(scored.score == 0.0, step < 200, "{step}");
-            assert!(step >= 390 || scored.score < 2.0, "{step}: {scored:?}");
+            usual = usual.max(if step < 390 { scored.score } else { 0.0 });
         }
         let last = last.expect("there were rows");
-        assert!(last.score > 5.0, "{last:?}");
+        assert!(usual < 1.0 && last.score > 2.5 * usual, "{usual}: {last:?}");
         assert_eq!(last.causes[0].map(|cause| cause.column), Some(2));
         assert!(last.causes[0].expect("it is there").share > 0.9);
     }
@@ -262,6 +284,25 @@ mod tests {
         };
         assert!(run(false) > 4.0);
         assert!(run(true) < 3.0, "{}", run(true));
+    }
+
+    #[test]
+    fn a_column_that_leaves_its_relation_is_found_within_its_own_bounds_and_its_absence_is_not() {
+        let run = |third: fn(f32, f32) -> f32| {
+            let mut detector = SeriesDetector::<4>::new(3, 500, false);
+            let mut greatest = [0.0_f32; 2];
+            for step in 0..2_000 {
+                let load = 10.0 * noise(step, 0);
+                let row = [load, 2.0 * load + noise(step, 1), load - noise(step, 2)];
+                let row = if step < 1_960 { row } else { [row[0], row[1], third(row[2], noise(step, 3))] };
+                let scored = detector.step(&row, &[]);
+                greatest[usize::from(step >= 1_960)] = greatest[usize::from(step >= 1_960)].max(scored.score);
+            }
+            greatest[1] / greatest[0]
+        };
+        assert!(run(|_, other| 10.0 * other) > 1.5, "{}", run(|_, other| 10.0 * other));
+        assert!(run(|_, _| f32::NAN) < 1.2, "{}", run(|_, _| f32::NAN));
+        assert!(run(|value, _| value) < 1.2, "{}", run(|value, _| value));
     }
 
     #[test]
