@@ -17,7 +17,7 @@ const SMOOTHED: [f32; 2] = [4.0, 30.0];
 /// The first so many rows are usual whatever they are.
 const USUAL_FIRST: f32 = 10.0;
 /// What the mean of sixth powers counts in a row's score; the rest is the mean magnitude's.
-const GREATEST_SHARE: f32 = 0.2;
+const GREATEST_SHARE: f32 = 0.1;
 /// Rows that a column's location and scale remember: a half-life of 2,000.
 const MEMORY: f32 = 2_885.0;
 /// How unusual rows usually are is first estimated of so many.
