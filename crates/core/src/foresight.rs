@@ -25,7 +25,7 @@ const COMMON_FACTOR_STOPPED: f32 = 10.0;
 /// And at least so much longer: below that it is chance.
 const COMMON_LEAST: Nanos = Nanos::from_millis(1);
 /// One read that has been under way for so long, and longer than that, is enough: its end is not waited for.
-const HANGING: Nanos = Nanos::from_millis(50);
+const HANGING: Nanos = Nanos::from_millis(250);
 /// Other devices of the host whose failure is predicted at the same time: so many and it is the host.
 const OTHERS_MAX: u32 = 2;
 /// An hour.
@@ -322,7 +322,8 @@ impl Policy {
 
     /// The shadow was asked, and is slow as well.
     pub(crate) fn found_common(&mut self, why: &Withheld, now: Nanos) {
-        if matches!(why, Withheld::CommonCause { .. }) {
+        // A read that hangs says it again by itself.
+        if matches!(why, Withheld::CommonCause { took: Some(_), .. }) {
             self.common = Some((now, why.clone()));
         }
     }
