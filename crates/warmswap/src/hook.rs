@@ -13,6 +13,8 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 const QUEUE_MAX: usize = 64;
 /// A call that takes longer is killed.
 const CALL_MAX: Duration = Duration::from_secs(10);
+/// What waits at the end of the program has so long.
+const END_MAX: Duration = Duration::from_secs(2);
 /// How often it is looked at meanwhile.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Events that are told.
@@ -75,10 +77,10 @@ impl Hook {
 }
 
 impl Drop for Hook {
-    /// What waits is still told: each within its bound, all of it within one more.
+    /// What waits is still told, for a moment.
     fn drop(&mut self) {
         self.queue = crossbeam_channel::bounded(0).0;
-        let until = Instant::now() + CALL_MAX;
+        let until = Instant::now() + END_MAX;
         let Some(thread) = self.thread.take() else { return };
         while !thread.is_finished() && Instant::now() < until {
             std::thread::sleep(LOOK_EVERY);

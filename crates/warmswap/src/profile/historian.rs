@@ -423,7 +423,9 @@ impl Historian {
         let devices: Vec<Arc<str>> = self.shared.lock().keys().cloned().collect();
         devices.iter().for_each(|device| self.open(device));
         let mut due = Instant::now() + FLUSH_EVERY;
-        let mut snapshot_due = Instant::now() + SNAPSHOT_EVERY;
+        // One after the other: of many devices all at once would keep it from its records.
+        let snapshot_every = SNAPSHOT_EVERY / u32::try_from(devices.len().max(1)).unwrap_or(u32::MAX);
+        let (mut snapshot_due, mut turn) = (Instant::now() + snapshot_every, devices.iter().cycle());
         let mut retry = Instant::now() + RETRY_EVERY;
         loop {
             let next = if self.waiting.is_empty() { due } else { due.min(retry) };
@@ -442,8 +444,8 @@ impl Historian {
                 due = now + FLUSH_EVERY;
             }
             if now >= snapshot_due {
-                devices.iter().for_each(|device| self.snapshot(device, "periodic", None));
-                snapshot_due = now + SNAPSHOT_EVERY;
+                turn.next().into_iter().for_each(|device| self.snapshot(device, "periodic", None));
+                snapshot_due = now + snapshot_every;
             }
         }
         self.flush_all(true);
