@@ -15,6 +15,9 @@ use super::{setup, shell};
 const INSTRUMENTS: [&[&str]; 5] = [
     &["rig", "--failovers", "120", "--seed", "1"],
     &["rig", "--failovers", "60", "--seed", "2", "--backend", "mixed"],
+    &["rig", "--failovers", "60", "--seed", "3", "--kinds", "predicted"],
+    // A silent hang that is foreseen.
+    &["eval", "end-to-end", "--kinds", "lost-completion", "--modes", "predictive", "--seeds", "1"],
     &["crash", "--queue-size", "4"],
     &["vm", "--failovers", "6", "--seed", "1"],
     &["vm", "--failovers", "4", "--seed", "2", "--backend", "blk"],
