@@ -12,7 +12,7 @@ use super::parts::Part;
 use super::{setup, shell};
 
 /// Short runs of the instruments, with real processes: the words after `lab`.
-const INSTRUMENTS: [&[&str]; 5] = [
+const INSTRUMENTS: [&[&str]; 7] = [
     &["rig", "--failovers", "120", "--seed", "1"],
     &["rig", "--failovers", "60", "--seed", "2", "--backend", "mixed"],
     &["rig", "--failovers", "60", "--seed", "3", "--kinds", "predicted"],

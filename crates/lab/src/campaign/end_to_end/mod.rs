@@ -119,6 +119,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         print!("{}", report.text());
     }
     ensure!(!interrupt::is_asked(), "interrupted: what is above is of the runs that were made");
+    let (lost, corrupted) = (report.lost(), report.corrupted());
+    ensure!(
+        lost + corrupted == 0,
+        "a guarded guest lost {lost} requests, and {corrupted} blocks held what they could not hold"
+    );
+    ensure!(report.errors == 0, "{} runs could not be made", report.errors);
     Ok(())
 }
 

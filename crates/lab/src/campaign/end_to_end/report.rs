@@ -117,11 +117,11 @@ impl Report<'_> {
         self.predictive().map(Outcome::useless).sum()
     }
 
-    fn lost(&self) -> u64 {
+    pub(super) fn lost(&self) -> u64 {
         self.guarded().map(|run| run.endured.lost).sum()
     }
 
-    fn corrupted(&self) -> u64 {
+    pub(super) fn corrupted(&self) -> u64 {
         self.guarded().map(|run| run.endured.corrupted).sum()
     }
 
