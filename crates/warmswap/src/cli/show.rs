@@ -199,6 +199,12 @@ fn notes(out: &mut dyn Write, device: &Value) -> std::io::Result<()> {
     } else if device["state"] != "protected" {
         writeln!(out, "  shadow: {}", device["shadow_note"].as_str().unwrap_or("-"))?;
     }
+    let verdict = &device["verdict"];
+    if let Some(reason) = verdict["reason"].as_str() {
+        let causes = verdict["causes"].as_array().map_or(&[][..], Vec::as_slice);
+        let names: Vec<&str> = causes.iter().take(3).filter_map(|cause| cause["feature"].as_str()).collect();
+        writeln!(out, "  ALARM: {reason} ({})", names.join(", "))?;
+    }
     if let Some(why) = device["policy"]["withheld"]["reason"].as_str() {
         writeln!(out, "  a predicted failure is not acted upon: {why}")?;
     }

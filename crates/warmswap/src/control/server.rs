@@ -221,7 +221,12 @@ impl Server {
                 self.commander.send(Command::Status { answer });
                 let Ok(mut devices) = status.recv() else { return ending() };
                 devices.retain(|(name, _)| *name == self.device.name);
-                json::status(&devices, &self.device)
+                let mut answer = json::status(&devices, &self.device);
+                let verdict = self.history.predictor(&self.device.name, history::verdict).flatten();
+                if let Some(device) = answer["devices"].get_mut(0) {
+                    device["verdict"] = verdict.unwrap_or(Value::Null);
+                }
+                answer
             }
             Ask::Failover { device, now, reason } => {
                 let device = match self.name(device) {
