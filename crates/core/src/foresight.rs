@@ -23,7 +23,7 @@ const COMMON_FACTOR: f32 = 2.0;
 /// The same where the primary does not answer at all: the shadow has to answer.
 const COMMON_FACTOR_STOPPED: f32 = 10.0;
 /// And at least so much longer: below that it is chance.
-const COMMON_LEAST: Nanos = Nanos::from_millis(1);
+const COMMON_LEAST: Nanos = Nanos::from_micros(500);
 /// One read that has been under way for so long, and longer than that, is enough: its end is not waited for.
 const HANGING: Nanos = Nanos::from_millis(250);
 /// Other devices of the host whose failure is predicted at the same time: so many and it is the host.
@@ -87,6 +87,10 @@ pub enum Withheld {
         /// What they take usually.
         usual: Nanos,
     },
+    /// The guest was given its interrupts once more, which is all that is needed if one was lost.
+    GivenAgain,
+    /// The guest takes no interrupts: it does not run.
+    GuestAbsent,
     /// What it would cost is more than what it would save.
     NotWorth {
         /// Probability of a failure, 0 to 1.
@@ -107,6 +111,8 @@ impl Withheld {
             Withheld::Cooling { .. } => "cooling",
             Withheld::Budget { .. } => "budget",
             Withheld::CommonCause { .. } => "common-cause",
+            Withheld::GivenAgain => "given-again",
+            Withheld::GuestAbsent => "guest-absent",
             Withheld::NotWorth { .. } => "not-worth",
             Withheld::Refused(_) => "refused",
         }
@@ -123,6 +129,8 @@ impl Withheld {
                 "look at the device: one that alarms again after a swap has its fault elsewhere"
             }
             Withheld::CommonCause { .. } => "look at the storage: the fault lies below both backends",
+            Withheld::GivenAgain => "nothing: if the next one is lost as well the shadow takes over",
+            Withheld::GuestAbsent => "look at the guest: it has stopped, or hangs",
             Withheld::NotWorth { .. } => "nothing: it is watched on",
             Withheld::Refused(_) => "it is tried again at the next alarm",
         }
@@ -147,6 +155,8 @@ impl fmt::Display for Withheld {
             Withheld::CommonCause { took: None, usual } => {
                 write!(f, "the shadow's reads are not completed either, usually they take {usual}")
             }
+            Withheld::GivenAgain => f.write_str("an interrupt seems to be lost: the guest is given it once more"),
+            Withheld::GuestAbsent => f.write_str("the guest takes no interrupts, given again or not"),
             Withheld::NotWorth { risk } => {
                 write!(f, "a failure is not likely enough ({:.1} %) for what a swap costs", risk * 100.0)
             }
@@ -180,6 +190,14 @@ pub(crate) struct Considered {
     count: usize,
 }
 
+impl Common {
+    /// Whether it is too soon after that for an alarm to be evidence; not for ever: a store may become slow and stay so.
+    fn holds(&self, limits: &Limits, now: Nanos) -> bool {
+        let most = Nanos(limits.cool_down_min.0.saturating_mul(HELPED_AFTER));
+        now.since(self.at) < limits.cool_down_min && now.since(self.found) < most
+    }
+}
+
 impl Considered {
     /// Whether a read of the shadow is wanted.
     pub(crate) fn wants_read(&self) -> bool {
@@ -205,8 +223,8 @@ struct Usual {
 impl Usual {
     /// So many reads are averaged first.
     const START: u32 = 5;
-    /// Afterwards each moves it by so much.
-    const STEP: f32 = 0.05;
+    /// Afterwards each moves it by so much at most: a fault that comes within two minutes is not taken for usual.
+    const STEP: f32 = 0.005;
 
     fn learn(&mut self, took: Nanos) {
         let log = (took.0.max(1) as f32).ln();
@@ -223,6 +241,16 @@ impl Usual {
     }
 }
 
+/// The shadow was found slow as well.
+#[derive(Clone, Debug)]
+struct Common {
+    /// When that was found, and when a read last said so.
+    found: Nanos,
+    at: Nanos,
+    took: Nanos,
+    usual: Nanos,
+}
+
 /// Decides about predicted failovers of one pair.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Policy {
@@ -234,7 +262,11 @@ pub(crate) struct Policy {
     usual: Usual,
     alarm_at: Option<Nanos>,
     /// When the shadow was last found slow as well, and how slow.
-    common: Option<(Nanos, Withheld)>,
+    common: Option<Common>,
+    /// An alarm came so soon after the last failover that it cannot have helped.
+    unhelped: bool,
+    /// When the guest was given its interrupts once more, and what had been submitted by then.
+    nudged: Option<(u64, Nanos)>,
     said: Option<(&'static str, Nanos)>,
     last_withheld: Option<Withheld>,
 }
@@ -257,9 +289,14 @@ impl Policy {
         if let Some(feature @ Feature::StoreShare) = resource {
             return Some(Withheld::SharedResource(feature));
         }
+        if let Some(last) = self.made.last() {
+            let rest = self.rest.unwrap_or(limits.cool_down_min);
+            self.unhelped |= now.since(*last) < Nanos(rest.0.saturating_mul(HELPED_AFTER));
+        }
         // Windows of the time in which both were slow are no evidence against one of them.
-        if let Some((_, why)) = self.common.as_ref().filter(|(at, _)| now.since(*at) < limits.cool_down_min) {
-            return Some(why.clone());
+        let slow = matches!(foresight.alarm, Alarm::Harm | Alarm::Drift | Alarm::Risk);
+        if let Some(Common { took, usual, .. }) = self.common.as_ref().filter(|it| slow && it.holds(limits, now)) {
+            return Some(Withheld::CommonCause { took: Some(*took), usual: *usual });
         }
         if foresight.others >= OTHERS_MAX {
             return Some(Withheld::Host { others: foresight.others });
@@ -289,10 +326,10 @@ impl Policy {
         } else if self.alarm_at.is_none_or(|at| now.since(at) >= UNWELL_FOR) {
             self.usual.learn(took);
         }
-        if let Some((at, Withheld::CommonCause { took: known, usual })) = &mut self.common
-            && took > slow_beyond(Alarm::Harm, *usual)
+        if let (Some(common), Some(usual)) = (&mut self.common, self.usual.value())
+            && took > slow_beyond(Alarm::Harm, usual)
         {
-            (*at, *known) = (now, Some(took));
+            (common.at, common.took, common.usual) = (now, took, usual);
         }
     }
 
@@ -323,8 +360,18 @@ impl Policy {
     /// The shadow was asked, and is slow as well.
     pub(crate) fn found_common(&mut self, why: &Withheld, now: Nanos) {
         // A read that hangs says it again by itself.
-        if matches!(why, Withheld::CommonCause { took: Some(_), .. }) {
-            self.common = Some((now, why.clone()));
+        if let Withheld::CommonCause { took: Some(took), usual } = *why {
+            self.common = Some(Common { found: now, at: now, took, usual });
+        }
+    }
+
+    /// An interrupt seems to be lost: the guest is given it once more, and the same again is looked into only if it has gone on since.
+    /// `submitted` is how much it has asked for so far. Nothing: it has gone on, and has lost another one.
+    pub(crate) fn interrupt_lost(&mut self, submitted: u64, now: Nanos) -> Option<Withheld> {
+        match self.nudged.replace((submitted, now)) {
+            Some((before, _)) if before == submitted => Some(Withheld::GuestAbsent),
+            Some((_, at)) if now.since(at) < SAID_AGAIN => None,
+            _ => Some(Withheld::GivenAgain),
         }
     }
 
@@ -337,21 +384,15 @@ impl Policy {
     /// The failover that was considered begins.
     pub(crate) fn act(&mut self, limits: &Limits, now: Nanos) -> Option<Foresight> {
         let considered = self.considered.take()?;
-        let helped = self.helped(limits, now);
+        let unhelped = std::mem::take(&mut self.unhelped);
         self.rest = match self.rest {
-            Some(rest) if !helped => Some(Nanos(rest.0.saturating_mul(2)).min(limits.cool_down_max)),
+            Some(rest) if unhelped => Some(Nanos(rest.0.saturating_mul(2)).min(limits.cool_down_max)),
             _ => Some(limits.cool_down_min),
         };
         self.made.retain(|at| now.since(*at) < HOUR);
         self.made.push(now);
         self.last_withheld = None;
         Some(considered.foresight)
-    }
-
-    /// Whether what was done last has helped: no alarm came for a good while after it.
-    pub(crate) fn helped(&self, limits: &Limits, now: Nanos) -> bool {
-        let rest = self.rest.unwrap_or(limits.cool_down_min);
-        self.made.last().is_none_or(|at| now.since(*at) >= Nanos(rest.0.saturating_mul(HELPED_AFTER)))
     }
 
     /// Notes that the alarm is not acted upon. Says whether that is news.
@@ -520,6 +561,38 @@ mod tests {
         now += 1_000;
         assert_eq!(judged(&mut policy, Alarm::Harm, [400; READS], after(now)), None);
         assert_eq!(policy.cooling(&Limits::default(), after(now)), Some(after(10)));
+    }
+
+    #[test]
+    fn a_fault_that_no_swap_cures_is_not_forgiven_for_being_withheld() {
+        let mut policy = experienced();
+        let mut made = 0;
+        for second in 100..20_000 {
+            made += u32::from(judged(&mut policy, Alarm::Harm, [400; READS], after(second)).is_none());
+        }
+        assert!(made <= 13, "{made} in five and a half hours");
+    }
+
+    #[test]
+    fn a_guest_that_takes_no_interrupts_is_told_from_one_that_loses_them() {
+        let mut policy = Policy::default();
+        assert_eq!(policy.interrupt_lost(7, after(1)), Some(Withheld::GivenAgain));
+        assert_eq!(policy.interrupt_lost(7, after(2)), Some(Withheld::GuestAbsent));
+        assert_eq!(policy.interrupt_lost(7, after(300)), Some(Withheld::GuestAbsent));
+        assert_eq!(policy.interrupt_lost(9, after(302)), None, "it went on, and lost another one");
+        assert_eq!(policy.interrupt_lost(10, after(900)), Some(Withheld::GivenAgain));
+    }
+
+    #[test]
+    fn a_store_that_is_slow_for_good_does_not_switch_foresight_off() {
+        let mut policy = experienced();
+        let why = judged(&mut policy, Alarm::Harm, [4_000; READS], after(100)).expect("the shadow is slow");
+        policy.found_common(&why, after(100));
+        (101..161).for_each(|second| policy.read(after(second), Nanos::from_millis(4), after(second)));
+        let first = policy.at_first(&alarm(Alarm::Harm), OnPrediction::Act, &Limits::default(), after(161));
+        assert_eq!(first, None, "the shadow is asked again");
+        let law = alarm(Alarm::Law(Law::KickIsSeen));
+        assert_eq!(policy.at_first(&law, OnPrediction::Act, &Limits::default(), after(101)), None);
     }
 
     #[test]

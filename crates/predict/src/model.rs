@@ -325,7 +325,7 @@ impl Model {
             let (overdue, ticks) = self.volatile.tick_overdue[at];
             overdue > limit && ticks >= LAW_TICKS
         };
-        if value(Feature::RunDelay).max(value(Feature::Throttled)) > STARVED {
+        let law = if value(Feature::RunDelay).max(value(Feature::Throttled)) > STARVED {
             None
         } else if lasts(0, limit) {
             Some(Law::KickIsSeen)
@@ -335,7 +335,12 @@ impl Model {
             Some(Law::RequestIsCompleted)
         } else {
             None
+        };
+        if law.is_some() {
+            self.roll_back();
+            self.seen = None;
         }
+        law
     }
 
     /// Forgets what belongs to the backend that served: after a failover the next one is judged by what its predecessor was like in health.

@@ -3,7 +3,9 @@
 //! A thread of its own runs one after the other; what comes while too many wait is counted and said to the next one. Nothing here can delay a
 //! failover.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -102,14 +104,19 @@ fn carry_out(command: &str, call: &Call) -> std::io::Result<()> {
         .env("WARMSWAP_DEVICE", &call.device)
         .env("WARMSWAP_EVENT", call.event)
         .env("WARMSWAP_LEFT_OUT", call.left_out.to_string())
-        .stdin(Stdio::piped())
+        .stdin(entry(&call.line)?)
+        .process_group(0)
         .stdout(Stdio::null())
         .spawn()?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A line is less than a pipe holds; whoever does not read it need not.
-        let _unread = writeln!(stdin, "{}", call.line);
-    }
     wait(&mut child)
+}
+
+/// A file in memory with a line: whoever does not read it holds nobody up.
+fn entry(line: &str) -> std::io::Result<Stdio> {
+    let mut file = File::from(rustix::fs::memfd_create("entry", rustix::fs::MemfdFlags::CLOEXEC)?);
+    writeln!(file, "{line}")?;
+    file.rewind()?;
+    Ok(Stdio::from(file))
 }
 
 fn wait(child: &mut Child) -> std::io::Result<()> {
@@ -121,7 +128,9 @@ fn wait(child: &mut Child) -> std::io::Result<()> {
             None => std::thread::sleep(LOOK_EVERY),
         }
     }
-    child.kill()?;
+    // With all that it has started.
+    let group = rustix::process::Pid::from_raw(child.id().cast_signed());
+    let _gone = group.map(|group| rustix::process::kill_process_group(group, rustix::process::Signal::KILL));
     child.wait()?;
     Err(std::io::Error::other(format!("it was killed after {} s", CALL_MAX.as_secs())))
 }

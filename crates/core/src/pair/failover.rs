@@ -228,7 +228,11 @@ impl Pair {
             self.abandon_failover("the VMM disconnected", step);
             return self.finish_close(step);
         }
-        if self.failover.as_ref().is_some_and(|failover| failover.phase != Phase::Handing) {
+        if let Some(failover) = self.failover.as_ref().filter(|failover| failover.phase != Phase::Handing) {
+            // What kept a shadow from being started while nobody waited for it, room for one above all, is no reason now.
+            if failover.report.attempts == 0 {
+                (self.restart_at, self.restart_wait) = (None, self.config.limits.restart_min);
+            }
             self.enter(Phase::Handing, step);
         }
         let Some(target) = self.ready_shadow() else { return self.ensure_target(step) };

@@ -3,11 +3,15 @@
 //! The shadow is the control group. It has the same storage and another process: what makes it slow as well lies below both, and a swap would
 //! only show the guest the same fault once more.
 
+use warmswap_predict::{Alarm, Law};
+
 use super::{Pair, Step};
 use crate::canary::CanaryState;
-use crate::failover::Kind;
+use crate::event::Action;
+use crate::failover::{Kind, Outcome, Report};
 use crate::foresight::{Foresight, Withheld, can_drain};
 use crate::journal::Entry;
+use crate::observer::Observer;
 use crate::time::Nanos;
 
 impl Pair {
@@ -19,6 +23,11 @@ impl Pair {
             return;
         }
         let limits = self.config.limits;
+        if matches!(foresight.alarm, Alarm::Law(Law::InterruptIsTaken))
+            && let Some(why) = self.interrupt_lost(step)
+        {
+            return self.withhold(&foresight, &why, step);
+        }
         match self.policy.at_first(&foresight, self.config.on_prediction, &limits, step.now) {
             Some(why) => self.withhold(&foresight, &why, step),
             None => self.policy.consider(foresight, step.now),
@@ -43,13 +52,26 @@ impl Pair {
         }
         let foresight = considered.foresight.clone();
         // What the shadow does says more than that it is busy with it.
-        let swap = self.last_report.as_ref().map(|report| report.blackout);
+        let swaps = |report: &&Report| {
+            report.outcome == Outcome::Settled && matches!(report.kind, Kind::Planned | Kind::Predicted)
+        };
+        let swap = self.last_report.as_ref().filter(swaps).map(|report| report.blackout);
         let against = self.policy.against(waiting, swap, &limits).or_else(|| hinders.map(Withheld::Refused));
         if let Some(why) = against {
             self.policy.found_common(&why, step.now);
             return self.withhold(&foresight, &why, step);
         }
         self.act_on_prediction(step);
+    }
+
+    /// Gives the guest its interrupts once more. One too many is nothing to a driver.
+    fn interrupt_lost(&mut self, step: &mut Step<'_>) -> Option<Withheld> {
+        let submitted = self.rings.iter().filter_map(|ring| ring.observer.as_ref()).map(Observer::submissions).sum();
+        let why = self.policy.interrupt_lost(submitted, step.now)?;
+        let served = self.served_rings();
+        let calls = served.iter().filter_map(|index| self.session.ring(*index)?.call);
+        calls.for_each(|call| step.out.push(Action::Signal(call)));
+        Some(why)
     }
 
     fn act_on_prediction(&mut self, step: &mut Step<'_>) {

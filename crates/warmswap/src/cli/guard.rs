@@ -326,7 +326,9 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
 /// What devices are told, for their health snapshots, and the models they go on with.
 fn beginning(devices: &[Args]) -> Result<Beginning, Failure> {
     let mut beginning = Beginning::default();
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    // What is no text cannot be given on.
+    let arguments: Option<Vec<String>> = std::env::args_os().skip(1).map(|word| word.into_string().ok()).collect();
+    let arguments = arguments.unwrap_or_default();
     for args in devices {
         let described = Described { configuration: described(args), arguments: arguments.clone() };
         beginning.described.insert(args.name.clone(), described);

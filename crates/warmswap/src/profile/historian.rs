@@ -22,7 +22,7 @@ use warmswap_store::{
 use super::consumer::Consumer;
 use super::neighbours::Neighbours;
 use super::predictor::{self, Predicted, Predictor};
-use super::snapshots::{Behaviour, Described, Snapshotter, model_of};
+use super::snapshots::{Behaviour, Described, Snapshotter};
 use super::windows::{LastWindows, WINDOWS_MAX};
 use crate::driver::{Command, Commander};
 use crate::journal::JournalSender;
@@ -474,23 +474,12 @@ impl Historian {
     }
 
     fn newest_model(&self, device: &Arc<str>) -> Option<(Model, String)> {
-        let newest = self.shared.snapshotter.as_ref()?.newest(device);
-        let refuse = |reason: String| {
+        let (found, refused) = self.shared.snapshotter.as_ref()?.newest_model(device);
+        for reason in refused {
             let entry = Entry::warning("SnapshotRefused").with("reason", reason);
             self.journal.entry(device, entry.with("next", "an older one is taken, or the model begins anew"));
-        };
-        newest.refused.iter().for_each(|error| refuse(error.to_string()));
-        let (path, snapshot) = newest.found?;
-        if snapshot.model.is_empty() {
-            return None;
         }
-        match model_of(&snapshot) {
-            Ok(model) => Some((model, path.display().to_string())),
-            Err(error) => {
-                refuse(format!("{}: {error}", path.display()));
-                None
-            }
-        }
+        found.map(|(model, path)| (model, path.display().to_string()))
     }
 
     /// Takes a health snapshot, where there is a directory for them. What goes wrong is said.

@@ -10,9 +10,7 @@ use std::time::Duration;
 
 use warmswap_core::RingStatus;
 use warmswap_predict::{Alarm, Model};
-use warmswap_store::{
-    Newest, Recording, RingPosition, Snapshot, SnapshotRetention, SnapshotVerdict, Snapshots, snapshot,
-};
+use warmswap_store::{Recording, RingPosition, Snapshot, SnapshotRetention, SnapshotVerdict, Snapshots, snapshot};
 
 use super::predictor::{Predictor, trained};
 use crate::driver::{Command, Commander};
@@ -103,9 +101,26 @@ impl Snapshotter {
         snapshots.write(&snapshot).map_err(|error| error.to_string())
     }
 
-    /// The newest snapshot of a device that can be read, and why newer ones cannot.
-    pub(crate) fn newest(&self, device: &str) -> Newest {
-        snapshot::newest_valid(&self.dir, device).unwrap_or_default()
+    /// What the newest snapshot of a device had learnt that can be gone on from, and where it is; and why newer ones cannot.
+    pub(crate) fn newest_model(&self, device: &str) -> (Option<(Model, PathBuf)>, Vec<String>) {
+        let mut refused = Vec::new();
+        let listed = snapshot::list(&self.dir, device).unwrap_or_default();
+        for listed in listed.into_iter().rev() {
+            let read = snapshot::read(&listed.path).map_err(|error| error.to_string());
+            match read {
+                Ok(snapshot) if snapshot.device != device => {
+                    refused.push(format!("{}: it is of {:?}", listed.path.display(), snapshot.device));
+                }
+                // Nothing was learnt then.
+                Ok(snapshot) if snapshot.model.is_empty() => {}
+                Ok(snapshot) => match model_of(&snapshot) {
+                    Ok(model) => return (Some((model, listed.path)), refused),
+                    Err(why) => refused.push(format!("{}: {why}", listed.path.display())),
+                },
+                Err(why) => refused.push(why),
+            }
+        }
+        (None, refused)
     }
 }
 
