@@ -21,7 +21,7 @@ use crate::journal::{Journal, JournalSender};
 use crate::profile::historian::{self, Beginning, StoreConfig};
 use crate::profile::predictor;
 use crate::profile::sampler::{self, Pace};
-use crate::profile::snapshots::{Described, model_of};
+use crate::profile::snapshots::{Described, model_of, window_ms};
 
 /// Options of `warmswap guard`.
 #[derive(Debug, clap::Args)]
@@ -335,6 +335,13 @@ fn beginning(devices: &[Args]) -> Result<Beginning, Failure> {
         let Some(path) = &args.restore else { continue };
         let fail = |why: &dyn std::fmt::Display| Failure::new(1, format!("--restore {}: {why}", path.display()));
         let snapshot = warmswap_store::snapshot::read(path)?;
+        let now = args.window_ms.to_string();
+        if let Some(then) = window_ms(&snapshot.configuration).filter(|then| *then != now) {
+            let why = format!(
+                "its model learnt from windows of {then} ms, here they are {now} ms long: give --window-ms {then}"
+            );
+            return Err(fail(&why));
+        }
         let model = model_of(&snapshot).map_err(|why| fail(&why))?;
         beginning.models.insert(args.name.clone(), (model, path.display().to_string()));
     }

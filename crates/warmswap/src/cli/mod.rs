@@ -212,6 +212,33 @@ fn check_name(name: &str) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Writes a file; one that is there is replaced only if it is of a kind that is written here.
+fn write_own(path: &std::path::Path, bytes: &[u8]) -> Result<(), Failure> {
+    let fail = |error: std::io::Error| Failure::new(1, format!("{}: {error}", path.display()));
+    let mut first = [0; 4];
+    if let Ok(mut there) = std::fs::File::open(path) {
+        let read = std::io::Read::read(&mut there, &mut first).map_err(fail)?;
+        let ours = read == 0 || first.starts_with(b"wsM") || first.starts_with(b"{");
+        if !ours {
+            return Err(Failure::new(
+                1,
+                format!("{}: it is there and is something else: it is left alone", path.display()),
+            ));
+        }
+    }
+    std::fs::write(path, bytes).map_err(fail)
+}
+
+/// What a file of another kind is for.
+fn hint(bytes: &[u8]) -> &'static str {
+    match bytes.get(..4) {
+        Some(b"wsMd") => "; it is a trained model, for `guard --model`",
+        Some(b"wsMs") => "; it is what a device's model has learnt, for `model load`",
+        Some(b"wsSn") => "; it is a health snapshot: `snapshot export --model` writes its model",
+        _ => "",
+    }
+}
+
 /// Why a command failed, and its exit code.
 #[derive(Debug)]
 pub(crate) struct Failure {

@@ -65,7 +65,7 @@ pub(super) fn run(verb: &Verb) -> Result<u8, Failure> {
                 Some(name) => learnt(name, control)?,
                 None => load_trained_model().encode().to_vec(),
             };
-            std::fs::write(file, bytes).map_err(|error| Failure::new(1, format!("{}: {error}", file.display())))?;
+            super::write_own(file, &bytes)?;
             Ok(0)
         }
         Verb::Load { file, name, control } => {
@@ -73,7 +73,8 @@ pub(super) fn run(verb: &Verb) -> Result<u8, Failure> {
             let bytes = std::fs::read(file).map_err(|error| fail(&error))?;
             // Its broker may have another trained model; what is no state at all is found here.
             Model::decode(&load_trained_model(), &bytes).map(drop).or_else(|error| {
-                if matches!(error, StateError::Trained { .. }) { Ok(()) } else { Err(fail(&error)) }
+                let other = matches!(error, StateError::Trained { .. });
+                if other { Ok(()) } else { Err(fail(&format!("{error}{}", super::hint(&bytes)))) }
             })?;
             let answer = ask(name, control, &json!({"verb": "model", "state": hex(&bytes)}))?;
             writeln!(std::io::stdout(), "{name}: goes on with {} windows learnt", answer["windows_learnt"])?;
@@ -128,7 +129,7 @@ fn show_learnt(name: &str, control: &Control, as_json: bool) -> Result<u8, Failu
 pub(super) fn read(path: &Path) -> Result<Trained, Failure> {
     let fail = |what: &dyn std::fmt::Display| Failure::new(1, format!("{}: {what}", path.display()));
     let bytes = std::fs::read(path).map_err(|error| fail(&error))?;
-    Trained::decode(&bytes).map_err(|error| fail(&error))
+    Trained::decode(&bytes).map_err(|error| fail(&format!("{error}{}", super::hint(&bytes))))
 }
 
 /// How much an input adds to the logit of a failure within a minute of windows, at most.

@@ -199,6 +199,9 @@ fn notes(out: &mut dyn Write, device: &Value) -> std::io::Result<()> {
     } else if device["state"] != "protected" {
         writeln!(out, "  shadow: {}", device["shadow_note"].as_str().unwrap_or("-"))?;
     }
+    if device["policy"]["on_prediction"] == "observe" {
+        writeln!(out, "  predicted failures are only reported (--observe)")?;
+    }
     let verdict = &device["verdict"];
     if let Some(reason) = verdict["reason"].as_str() {
         let causes = verdict["causes"].as_array().map_or(&[][..], Vec::as_slice);

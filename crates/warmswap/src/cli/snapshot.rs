@@ -145,6 +145,9 @@ fn time_of(unix_ns: u64) -> String {
 fn list(name: &str, store: &Path, as_json: bool) -> Result<u8, Failure> {
     check_name(name)?;
     let listed = snapshot::list(store, name)?;
+    if listed.is_empty() {
+        return Err(Failure::new(1, format!("{}: there is no health snapshot of {name}", store.display())));
+    }
     let described = |it: &Listed| snapshot::read(&it.path).map_err(|error| error.to_string());
     let mut out = std::io::stdout().lock();
     if !as_json {
@@ -318,6 +321,10 @@ fn diff(before: &Snapshot, after: &Snapshot, as_json: bool) -> Result<u8, Failur
         writeln!(out, "{}", plain::json_line(&json!(list).to_string()))?;
         return Ok(0);
     }
+    if found.is_empty() {
+        writeln!(out, "no difference")?;
+        return Ok(0);
+    }
     writeln!(out, "{:<26} {:>24} {:>24}", "", time_of(before.unix_ns), time_of(after.unix_ns))?;
     for (name, one, other) in found {
         writeln!(out, "{:<26} {:>24} {:>24}", plain::clean(&name), plain::clean(&one), plain::clean(&other))?;
@@ -326,18 +333,17 @@ fn diff(before: &Snapshot, after: &Snapshot, as_json: bool) -> Result<u8, Failur
 }
 
 fn export(snapshot: &Snapshot, output: &Path, model: Option<&Path>) -> Result<u8, Failure> {
-    let fail = |path: &Path, error: std::io::Error| Failure::new(1, format!("{}: {error}", path.display()));
     if let Some(path) = model {
         if snapshot.model.is_empty() {
             return Err(Failure::new(1, "the snapshot holds no model: none was learnt yet"));
         }
-        std::fs::write(path, &snapshot.model).map_err(|error| fail(path, error))?;
+        super::write_own(path, &snapshot.model)?;
     }
     let line = format!("{}\n", to_json(snapshot, true));
     if output == Path::new("-") {
         std::io::stdout().lock().write_all(line.as_bytes())?;
     } else {
-        std::fs::write(output, line).map_err(|error| fail(output, error))?;
+        super::write_own(output, line.as_bytes())?;
     }
     Ok(0)
 }

@@ -123,11 +123,11 @@ pub(super) fn model(history: &HistoryHandle, device: &str, state: Option<&str>, 
     if let Some(hex) = state {
         let bytes = bytes_of(hex);
         match bytes.and_then(|bytes| Model::decode(trained(), &bytes).map_err(|error| error.to_string())) {
-            Ok(model) => _ = history.set_predictor(device, Predictor::with(model)),
+            Ok(model) => _ = history.set_predictor(device, Predictor::with(model), "a model was loaded"),
             Err(why) => return error(1, &why),
         }
     } else if reset {
-        history.set_predictor(device, Predictor::default());
+        history.set_predictor(device, Predictor::default(), "the model was reset");
     }
     let state = history.predictor(device, |predictor| {
         let mut hex = String::with_capacity(2 * MODEL_STATE_BYTES);

@@ -205,9 +205,16 @@ impl HistoryHandle {
     }
 
     /// Has the failure model of a device go on with what this one knows. Says whether there is such a device.
-    pub(crate) fn set_predictor(&self, device: &str, predictor: Predictor) -> bool {
-        let mut devices = self.shared.lock();
-        devices.get_mut(device).map(|device| device.consumer.set_predictor(predictor)).is_some()
+    pub(crate) fn set_predictor(&self, device: &str, predictor: Predictor, why: &str) -> bool {
+        let known = {
+            let mut devices = self.shared.lock();
+            devices.get_mut(device).map(|device| device.consumer.set_predictor(predictor)).is_some()
+        };
+        // What it went on with before must not come back with the next broker.
+        if known && self.shared.snapshotter.is_some() {
+            let _untaken = self.shared.snapshot(device, why, None);
+        }
+        known
     }
 
     /// Has the control thread told of every alarm from now on. Alarms of other brokers are noted in `dir`.
@@ -449,7 +456,10 @@ impl Historian {
             }
         }
         self.flush_all(true);
-        devices.iter().for_each(|device| self.snapshot(device, "the broker ends", None));
+        // One that was refused, or never measured anything, has nothing to go on from.
+        let measured =
+            |device: &&Arc<str>| self.shared.lock().get(*device).is_some_and(|it| it.windows.iter().next().is_some());
+        devices.iter().filter(measured).for_each(|device| self.snapshot(device, "the broker ends", None));
         let mut devices = self.shared.lock();
         self.shared.ended.store(true, Ordering::Release);
         for device in devices.values_mut() {

@@ -61,6 +61,12 @@ impl Snapshotter {
         Snapshotter { dir: dir.to_path_buf(), described, open: Mutex::default() }
     }
 
+    /// Whether a snapshot's windows are as long as those of the device now.
+    fn has_windows_of(&self, device: &str, snapshot: &Snapshot) -> bool {
+        let now = self.described.get(device).and_then(|it| window_ms(&it.configuration));
+        now.is_none_or(|now| window_ms(&snapshot.configuration).is_none_or(|then| now == then))
+    }
+
     /// Writes one. Returns where it is.
     pub(crate) fn take(
         &self,
@@ -111,6 +117,10 @@ impl Snapshotter {
                 Ok(snapshot) if snapshot.device != device => {
                     refused.push(format!("{}: it is of {:?}", listed.path.display(), snapshot.device));
                 }
+                Ok(snapshot) if !self.has_windows_of(device, &snapshot) => {
+                    let why = "its model learnt from windows of another length";
+                    refused.push(format!("{}: {why}", listed.path.display()));
+                }
                 // Nothing was learnt then.
                 Ok(snapshot) if snapshot.model.is_empty() => {}
                 Ok(snapshot) => match model_of(&snapshot) {
@@ -122,6 +132,11 @@ impl Snapshotter {
         }
         (None, refused)
     }
+}
+
+/// Length of the windows of a configuration.
+pub(crate) fn window_ms(configuration: &[(String, String)]) -> Option<&str> {
+    configuration.iter().find(|(name, _)| name == "window_ms").map(|(_, value)| value.as_str())
 }
 
 /// What a snapshot's model learnt.
