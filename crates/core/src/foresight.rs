@@ -190,14 +190,6 @@ pub(crate) struct Considered {
     count: usize,
 }
 
-impl Common {
-    /// Whether it is too soon after that for an alarm to be evidence; not for ever: a store may become slow and stay so.
-    fn holds(&self, limits: &Limits, now: Nanos) -> bool {
-        let most = Nanos(limits.cool_down_min.0.saturating_mul(HELPED_AFTER));
-        now.since(self.at) < limits.cool_down_min && now.since(self.found) < most
-    }
-}
-
 impl Considered {
     /// Whether a read of the shadow is wanted.
     pub(crate) fn wants_read(&self) -> bool {
@@ -251,15 +243,24 @@ struct Common {
     usual: Nanos,
 }
 
+impl Common {
+    /// Whether it is too soon after that for an alarm to be evidence; not for ever: a store may become slow and stay so.
+    fn holds(&self, limits: &Limits, now: Nanos) -> bool {
+        let most = Nanos(limits.cool_down_min.0.saturating_mul(HELPED_AFTER));
+        now.since(self.at) < limits.cool_down_min && now.since(self.found) < most
+    }
+}
+
 /// Decides about predicted failovers of one pair.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Policy {
     pub(crate) considered: Option<Considered>,
     /// When the predicted failovers of the last hour were made.
     made: Vec<Nanos>,
-    /// The rest after the next one; none: the shortest.
+    /// The rest after the last of them.
     rest: Option<Nanos>,
     usual: Usual,
+    /// The last alarm, whatever came of it.
     alarm_at: Option<Nanos>,
     /// When the shadow was last found slow as well, and how slow.
     common: Option<Common>,
@@ -267,6 +268,7 @@ pub(crate) struct Policy {
     unhelped: bool,
     /// When the guest was given its interrupts once more, and what had been submitted by then.
     nudged: Option<(u64, Nanos)>,
+    /// The reason that was said last, and when.
     said: Option<(&'static str, Nanos)>,
     last_withheld: Option<Withheld>,
 }
@@ -342,7 +344,7 @@ impl Policy {
         }
         if let Some(usual) = self.usual.value() {
             let most = slow_beyond(alarm, usual);
-            if waiting.is_some_and(|waiting| waiting > most.max(HANGING)) {
+            if waiting.is_some_and(|waiting| self.is_slow(waiting)) {
                 return Some(Withheld::CommonCause { took: None, usual });
             }
             let took = considered.median();
@@ -365,8 +367,8 @@ impl Policy {
         }
     }
 
-    /// An interrupt seems to be lost: the guest is given it once more, and the same again is looked into only if it has gone on since.
-    /// `submitted` is how much it has asked for so far. Nothing: it has gone on, and has lost another one.
+    /// An interrupt seems to be lost: the guest is given it once more, and the next one is looked into only if it has gone on since.
+    /// `submitted` is how much it has asked for so far. None: it has gone on, and has lost another one soon.
     pub(crate) fn interrupt_lost(&mut self, submitted: u64, now: Nanos) -> Option<Withheld> {
         match self.nudged.replace((submitted, now)) {
             Some((before, _)) if before == submitted => Some(Withheld::GuestAbsent),

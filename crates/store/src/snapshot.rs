@@ -19,7 +19,7 @@ use crate::recording::{Recording, RecordingError};
 mod directory;
 mod format;
 
-pub use directory::{Listed, Newest, SnapshotRetention, Snapshots, list, newest_valid, read};
+pub use directory::{Listed, Newest, SnapshotRetention, Snapshots, list, newest_that, newest_valid, read};
 pub use format::{decode, encode};
 
 /// Most bytes of a snapshot.
@@ -168,6 +168,14 @@ pub enum SnapshotError {
         path: PathBuf,
         /// Why not.
         source: Refusal,
+    },
+    /// It can be read, and will not do for who asks.
+    #[error("{path}: {why}")]
+    Unfit {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        why: String,
     },
     /// It is of another device.
     #[error("{path} is a health snapshot of device {found}, not of {expected}: move it away")]

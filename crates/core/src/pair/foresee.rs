@@ -12,6 +12,7 @@ use crate::failover::{Kind, Outcome, Report};
 use crate::foresight::{Foresight, Withheld, can_drain};
 use crate::journal::Entry;
 use crate::observer::Observer;
+use crate::policy::OnPrediction;
 use crate::time::Nanos;
 
 impl Pair {
@@ -23,7 +24,8 @@ impl Pair {
             return;
         }
         let limits = self.config.limits;
-        if matches!(foresight.alarm, Alarm::Law(Law::InterruptIsTaken))
+        if self.config.on_prediction == OnPrediction::Act
+            && matches!(foresight.alarm, Alarm::Law(Law::InterruptIsTaken))
             && let Some(why) = self.interrupt_lost(step)
         {
             return self.withhold(&foresight, &why, step);

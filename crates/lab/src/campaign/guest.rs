@@ -12,7 +12,9 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::workload::{BLOCKS_MAX, DEPTH_MAX, Load, Phase, Stream};
+use super::astray::Astray;
+use super::demand::Demand;
+use super::workload::{BLOCKS_MAX, DEPTH_MAX, Load, Phase};
 use crate::common::process::Target;
 use crate::common::rng::Rng;
 use crate::guest::{Guest, Latencies, Options, QueueShape, Status, now_ns};
@@ -70,20 +72,11 @@ pub(super) struct Felt {
 pub(super) struct Driver {
     guest: Guest,
     backend: Target,
-    phases: Vec<Phase>,
-    stream: Stream,
-    chance: Rng,
-    /// When each slot may be used again, and whether it is in use.
-    due: Vec<u64>,
+    demand: Demand,
+    astray: Astray,
+    /// Whether each slot is in use.
     busy: Vec<bool>,
-    next_arrival: u64,
-    /// Of the load that was submitted last.
-    think_us: f64,
     timeout_ns: u64,
-    speed: f64,
-    writes: Option<u64>,
-    lost_kicks: u64,
-    lost_calls: u64,
     /// From here on latencies are of the other kind.
     turn_ns: u64,
     felt: Felt,
@@ -107,18 +100,10 @@ impl Driver {
         let mut driver = Driver {
             guest,
             backend,
-            phases,
-            stream: Stream::new(blocks, stream),
-            chance,
-            due: vec![0; slots],
+            demand: Demand::new(phases, blocks, stream),
+            astray: Astray::new(chance),
             busy: vec![false; slots],
-            next_arrival: 0,
-            think_us: 0.0,
             timeout_ns: timeout.as_nanos() as u64,
-            speed: 1.0,
-            writes: None,
-            lost_kicks: 0,
-            lost_calls: 0,
             turn_ns: u64::MAX,
             felt: Felt { failure: None, latencies: [Latencies::new(), Latencies::new()] },
         };
@@ -128,12 +113,8 @@ impl Driver {
 
     /// Every slot is idle, and due soon.
     fn begin(&mut self) {
-        let now = now_ns();
-        for slot in 0..self.due.len() {
-            self.due[slot] = now + self.stream.about(2_000.0);
-            self.busy[slot] = false;
-        }
-        self.next_arrival = now;
+        self.demand.begin(now_ns());
+        self.busy.fill(false);
         self.guest.queues[0].enable_calls();
     }
 
@@ -151,7 +132,7 @@ impl Driver {
             while let Some((_, event)) = events.next_if(|(at, _)| *at <= now) {
                 self.happen(event)?;
             }
-            let load = self.load(now.saturating_sub(began));
+            let load = self.demand.load(now.saturating_sub(began));
             let next = self.submit(&load, now);
             if now >= look_at {
                 look_at = now + LOOK_EVERY_NS;
@@ -171,32 +152,18 @@ impl Driver {
         Ok(self.felt)
     }
 
-    /// The load of a time since the run began.
-    fn load(&self, since: u64) -> Load {
-        let load = Phase::at(&self.phases, since as f64 / 1e9).times(self.speed);
-        let reads = self.writes.map_or(load.reads, |writes| load.reads * (100 - writes.min(100)) / 100);
-        Load { reads, ..load }
-    }
-
     /// Submits what is due. Returns when the next request is.
     fn submit(&mut self, load: &Load, now: u64) -> u64 {
-        self.think_us = load.think_us;
         let (mut any, mut next) = (false, u64::MAX);
         for slot in 0..usize::from(load.depth) {
             if self.busy[slot] {
                 continue;
             }
-            let due = if load.rate.is_some() { self.next_arrival } else { self.due[slot] };
-            if due > now {
+            if let Err(due) = self.demand.is_due(slot, load, now) {
                 next = next.min(due);
                 continue;
             }
-            if let Some(rate) = load.rate {
-                // One that found no slot is sent as soon as there is one; a crowd of them is not kept.
-                let from = self.next_arrival.max(now.saturating_sub(LOOK_EVERY_NS));
-                self.next_arrival = from + self.stream.about(1e6 / rate);
-            }
-            let request = self.stream.next(load);
+            let request = self.demand.next(load);
             if !self.guest.queues[0].submit(slot as u16, request) {
                 break;
             }
@@ -204,18 +171,9 @@ impl Driver {
             any = true;
         }
         if any {
-            self.kick();
+            self.astray.kick(&mut self.guest.queues[0]);
         }
         next
-    }
-
-    fn kick(&mut self) {
-        if self.chance.below(1_000) < self.lost_kicks {
-            // It was due, and went astray.
-            let _due = self.guest.queues[0].lose_kick();
-            return;
-        }
-        self.guest.queues[0].kick();
     }
 
     /// Sleeps until then, or until the device calls or its backend dies.
@@ -232,7 +190,7 @@ impl Driver {
         let [called, died] = [0, 1].map(|at| !fds[at].revents().is_empty());
         if called {
             let _taken = self.guest.queues[0].call_fd().take();
-            if self.chance.below(1_000) >= self.lost_calls {
+            if self.astray.call_arrives() {
                 self.take()?;
             }
         }
@@ -249,7 +207,7 @@ impl Driver {
             while let Some(done) = self.guest.queues[0].pop()? {
                 let slot = usize::from(done.slot);
                 self.busy[slot] = false;
-                self.due[slot] = done.completed_ns + self.stream.about(self.think_us);
+                self.demand.answered(slot, done.completed_ns);
                 let kind = usize::from(done.completed_ns >= self.turn_ns);
                 self.felt.latencies[kind].record(done.submitted_ns, done.completed_ns);
                 if done.status != Status::OK {
@@ -283,10 +241,10 @@ impl Driver {
 
     fn happen(&mut self, event: Event) -> anyhow::Result<()> {
         match event {
-            Event::Speed(factor) => self.speed = factor,
-            Event::Writes(percent) => self.writes = Some(percent),
-            Event::LoseKicks(permille) => self.lost_kicks = permille,
-            Event::LoseCalls(permille) => self.lost_calls = permille,
+            Event::Speed(factor) => self.demand.speed(factor),
+            Event::Writes(percent) => self.demand.write(percent),
+            Event::LoseKicks(permille) => self.astray.kicks = permille,
+            Event::LoseCalls(permille) => self.astray.calls = permille,
             Event::Reboot => self.reboot()?,
             Event::Mask => {
                 self.guest.mask(0)?;

@@ -15,6 +15,8 @@
 //! begun says something of the machine, not of the run: that run is void, is noted in `void.jsonl` and made again. A campaign that was ended
 //! goes on where it was when it is started again with the same plan.
 
+mod astray;
+mod demand;
 pub(crate) mod end_to_end;
 mod form;
 mod fuse;

@@ -43,11 +43,11 @@ pub struct Listed {
     pub bytes: u64,
 }
 
-/// The newest snapshot that can be read.
-#[derive(Debug, Default)]
-pub struct Newest {
+/// The newest snapshot that can be read, or what is made of the newest that will do.
+#[derive(Debug)]
+pub struct Newest<T = Snapshot> {
     /// It and its file, if there is any.
-    pub found: Option<(PathBuf, Snapshot)>,
+    pub found: Option<(PathBuf, T)>,
     /// Why those that are newer cannot, the newest first. Each names its file.
     pub refused: Vec<SnapshotError>,
 }
@@ -139,7 +139,7 @@ impl Snapshots {
     /// # Errors
     /// The directory cannot be read.
     pub fn newest_valid(&self) -> Result<Newest, SnapshotError> {
-        newest(&self.path, &self.device)
+        newest(&self.path, &self.device, |snapshot| Ok(Some(snapshot)))
     }
 }
 
@@ -156,7 +156,20 @@ pub fn list(dir: &Path, device: &str) -> Result<Vec<Listed>, SnapshotError> {
 /// # Errors
 /// The device has a name that no file can have, or the directory cannot be read.
 pub fn newest_valid(dir: &Path, device: &str) -> Result<Newest, SnapshotError> {
-    newest(&directory(dir, device)?, device)
+    newest_that(dir, device, |snapshot| Ok(Some(snapshot)))
+}
+
+/// What `accept` makes of the newest snapshot of `device` in `dir` that will do, and why newer ones will not: it says why one does not, or
+/// passes over it with `None`. Changes nothing.
+///
+/// # Errors
+/// The device has a name that no file can have, or the directory cannot be read.
+pub fn newest_that<T>(
+    dir: &Path,
+    device: &str,
+    accept: impl FnMut(Snapshot) -> Result<Option<T>, String>,
+) -> Result<Newest<T>, SnapshotError> {
+    newest(&directory(dir, device)?, device, accept)
 }
 
 /// Reads a snapshot, of whatever device.
@@ -184,14 +197,21 @@ fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn newest(path: &Path, device: &str) -> Result<Newest, SnapshotError> {
-    let mut newest = Newest::default();
+fn newest<T>(
+    path: &Path,
+    device: &str,
+    mut accept: impl FnMut(Snapshot) -> Result<Option<T>, String>,
+) -> Result<Newest<T>, SnapshotError> {
+    let mut newest = Newest { found: None, refused: Vec::new() };
     for Listed { path, .. } in listed(path)?.into_iter().rev() {
-        match read(&path).and_then(|snapshot| check_device(&path, &snapshot, device).map(|()| snapshot)) {
-            Ok(snapshot) => {
-                newest.found = Some((path, snapshot));
+        let snapshot = read(&path).and_then(|snapshot| check_device(&path, &snapshot, device).map(|()| snapshot));
+        let unfit = |why| SnapshotError::Unfit { path: path.clone(), why };
+        match snapshot.and_then(|snapshot| accept(snapshot).map_err(unfit)) {
+            Ok(Some(found)) => {
+                newest.found = Some((path, found));
                 break;
             }
+            Ok(None) => {}
             Err(error) => newest.refused.push(error),
         }
     }

@@ -13,7 +13,7 @@ use warmswap_store::Reader;
 
 use self::table::{Csv, Parquet, Table};
 use super::{Control, Failure, plain, show, time};
-use crate::control::{Client, ClientError, history, socket_path};
+use crate::control::{Client, ClientError, history};
 use crate::profile::historian::history_path;
 
 /// A broker that says nothing for this long in the middle of a history is taken for stopped.
@@ -116,10 +116,7 @@ enum Source {
 impl Source {
     fn open(args: &Args) -> Result<Self, Failure> {
         let Some(path) = &args.store else {
-            let dir = args.control.dir();
-            show::names(std::slice::from_ref(&args.name), &dir)?;
-            let mut client = Client::connect(&socket_path(&dir, &args.name))?;
-            show::greet(&mut client)?;
+            let mut client = show::connect(&args.name, &args.control)?;
             client.set_patience(Some(RECORD_MAX));
             return Ok(Source::Running(client));
         };

@@ -216,7 +216,10 @@ fn check_name(name: &str) -> Result<(), Failure> {
 fn write_own(path: &std::path::Path, bytes: &[u8]) -> Result<(), Failure> {
     let fail = |error: std::io::Error| Failure::new(1, format!("{}: {error}", path.display()));
     let mut first = [0; 4];
-    if let Ok(mut there) = std::fs::File::open(path) {
+    // A pipe or a terminal keeps nothing that could be lost.
+    let is_file = std::fs::metadata(path).is_ok_and(|found| found.is_file());
+    if is_file {
+        let mut there = std::fs::File::open(path).map_err(fail)?;
         let read = std::io::Read::read(&mut there, &mut first).map_err(fail)?;
         let ours = read == 0 || first.starts_with(b"wsM") || first.starts_with(b"{");
         if !ours {

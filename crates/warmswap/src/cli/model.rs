@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use warmswap_predict::{HORIZONS, INPUTS, Model, OUTCOMES, StateError, TRAINED_BYTES, Trained, load_trained_model};
 
-use super::{Control, Failure, plain};
-use crate::control::{Client, socket_path};
+use super::{Control, Failure, plain, show};
+use crate::control::hex;
 
 /// What is done with it.
 #[derive(Debug, clap::Subcommand)]
@@ -59,7 +59,7 @@ pub(super) enum Verb {
 pub(super) fn run(verb: &Verb) -> Result<u8, Failure> {
     match verb {
         Verb::Show { name: Some(name), control, json, .. } => show_learnt(name, control, *json),
-        Verb::Show { file, json, .. } => show(file.as_deref(), *json),
+        Verb::Show { file, json, .. } => show_trained(file.as_deref(), *json),
         Verb::Export { file, name, control } => {
             let bytes = match name {
                 Some(name) => learnt(name, control)?,
@@ -76,7 +76,7 @@ pub(super) fn run(verb: &Verb) -> Result<u8, Failure> {
                 let other = matches!(error, StateError::Trained { .. });
                 if other { Ok(()) } else { Err(fail(&format!("{error}{}", super::hint(&bytes)))) }
             })?;
-            let answer = ask(name, control, &json!({"verb": "model", "state": hex(&bytes)}))?;
+            let answer = ask(name, control, &json!({"verb": "model", "state": hex::encode(&bytes)}))?;
             writeln!(std::io::stdout(), "{name}: goes on with {} windows learnt", answer["windows_learnt"])?;
             Ok(0)
         }
@@ -89,25 +89,14 @@ pub(super) fn run(verb: &Verb) -> Result<u8, Failure> {
 }
 
 fn ask(name: &str, control: &Control, command: &Value) -> Result<Value, Failure> {
-    let dir = control.dir();
-    super::show::names(std::slice::from_ref(&name.to_owned()), &dir)?;
-    Ok(Client::connect(&socket_path(&dir, name))?.ask(command)?)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    Ok(show::connect(name, control)?.ask(command)?)
 }
 
 /// What a device's model has learnt, as bytes.
 fn learnt(name: &str, control: &Control) -> Result<Vec<u8>, Failure> {
     let answer = ask(name, control, &json!({"verb": "model"}))?;
-    let hex = answer["state"].as_str().filter(|hex| hex.is_ascii() && hex.len().is_multiple_of(2)).unwrap_or("");
-    let digits = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16);
-    let bytes: Result<Vec<u8>, _> = (0..hex.len()).step_by(2).map(digits).collect();
-    bytes
-        .ok()
-        .filter(|it| !it.is_empty())
-        .ok_or_else(|| Failure::new(1, format!("{name}: its broker says nothing of a model")))
+    let state = answer["state"].as_str().map(hex::decode).and_then(Result::ok).filter(|it| !it.is_empty());
+    state.ok_or_else(|| Failure::new(1, format!("{name}: its broker says nothing of a model")))
 }
 
 fn show_learnt(name: &str, control: &Control, as_json: bool) -> Result<u8, Failure> {
@@ -148,7 +137,7 @@ fn weights(trained: &Trained) -> Vec<(String, f32)> {
     weights
 }
 
-fn show(file: Option<&Path>, json: bool) -> Result<u8, Failure> {
+fn show_trained(file: Option<&Path>, json: bool) -> Result<u8, Failure> {
     let trained = file.map_or_else(|| Ok(load_trained_model()), read)?;
     let digest = format!("{:08x}", trained.digest());
     let weights = weights(&trained);

@@ -9,7 +9,7 @@ use serde_json::json;
 use warmswap_predict::{Feature, Grain, Record, Verdict};
 
 use super::{Control, Failure, plain, show, time};
-use crate::control::{Client, ClientError, history, socket_path};
+use crate::control::{ClientError, history};
 use crate::profile::consumer::Consumer;
 use crate::profile::predictor;
 use crate::profile::stream::{Damage, Item, StreamReader, write_header, write_record};
@@ -40,11 +40,8 @@ fn end(args: &Args) -> Result<Option<Instant>, Failure> {
 /// Runs `warmswap record`.
 pub(super) fn record(args: &Args) -> Result<u8, Failure> {
     end(args)?;
-    let dir = args.control.dir();
-    show::names(std::slice::from_ref(&args.name), &dir)?;
-    let mut client = Client::connect(&socket_path(&dir, &args.name))?;
     // Later silence may mean that there is nothing to be told.
-    show::greet(&mut client)?;
+    let mut client = show::connect(&args.name, &args.control)?;
     let fail = |error: std::io::Error| Failure::new(1, format!("--output {}: {error}", args.output.display()));
     let mut file = File::create_new(&args.output).map_err(fail)?;
     write_header(&mut file, &args.name).map_err(fail)?;

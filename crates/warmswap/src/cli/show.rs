@@ -33,7 +33,8 @@ RECOVERY  what a crash now could promise: exact (every request that is owed is k
   only where nothing is owed), refused (what is in flight is not known)
 FENCE  the best that can be proved of a dead primary: reaped (process gone, its storage closed), target (the storage refuses
   it), unprovable, - (not known yet). The option --fence of guard is the least that is required
-FAILOVERS  how many settled; then the last one: how long ago, its kind, and how long the guest's requests waited
+FAILOVERS  how many settled; then the last one: how long ago, its kind (planned, predicted,
+  crash, hang), and how long the guest's requests waited
 observer  exact, inexact or violated: what is known of the requests in flight
 
 Exit code 4 if no broker answers; with --check 5 unless every device is protected";
@@ -57,6 +58,15 @@ pub(super) fn names(asked: &[String], dir: &Path) -> Result<Vec<String>, Failure
         None if asked.is_empty() => Ok(known),
         None => Ok(asked.to_vec()),
     }
+}
+
+/// A connection to the broker of a device, which has answered.
+pub(super) fn connect(name: &str, control: &Control) -> Result<Client, Failure> {
+    let dir = control.dir();
+    names(&[name.to_owned()], &dir)?;
+    let mut client = Client::connect(&socket_path(&dir, name))?;
+    greet(&mut client)?;
+    Ok(client)
 }
 
 /// What is shown of one device, and the connection on which its broker answered.

@@ -11,7 +11,7 @@ use warmswap_predict::{Feature, HORIZONS, Record};
 use warmswap_store::{Listed, Snapshot, SnapshotError, snapshot};
 
 use super::{Control, Failure, check_name, plain, show};
-use crate::control::{Client, history, socket_path};
+use crate::control::history;
 use crate::journal::timestamp;
 use crate::profile::snapshots::model_of;
 
@@ -125,10 +125,7 @@ fn read(path: &Path) -> Result<Snapshot, Failure> {
 }
 
 fn take(name: &str, reason: &str, control: &Control, as_json: bool) -> Result<u8, Failure> {
-    let dir = control.dir();
-    show::names(std::slice::from_ref(&name.to_owned()), &dir)?;
-    let mut client = Client::connect(&socket_path(&dir, name))?;
-    let answer = client.ask(&json!({"verb": "snapshot", "reason": reason}))?;
+    let answer = show::connect(name, control)?.ask(&json!({"verb": "snapshot", "reason": reason}))?;
     let mut out = std::io::stdout().lock();
     if as_json {
         writeln!(out, "{}", plain::json_line(&answer.to_string()))?;

@@ -1,6 +1,5 @@
 //! The verbs of the control socket that tell of profiles, and a record's outward form.
 
-use std::fmt::Write as _;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -8,11 +7,10 @@ use std::time::Duration;
 use crossbeam_channel::RecvTimeoutError;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use warmswap_predict::{
-    Alarm, Cause, Grain, HORIZONS, MODEL_STATE_BYTES, Model, RECORD_BYTES, Record, SCHEMA_VERSION, WARM_AFTER,
-};
+use warmswap_predict::{Alarm, Cause, Grain, HORIZONS, Model, RECORD_BYTES, Record, SCHEMA_VERSION, WARM_AFTER};
 use warmswap_store::StoreError;
 
+use super::hex;
 use super::server::error;
 use crate::profile::historian::HistoryHandle;
 use crate::profile::predictor::{Predictor, trained};
@@ -59,24 +57,15 @@ pub(crate) fn record(record: &Record) -> String {
 
 /// A record as JSON with its very bytes.
 fn raw(record: &Record) -> String {
-    let mut line = String::with_capacity(2 * RECORD_BYTES + 16);
-    line.push_str("{\"record\":\"");
-    for byte in record.encode() {
-        // A string takes what it is given.
-        let _written = write!(line, "{byte:02x}");
-    }
-    line.push_str("\"}");
-    line
+    format!("{{\"record\":\"{}\"}}", hex::encode(&record.encode()))
 }
 
 /// A record from what [`raw`] wrote.
-pub(crate) fn from_raw(hex: &str) -> Result<Record, String> {
-    if hex.len() != 2 * RECORD_BYTES || !hex.is_ascii() {
-        return Err(format!("a record of {} digits, expected {}", hex.len(), 2 * RECORD_BYTES));
+pub(crate) fn from_raw(digits: &str) -> Result<Record, String> {
+    if digits.len() != 2 * RECORD_BYTES {
+        return Err(format!("a record of {} digits, expected {}", digits.len(), 2 * RECORD_BYTES));
     }
-    let digits = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16);
-    let bytes: Result<Vec<u8>, _> = (0..hex.len()).step_by(2).map(digits).collect();
-    let bytes = bytes.map_err(|error| format!("a record that is not in hexadecimal: {error}"))?;
+    let bytes = hex::decode(digits).map_err(|why| format!("a record that is {why}"))?;
     Record::decode(&bytes).map_err(|error| error.to_string())
 }
 
@@ -120,31 +109,23 @@ pub(crate) fn verdict(predictor: &Predictor) -> Option<Value> {
 
 /// What the failure model of a device has learnt, after it was told to go on with something else, if it was.
 pub(super) fn model(history: &HistoryHandle, device: &str, state: Option<&str>, reset: bool) -> Value {
-    if let Some(hex) = state {
-        let bytes = bytes_of(hex);
-        match bytes.and_then(|bytes| Model::decode(trained(), &bytes).map_err(|error| error.to_string())) {
-            Ok(model) => _ = history.set_predictor(device, Predictor::with(model), "a model was loaded"),
-            Err(why) => return error(1, &why),
-        }
-    } else if reset {
-        history.set_predictor(device, Predictor::default(), "the model was reset");
+    let loaded = |digits: &str| {
+        let bytes = hex::decode(digits).map_err(|why| format!("a model that is {why}"))?;
+        Model::decode(trained(), &bytes).map(Predictor::with).map_err(|error| error.to_string())
+    };
+    let changed = match (state, reset) {
+        (Some(state), _) => loaded(state).and_then(|it| history.set_predictor(device, it, "a model was loaded")),
+        (None, true) => history.set_predictor(device, Predictor::default(), "the model was reset"),
+        (None, false) => Ok(()),
+    };
+    if let Err(why) = changed {
+        return error(1, &why);
     }
     let state = history.predictor(device, |predictor| {
-        let mut hex = String::with_capacity(2 * MODEL_STATE_BYTES);
-        // A string takes what it is given.
-        predictor.model().encode(trained()).iter().for_each(|byte| _ = write!(hex, "{byte:02x}"));
-        json!({"windows_learnt": predictor.learnt(), "is_warm": predictor.learnt() >= WARM_AFTER, "state": hex})
+        let state = hex::encode(&predictor.model().encode(trained()));
+        json!({"windows_learnt": predictor.learnt(), "is_warm": predictor.learnt() >= WARM_AFTER, "state": state})
     });
     state.unwrap_or_else(|| error(1, "the device has no failure model yet: it comes with the first window"))
-}
-
-fn bytes_of(hex: &str) -> Result<Vec<u8>, String> {
-    if !hex.is_ascii() || !hex.len().is_multiple_of(2) {
-        return Err("a model that is not in hexadecimal".to_owned());
-    }
-    let digits = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16);
-    let bytes: Result<Vec<u8>, _> = (0..hex.len()).step_by(2).map(digits).collect();
-    bytes.map_err(|error| format!("a model that is not in hexadecimal: {error}"))
 }
 
 /// Why records did not all reach the asker.

@@ -1,6 +1,7 @@
 //! The control socket: one JSON object per line each way, on a Unix socket whose file mode is the permission.
 
 mod client;
+pub(crate) mod hex;
 pub(crate) mod history;
 pub(crate) mod json;
 mod line;

@@ -23,7 +23,7 @@ use super::maps::{self, Maps};
 use super::offload::{Move, Offload};
 use super::poller::{Interest, Poller, Source as PollSource, Token};
 use super::profile::Reporter;
-use super::spawner::{Spawner, Start};
+use super::spawner::{Spawner, Start, Wanted};
 use crate::config::{DeviceConfig, Source};
 use crate::fds::FdTable;
 use crate::journal::JournalSender;
@@ -647,14 +647,14 @@ impl Device {
         }
     }
 
-    /// The primary that a backend is started beside, if nobody waits for the one that is started.
-    fn beside(&self, id: BackendId) -> Option<Option<u32>> {
+    /// A primary, and whoever is to take over in a failover, is started whatever it takes.
+    fn admission(&self, id: BackendId) -> Wanted {
         let primary = self.pair.primary();
         if primary == Some(id) || self.pair.is_failing_over() {
-            return None;
+            return Wanted::AtAnyCost;
         }
         let primary = self.backends.iter().find(|backend| Some(backend.id) == primary);
-        Some(primary.and_then(|backend| Some(backend.process.as_ref()?.pid)))
+        Wanted::WhereThereIsRoom { primary: primary.and_then(|backend| Some(backend.process.as_ref()?.pid)) }
     }
 
     fn try_start(&mut self, id: BackendId, now: Nanos) -> Result<(), String> {
@@ -667,7 +667,7 @@ impl Device {
                     command: command.clone(),
                     path: path.clone(),
                     group: crate::cgroup::name(&self.config.name, id.0),
-                    beside: self.beside(id),
+                    admission: self.admission(id),
                 };
                 if !self.spawner.spawn(start) {
                     return Err("too many processes wait to be started".to_owned());

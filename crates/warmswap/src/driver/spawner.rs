@@ -25,8 +25,16 @@ pub(crate) struct Start {
     pub(crate) path: PathBuf,
     /// Name of its control group.
     pub(crate) group: String,
-    /// Nobody waits for it: it is started only if there is room beside the primary, which is this process.
-    pub(crate) beside: Option<Option<u32>>,
+    pub(crate) admission: Wanted,
+}
+
+/// Whether a backend is started whatever it takes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Wanted {
+    /// Somebody waits for it.
+    AtAnyCost,
+    /// Only if there is room for it beside the primary, which is this process if it is there already.
+    WhereThereIsRoom { primary: Option<u32> },
 }
 
 /// Hands starts to the spawner's thread.
@@ -53,9 +61,9 @@ impl Spawner {
 fn run(starts: &Receiver<Start>, commander: &Commander, janitor: &Janitor, cpus: &[usize]) {
     let mut admission = Admission::default();
     for start in starts {
-        let admitted = match start.beside {
-            Some(primary) => admission.admit(primary.map_or(0, own_memory), cpus),
-            None => Ok(()),
+        let admitted = match start.admission {
+            Wanted::WhereThereIsRoom { primary } => admission.admit(primary.map_or(0, own_memory), cpus),
+            Wanted::AtAnyCost => Ok(()),
         };
         let process = admitted.and_then(|()| spawn(&start, janitor));
         if !commander.send(Command::Spawned { device: start.device, backend: start.backend, process }) {

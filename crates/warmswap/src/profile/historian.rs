@@ -204,17 +204,20 @@ impl HistoryHandle {
         self.shared.snapshot(device, reason, None)
     }
 
-    /// Has the failure model of a device go on with what this one knows. Says whether there is such a device.
-    pub(crate) fn set_predictor(&self, device: &str, predictor: Predictor, why: &str) -> bool {
-        let known = {
-            let mut devices = self.shared.lock();
-            devices.get_mut(device).map(|device| device.consumer.set_predictor(predictor)).is_some()
-        };
-        // What it went on with before must not come back with the next broker.
-        if known && self.shared.snapshotter.is_some() {
-            let _untaken = self.shared.snapshot(device, why, None);
+    /// Has the failure model of a device go on with what this one knows, for this reason.
+    ///
+    /// # Errors
+    /// There is no such device; or it has begun, but that cannot be kept, and the next broker would go on with what was known before.
+    pub(crate) fn set_predictor(&self, device: &str, predictor: Predictor, reason: &str) -> Result<(), String> {
+        match self.shared.lock().get_mut(device) {
+            Some(device) => device.consumer.set_predictor(predictor),
+            None => return Err(format!("{device} is not a device of this broker")),
         }
-        known
+        if self.shared.snapshotter.is_none() {
+            return Ok(());
+        }
+        let kept = self.shared.snapshot(device, reason, None);
+        kept.map(drop).map_err(|why| format!("{reason}, until the broker ends: it cannot be kept: {why}"))
     }
 
     /// Has the control thread told of every alarm from now on. Alarms of other brokers are noted in `dir`.
@@ -484,12 +487,15 @@ impl Historian {
     }
 
     fn newest_model(&self, device: &Arc<str>) -> Option<(Model, String)> {
-        let (found, refused) = self.shared.snapshotter.as_ref()?.newest_model(device);
-        for reason in refused {
-            let entry = Entry::warning("SnapshotRefused").with("reason", reason);
+        let (found, refused) = match self.shared.snapshotter.as_ref()?.newest_model(device) {
+            Ok(newest) => (newest.found, newest.refused),
+            Err(error) => (None, vec![error]),
+        };
+        for error in refused {
+            let entry = Entry::warning("SnapshotRefused").with("reason", error.to_string());
             self.journal.entry(device, entry.with("next", "an older one is taken, or the model begins anew"));
         }
-        found.map(|(model, path)| (model, path.display().to_string()))
+        found.map(|(path, model)| (model, path.display().to_string()))
     }
 
     /// Takes a health snapshot, where there is a directory for them. What goes wrong is said.

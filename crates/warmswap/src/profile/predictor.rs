@@ -11,9 +11,12 @@ pub(crate) fn trained() -> &'static Trained {
     TRAINED.get_or_init(load_trained_model)
 }
 
-/// Has every model begin with this one, if none has begun yet.
+/// Has every model begin with this one. Before the first has begun.
+///
+/// # Panics
+/// One has begun.
 pub(crate) fn begin_with(trained: Trained) {
-    let _begun = TRAINED.set(trained);
+    assert!(TRAINED.set(trained).is_ok(), "no model has begun yet");
 }
 
 /// A failure is imminent.

@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use warmswap_core::RingStatus;
 use warmswap_predict::{Alarm, Model};
-use warmswap_store::{Recording, RingPosition, Snapshot, SnapshotRetention, SnapshotVerdict, Snapshots, snapshot};
+use warmswap_store::{
+    Newest, Recording, RingPosition, Snapshot, SnapshotError, SnapshotRetention, SnapshotVerdict, Snapshots, snapshot,
+};
 
 use super::predictor::{Predictor, trained};
 use crate::driver::{Command, Commander};
@@ -107,30 +109,15 @@ impl Snapshotter {
         snapshots.write(&snapshot).map_err(|error| error.to_string())
     }
 
-    /// What the newest snapshot of a device had learnt that can be gone on from, and where it is; and why newer ones cannot.
-    pub(crate) fn newest_model(&self, device: &str) -> (Option<(Model, PathBuf)>, Vec<String>) {
-        let mut refused = Vec::new();
-        let listed = snapshot::list(&self.dir, device).unwrap_or_default();
-        for listed in listed.into_iter().rev() {
-            let read = snapshot::read(&listed.path).map_err(|error| error.to_string());
-            match read {
-                Ok(snapshot) if snapshot.device != device => {
-                    refused.push(format!("{}: it is of {:?}", listed.path.display(), snapshot.device));
-                }
-                Ok(snapshot) if !self.has_windows_of(device, &snapshot) => {
-                    let why = "its model learnt from windows of another length";
-                    refused.push(format!("{}: {why}", listed.path.display()));
-                }
-                // Nothing was learnt then.
-                Ok(snapshot) if snapshot.model.is_empty() => {}
-                Ok(snapshot) => match model_of(&snapshot) {
-                    Ok(model) => return (Some((model, listed.path)), refused),
-                    Err(why) => refused.push(format!("{}: {why}", listed.path.display())),
-                },
-                Err(why) => refused.push(why),
+    /// What the newest snapshot of a device that can be gone on from had learnt; and why newer ones cannot.
+    pub(crate) fn newest_model(&self, device: &str) -> Result<Newest<Model>, SnapshotError> {
+        snapshot::newest_that(&self.dir, device, |snapshot| {
+            if !self.has_windows_of(device, &snapshot) {
+                return Err("its model learnt from windows of another length".to_owned());
             }
-        }
-        (None, refused)
+            // Before the first window nothing is learnt.
+            (!snapshot.model.is_empty()).then(|| model_of(&snapshot)).transpose()
+        })
     }
 }
 

@@ -333,6 +333,35 @@ fn the_next_one_has_to_wait() {
 }
 
 #[test]
+fn a_lost_interrupt_is_given_again_and_only_a_guest_that_goes_on_has_its_backend_looked_into() {
+    check(
+        "
+            ~ready 1
+            ~submit 0 3
+            ~complete 0 3
+            ~wait 11000ms
+            alarm 1 interrupt
+            alarm 1 interrupt
+            ~submit 0 4
+            ~complete 0 4
+            ~wait 1ms
+            alarm 1 interrupt
+            ",
+        &expect![[r#"
+            > alarm 1 interrupt
+                signal call0
+                * FailoverWithheld backend=1 alarm="law" why="given-again" reason="an interrupt seems to be lost: the guest is given it once more" next="nothing: if the next one is lost as well the shadow takes over"
+            > alarm 1 interrupt
+                signal call0
+                * FailoverWithheld backend=1 alarm="law" why="guest-absent" reason="the guest takes no interrupts, given again or not" next="look at the guest: it has stopped, or hangs"
+            > alarm 1 interrupt
+                #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
+                signal #2.probe
+        "#]],
+    );
+}
+
+#[test]
 fn whoever_only_wants_to_be_told_is_told() {
     check_with(
         PairConfig { on_prediction: OnPrediction::Observe, ..config() },
@@ -340,11 +369,13 @@ fn whoever_only_wants_to_be_told_is_told() {
             ~ready 1
             alarm 1 harm
             alarm 1 harm
+            alarm 1 interrupt
             ",
         &expect![[r#"
             > alarm 1 harm
                 * FailoverWithheld backend=1 alarm="harm" why="observe-only" reason="predictions are only reported here (--observe)" next="start without --observe to have it acted upon, or make the failover yourself"
             > alarm 1 harm
+            > alarm 1 interrupt
         "#]],
     );
 }

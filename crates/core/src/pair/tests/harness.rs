@@ -21,7 +21,7 @@
 //! publish 0 3 4                   as `complete`, and its backend gets no further than that: it does not clear the marks in its region
 //! spoil 1 0 version 7             what its region says of ring 0 is damaged (also size, used, marks HEAD COUNTER, gone)
 //! failover · failover now         the operator asks for one
-//! alarm 1 harm                    the failure model has an alarm of backend 1 (also law, full, store)
+//! alarm 1 harm                    the failure model has an alarm of backend 1 (also law, interrupt, full, store)
 //! wait 25ms                       time passes, ticks come when they are due
 //! jump 90ms                       time passes unnoticed: the control thread was not given the processor
 //! ring 0 · status                 shows a ring · shows the pair
@@ -297,6 +297,7 @@ impl Harness {
             "alarm" => {
                 let alarm = match args[1] {
                     "law" => Alarm::Law(Law::RequestIsCompleted),
+                    "interrupt" => Alarm::Law(Law::InterruptIsTaken),
                     "full" => Alarm::Exhaustion(Feature::DescriptorShare),
                     "store" => Alarm::Exhaustion(Feature::StoreShare),
                     _ => Alarm::Harm,

@@ -12,8 +12,10 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::stall::{Stall, StallClock};
+use crate::campaign::astray::Astray;
+use crate::campaign::demand::Demand;
 use crate::campaign::guest::Event;
-use crate::campaign::workload::{BLOCKS_MAX, DEPTH_MAX, Load, Phase, Stream};
+use crate::campaign::workload::{BLOCKS_MAX, DEPTH_MAX, Load, Phase};
 use crate::common::interrupt;
 use crate::common::rng::Rng;
 use crate::guest::{Completion, Guest, Kind, Options, QueueShape, Request, Slot, Status, VringFault, now_ns};
@@ -63,24 +65,14 @@ pub(super) struct Endured {
 #[derive(Debug)]
 pub(super) struct Enduring {
     guest: Guest,
-    phases: Vec<Phase>,
-    stream: Stream,
-    chance: Rng,
+    demand: Demand,
+    astray: Astray,
     ledger: Ledger,
-    /// When each slot may be used again.
-    due: Vec<u64>,
     /// The request of each slot that is in use, and the number of its stamp.
     busy: Vec<Option<(Request, u64)>>,
-    next_arrival: u64,
-    /// Of the load that was submitted last.
-    think_us: f64,
     /// The rings run.
     up: bool,
     retry_at: u64,
-    speed: f64,
-    writes: Option<u64>,
-    lost_kicks: u64,
-    lost_calls: u64,
     clock: StallClock,
     endured: Endured,
 }
@@ -100,20 +92,12 @@ impl Enduring {
         let slots = usize::from(DEPTH_MAX);
         let mut enduring = Enduring {
             guest,
-            phases,
-            stream: Stream::new(blocks, stream),
-            chance,
+            demand: Demand::new(phases, blocks, stream),
+            astray: Astray::new(chance),
             ledger: Ledger::new(DEVICE, blocks as usize),
-            due: vec![0; slots],
             busy: vec![None; slots],
-            next_arrival: 0,
-            think_us: 0.0,
             up: true,
             retry_at: 0,
-            speed: 1.0,
-            writes: None,
-            lost_kicks: 0,
-            lost_calls: 0,
             clock: StallClock::default(),
             endured: Endured::default(),
         };
@@ -123,11 +107,7 @@ impl Enduring {
 
     /// Every idle slot is due soon.
     fn begin(&mut self) {
-        let now = now_ns();
-        for due in &mut self.due {
-            *due = now + self.stream.about(2_000.0);
-        }
-        self.next_arrival = now;
+        self.demand.begin(now_ns());
         self.guest.queues[0].enable_calls();
     }
 
@@ -140,7 +120,7 @@ impl Enduring {
             while let Some((_, event)) = events.next_if(|(at, _)| *at <= now) {
                 self.happen(event)?;
             }
-            let load = self.load(now.saturating_sub(began));
+            let load = self.demand.load(now.saturating_sub(began));
             let next = self.submit(&load, now);
             if now >= look_at {
                 look_at = now + LOOK_EVERY_NS;
@@ -155,7 +135,7 @@ impl Enduring {
 
     /// Waits until all is answered, at most for so long. Kicks and calls get through again, those that went astray as well.
     pub(super) fn settle(mut self, most: Duration) -> anyhow::Result<Endured> {
-        (self.lost_kicks, self.lost_calls) = (0, 0);
+        (self.astray.kicks, self.astray.calls) = (0, 0);
         self.guest.queues[0].kick_fd().signal();
         let until = now_ns() + most.as_nanos() as u64;
         while self.waiting() && now_ns() < until && !interrupt::is_asked() {
@@ -176,16 +156,8 @@ impl Enduring {
         self.busy.iter().any(Option::is_some)
     }
 
-    /// The load of a time since the run began.
-    fn load(&self, since: u64) -> Load {
-        let load = Phase::at(&self.phases, since as f64 / 1e9).times(self.speed);
-        let reads = self.writes.map_or(load.reads, |writes| load.reads * (100 - writes.min(100)) / 100);
-        Load { reads, ..load }
-    }
-
     /// Submits what is due. Returns when the next request is.
     fn submit(&mut self, load: &Load, now: u64) -> u64 {
-        self.think_us = load.think_us;
         let (mut any, mut next) = (false, u64::MAX);
         if !self.up {
             return next;
@@ -194,15 +166,9 @@ impl Enduring {
             if self.busy[slot].is_some() {
                 continue;
             }
-            let due = if load.rate.is_some() { self.next_arrival } else { self.due[slot] };
-            if due > now {
+            if let Err(due) = self.demand.is_due(slot, load, now) {
                 next = next.min(due);
                 continue;
-            }
-            if let Some(rate) = load.rate {
-                // One that found no slot is sent as soon as there is one; a crowd of them is not kept.
-                let from = self.next_arrival.max(now.saturating_sub(LOOK_EVERY_NS));
-                self.next_arrival = from + self.stream.about(1e6 / rate);
             }
             if !self.submit_one(slot, load) {
                 break;
@@ -211,7 +177,7 @@ impl Enduring {
         }
         if any {
             self.clock.waits(now);
-            self.kick();
+            self.astray.kick(&mut self.guest.queues[0]);
         }
         next
     }
@@ -219,7 +185,7 @@ impl Enduring {
     /// False: the ring is full, or all that was drawn is in the way of what is in flight.
     fn submit_one(&mut self, slot: usize, load: &Load) -> bool {
         let drawn = (0..DRAWS_MAX).find_map(|_| {
-            let request = self.stream.next(load);
+            let request = self.demand.next(load);
             self.ledger.begin(&request).then_some(request)
         });
         let Some(request) = drawn else { return false };
@@ -245,15 +211,6 @@ impl Enduring {
         data.mapping.words(data.start, request.data_bytes())
     }
 
-    fn kick(&mut self) {
-        if self.chance.below(1_000) < self.lost_kicks {
-            // It was due, and went astray.
-            let _due = self.guest.queues[0].lose_kick();
-            return;
-        }
-        self.guest.queues[0].kick();
-    }
-
     /// Sleeps until then, or until the device calls.
     fn sleep(&mut self, until: u64) -> anyhow::Result<()> {
         let left = until.saturating_sub(now_ns());
@@ -263,7 +220,7 @@ impl Enduring {
         rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, Some(&timeout)))?;
         if !fds[0].revents().is_empty() {
             let _taken = self.guest.queues[0].call_fd().take();
-            if self.up && self.chance.below(1_000) >= self.lost_calls {
+            if self.up && self.astray.call_arrives() {
                 self.take()?;
             }
         }
@@ -294,7 +251,7 @@ impl Enduring {
     fn complete(&mut self, done: &Completion) {
         let slot = usize::from(done.slot);
         let Some((request, sequence)) = self.busy[slot].take() else { return };
-        self.due[slot] = done.completed_ns + self.stream.about(self.think_us);
+        self.demand.answered(slot, done.completed_ns);
         self.endured.completed += 1;
         if done.status == Status::OK {
             if request.kind == Kind::Read {
@@ -380,10 +337,10 @@ impl Enduring {
 
     fn happen(&mut self, event: Event) -> anyhow::Result<()> {
         match event {
-            Event::Speed(factor) => self.speed = factor,
-            Event::Writes(percent) => self.writes = Some(percent),
-            Event::LoseKicks(permille) => self.lost_kicks = permille,
-            Event::LoseCalls(permille) => self.lost_calls = permille,
+            Event::Speed(factor) => self.demand.speed(factor),
+            Event::Writes(percent) => self.demand.write(percent),
+            Event::LoseKicks(permille) => self.astray.kicks = permille,
+            Event::LoseCalls(permille) => self.astray.calls = permille,
             // These ask the device, which may be away at any instant.
             Event::Reboot | Event::Mask | Event::ReplaceCall | Event::PlugMemory => {
                 if self.up && self.ask(event).is_err() {
