@@ -246,9 +246,9 @@ impl Pair {
         let wants_transfer = self.wants_transfer();
         let Some(target) = self.ready_shadow() else {
             return if wants_transfer {
-                self.undo_transfer("the shadow was lost", step)
+                self.undo_transfer("the shadow was lost", step);
             } else {
-                self.ensure_target(step)
+                self.ensure_target(step);
             };
         };
         if wants_transfer {

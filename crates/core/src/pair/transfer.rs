@@ -125,7 +125,7 @@ impl Pair {
                 }
             }
             Err(reason) => {
-                self.undo_transfer(&format!("the state of backend {backend} did not go over: {reason}"), step)
+                self.undo_transfer(&format!("the state of backend {backend} did not go over: {reason}"), step);
             }
         }
     }
