@@ -547,3 +547,73 @@ fn a_vmm_that_goes_or_stops_a_ring_while_the_state_is_under_way_is_served() {
     "#]],
     );
 }
+
+#[test]
+fn a_prediction_is_acted_upon_where_the_state_can_be_moved() {
+    check(
+        "~submit 0 1\n~complete 0 1\nalarm 1 harm\nwait 1100ms\nmoved 1 10\nmoved 2 10\nstatus",
+        &expect![[r#"
+        > alarm 1 harm
+            * FailoverStarted kind="predicted" cause="predicted (harm): requests take longer than they should at this load, for too long to be chance; causes: none" backend=1
+            #1 <- SET_VRING_ENABLE! 0=0
+            #1 <- GET_VRING_BASE 0
+            open a channel for the state of #1: Save
+            #1 <- SET_DEVICE_STATE_FD save #1.state
+            close #1.state
+        > wait 1100ms
+            watch kick0
+            #1 <- GET_FEATURES
+            #2 <- GET_FEATURES
+        > moved 1 10
+            #1 <- CHECK_DEVICE_STATE
+            open a channel for the state of #2: Load
+            #2 <- SET_DEVICE_STATE_FD load #2.state
+            close #2.state
+        > moved 2 10
+            #2 <- CHECK_DEVICE_STATE
+            * StateTransferred backend=1 to=2 bytes=10
+            #2 is primary
+            #2 <- SET_VRING_BASE 0=1, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+            signal kick0
+            signal call0
+            signal kick0
+            retire #1
+            close #1.channel
+            close #1.kick
+            close #1.call
+            close #1.probe
+            * FailoverSettled kind="predicted" cause="predicted (harm): requests take longer than they should at this load, for too long to be chance; causes: none" recovery="drained" fence="stopped"
+            start #3
+            #3 is shadow
+        > status
+            unprotected Idle; primary #2 active, shadow #3 starting; recovery drained; ring 0 served exact inflight 0
+    "#]],
+    );
+    // A backend that has lost a request does not come to rest: it would have to be killed.
+    check(
+        "~submit 0 1\nalarm 1 law\nwait 1100ms\nstatus",
+        &expect![[r#"
+        > alarm 1 law
+        > wait 1100ms
+            #1 <- GET_FEATURES
+            #2 <- GET_FEATURES
+            * FailoverWithheld backend=1 alarm="law" why="refused" reason="what the guest has open lies in the primary and would be lost with it" next="it is tried again at the next alarm"
+        > status
+            protected Idle; primary #1 active, shadow #2 ready; recovery drained; ring 0 served exact inflight 1
+    "#]],
+    );
+}
+
+#[test]
+fn nothing_is_done_about_a_primary_that_serves_nothing() {
+    check_with(
+        super::harness::config(),
+        "~start\n~up 1\n~up 2\nalarm 1 harm\nwait 1100ms",
+        &expect![[r#"
+        > alarm 1 harm
+        > wait 1100ms
+            #1 <- GET_FEATURES
+            #2 <- GET_FEATURES
+    "#]],
+    );
+}
