@@ -110,10 +110,10 @@ impl Pair {
         }
     }
 
-    pub(crate) fn isolation_target_ready(&mut self, backend: BackendId, step: &mut Step<'_>) {
+    pub(crate) fn isolation_target_ready(&mut self, step: &mut Step<'_>) {
         let idle = self.failover.as_ref().and_then(|it| it.isolation.as_ref()).is_some_and(|it| it.trial.is_none());
         if idle {
-            self.begin_trial(backend, step);
+            self.next_trial(step);
         }
     }
 
@@ -182,7 +182,9 @@ impl Pair {
         let limits = self.config.limits;
         let Some(isolation) = self.failover.as_ref().and_then(|it| it.isolation.as_ref()) else { return };
         let Some(trial) = isolation.trial else {
-            return if self.closing { self.hand_over(step) } else { self.ensure_trial_backend(step) };
+            // The VMM may have stopped the rings whose requests were suspected, while no backend was there to try them.
+            let over = isolation.queue.is_empty() || self.closing;
+            return if over { self.next_trial(step) } else { self.ensure_trial_backend(step) };
         };
         if trial.over {
             // The one that was started meanwhile may have died as well.
