@@ -57,8 +57,10 @@ impl Suspects {
 impl Pair {
     /// Books one more death against everything that was in flight; what was not is acquitted.
     pub(crate) fn suspect(&mut self, rings: &[u32]) {
-        // A backend that was drained, or killed because an operator asked, did not die of anything it was doing.
-        let innocent = |report: &Report| report.recovery == Recovery::Drained || report.kind == Kind::Planned;
+        // A backend that was drained, or killed because an operator asked, did not die of anything it was doing. That is the first one of a
+        // failover: whoever was to take over after it has died by itself.
+        let asked = |report: &Report| report.kind == Kind::Planned && report.attempts == 0;
+        let innocent = |report: &Report| report.recovery == Recovery::Drained || asked(report);
         if self.failover.as_ref().is_some_and(|it| innocent(&it.report)) {
             return;
         }

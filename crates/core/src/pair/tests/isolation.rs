@@ -287,6 +287,33 @@ fn a_ring_the_vmm_resets_during_the_trial_is_not_touched_afterwards() {
 }
 
 #[test]
+fn whoever_dies_after_the_one_an_operator_had_killed_speaks_against_what_was_in_flight() {
+    check(
+        "
+        ~ready 1
+        ~submit 0 3
+        ~wait 1ms
+        ~failover now
+        ~fenced 1
+        ~exit 2
+        ~fenced 2
+        ~up 3
+        ~exit 3
+        ~fenced 3
+        ~up 4
+        ~exit 4
+        fenced 4
+        ",
+        &expect![[r#"
+            > fenced 4
+                * IsolationStarted suspects=1 next="each is run alone on a fresh backend"
+                start #5
+                #5 is shadow
+        "#]],
+    );
+}
+
+#[test]
 fn a_ring_the_vmm_resets_before_anything_is_tried_is_handed_over() {
     check(
         &format!(
