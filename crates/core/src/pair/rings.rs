@@ -317,6 +317,10 @@ impl Pair {
     /// every call once, because nobody knows which of them the last backend has swallowed.
     pub(crate) fn hand_rings(&mut self, target: BackendId, rings: &[u32], purpose: Purpose, step: &mut Step<'_>) {
         let mut signals = Vec::new();
+        // Whoever begins to serve hears of every change before it hears of its rings.
+        if self.served_rings().is_empty() {
+            self.leaving.clear();
+        }
         for (at, index) in rings.iter().enumerate() {
             let last = at + 1 == rings.len();
             self.hand_ring(target, *index, if last { purpose } else { Purpose::Nobody }, step);
