@@ -77,13 +77,12 @@ impl World {
         }
         choices.extend(harness.fencing.iter().map(|id| format!("fenced {id}")));
         choices.extend(harness.starting.iter().map(|id| format!("up {id}")));
-        if !self.connected {
-            choices.extend(harness.pair.is_open().then(|| "boot 1".to_owned()));
-        } else {
+        if self.connected {
             choices.push("vmm gone".to_owned());
-            if self.running && self.stopping.is_none() {
-                choices.push("vmm GET_VRING_BASE 0".to_owned());
-            }
+            let stops = self.running && self.stopping.is_none();
+            choices.extend(stops.then(|| "vmm GET_VRING_BASE 0".to_owned()));
+        } else {
+            choices.extend(harness.pair.is_open().then(|| "boot 1".to_owned()));
         }
         choices
     }
