@@ -21,7 +21,7 @@
 //! publish 0 3 4                   as `complete`, and its backend gets no further than that: it does not clear the marks in its region
 //! spoil 1 0 version 7             what its region says of ring 0 is damaged (also size, used, marks HEAD COUNTER, gone)
 //! failover · failover now         the operator asks for one
-//! alarm 1 harm                    the failure model has an alarm of backend 1 (also law, interrupt, full, store)
+//! alarm 1 harm                    the failure model has an alarm of backend 1 (also law, interrupt, kick, full, store)
 //! moved 1 4096 · moved 1 fails    that backend's state was received, or sent, whole, or was not
 //! unwhole 1                       it says of the next check of its state that it is not whole
 //! wait 25ms                       time passes, ticks come when they are due
@@ -316,6 +316,7 @@ impl Harness {
                 let alarm = match args[1] {
                     "law" => Alarm::Law(Law::RequestIsCompleted),
                     "interrupt" => Alarm::Law(Law::InterruptIsTaken),
+                    "kick" => Alarm::Law(Law::KickIsSeen),
                     "full" => Alarm::Exhaustion(Feature::DescriptorShare),
                     "store" => Alarm::Exhaustion(Feature::StoreShare),
                     _ => Alarm::Harm,
