@@ -94,7 +94,13 @@ impl Pair {
             return;
         }
         let used = step.memory.used_idx(ring);
-        let asked = self.ring_state(ring).drain.is_some_and(|drain| drain.state == DrainState::Asked);
+        let drain = self.ring_state(ring).drain;
+        // There are backends that give up waiting for what they hold, and name where they began (SPDK): that may be `used.idx` by chance.
+        let bounded = self.config.drain == DrainMethod::Stop;
+        let took = drain.map_or(Nanos(0), |drain| step.now.since(drain.began));
+        let late = bounded && took > self.config.limits.drain_max;
+        let outstanding = drain.is_some_and(|drain| drain.state == DrainState::Asked);
+        let asked = outstanding && !late;
         let believable = named == ring && base == u32::from(used) && !self.owes_out_of_order(ring, step);
         let Some(drain) = self.ring_state(ring).drain.as_mut() else { return };
         if asked && believable {
@@ -103,8 +109,12 @@ impl Pair {
             return;
         }
         self.counters.drains_unverified += 1;
-        let cause = format!("it answered the stop of ring {ring} with base {base} while used.idx is {used}");
-        let undo = asked && named == ring && self.failover.is_some() && self.state_is_at_stake().is_some();
+        let cause = if late {
+            format!("it answered the stop of ring {ring} only after {}", took.to_the_millisecond())
+        } else {
+            format!("it answered the stop of ring {ring} with base {base} while used.idx is {used}")
+        };
+        let undo = outstanding && named == ring && self.failover.is_some() && self.state_is_at_stake().is_some();
         let next =
             if undo { "the primary gets its rings back" } else { "the primary is fenced and treated as crashed" };
         let entry = Entry::warning("DrainUnverified").with("ring", ring).with("base", base);
