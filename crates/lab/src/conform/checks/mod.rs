@@ -1,0 +1,61 @@
+//! The table of checks. Each is one sentence of the specification, or one thing that a takeover needs where the specification is silent.
+
+mod negotiation;
+mod rings;
+mod stop;
+
+pub(super) use self::stop::{DISABLE, PRIVATE_KICK, STOP};
+use super::job::Kind;
+use super::outcome::Checked;
+use super::stage::Stage;
+
+/// Of which devices a check can be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum For {
+    /// Any.
+    Any,
+    /// Those that requests can be made for.
+    Requests,
+    /// Block devices on the suite's image.
+    Blk,
+    /// Block devices on the suite's image, which can be made slow.
+    Slow,
+}
+
+/// One check.
+#[derive(Debug)]
+pub(super) struct Check {
+    /// Short and stable.
+    pub(super) id: &'static str,
+    /// What must be, in a sentence.
+    pub(super) name: &'static str,
+    /// Section and words of the specification that ask for it, or what needs it.
+    pub(super) clause: &'static str,
+    /// Which devices it can be made of.
+    pub(super) devices: For,
+    /// Makes it.
+    pub(super) run: fn(&mut Stage<'_>) -> Checked,
+}
+
+/// Where the specification is silent.
+const TAKEOVER: &str = "needed for takeover";
+
+/// All of them, in the order in which they are made.
+pub(super) fn all() -> Vec<&'static Check> {
+    [negotiation::CHECKS, rings::CHECKS, stop::CHECKS].into_iter().flatten().collect()
+}
+
+impl For {
+    /// Why a check cannot be made of a device. `ours`: it serves the suite's image; `slow`: that can be made slow.
+    pub(super) fn refuses(self, kind: Kind, ours: bool, slow: bool) -> Option<&'static str> {
+        match self {
+            For::Any => None,
+            For::Requests if kind.has_requests() => None,
+            For::Requests => Some("the suite has no requests for this type of device"),
+            For::Blk | For::Slow if kind != Kind::Blk => Some("for block devices"),
+            For::Blk | For::Slow if !ours => Some("the back-end does not serve {image}"),
+            For::Slow if !slow => Some("the image cannot be made slow: that needs root and /dev/fuse"),
+            For::Blk | For::Slow => None,
+        }
+    }
+}
