@@ -139,19 +139,6 @@ impl Jobs {
         }
     }
 
-    /// The chain of a block request that writes the slot's second page, filled with `value`, to that block.
-    pub(super) fn write_chain(&self, slot: u16, block: u64, value: u64) -> Vec<Descriptor> {
-        self.clear(slot);
-        let part = self.slot(slot);
-        part.mapping.write(part.start, &header(1, block * (PAGE / 512) as u64));
-        for word in part.mapping.words(part.start + PAGE, PAGE) {
-            word.store(value, Ordering::Relaxed);
-        }
-        let read =
-            |at: usize, len: usize| Descriptor { addr: part.guest + at as u64, len: len as u32, flags: 0, next: 0 };
-        vec![read(0, 16), read(PAGE, PAGE), Descriptor { flags: DESC_F_WRITE, ..read(STATUS, 1) }]
-    }
-
     /// Whether the request in that slot was done, as far as its type shows it. `len` is what the used entry says.
     pub(super) fn check(&self, slot: u16, len: u32) -> Result<(), String> {
         let part = self.slot(slot);

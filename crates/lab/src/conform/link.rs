@@ -63,6 +63,14 @@ impl Link {
         }
     }
 
+    /// Closes it in both directions.
+    pub(super) fn hang_up(&self) -> Result<(), Miss> {
+        match self.stream.shutdown(std::net::Shutdown::Both) {
+            Err(error) if !is_gone(error.kind()) => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
     /// Sends a request, whose descriptor slots are indices into `fds`.
     pub(super) fn send(&self, request: &Request, fds: &[BorrowedFd<'_>], need_reply: bool) -> Result<(), Miss> {
         let (mut bytes, mut slots) = (Vec::new(), Vec::new());

@@ -128,11 +128,6 @@ impl Ring {
         self.load(self.used + ring::IDX as usize)
     }
 
-    /// Writes `used.idx`, as a device before this one has left it.
-    pub(super) fn set_used_idx(&self, index: u16) {
-        self.store(self.used + ring::IDX as usize, index);
-    }
-
     /// Head and length of the used entry of that index.
     pub(super) fn used(&self, index: u16) -> (u32, u32) {
         let at = self.window.start + self.used + self.layout.used_slot(self.layout.slot(index)) as usize;

@@ -180,7 +180,8 @@ impl Choice {
 #[derive(Debug)]
 pub(super) struct Bench {
     pub(super) kind: Kind,
-    known: bool,
+    /// It serves the suite's image.
+    pub(super) known: bool,
     pub(super) process: Rc<RefCell<Process>>,
     pub(super) socket: PathBuf,
     pub(super) link: Link,
@@ -393,7 +394,12 @@ impl Bench {
         }
     }
 
-    /// Another connection to the same process, after this one is closed.
+    /// Closes the connection in both directions.
+    pub(super) fn hang_up(&self) -> Result<(), Miss> {
+        self.link.hang_up()
+    }
+
+    /// Another connection to the same process, after this one was closed.
     pub(super) fn reconnect(&mut self, within: Duration, patience: Duration) -> Result<(), Miss> {
         self.link = Link::connect(&self.socket, within, patience)?;
         self.offered = 0;

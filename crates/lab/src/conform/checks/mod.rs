@@ -1,8 +1,15 @@
 //! The table of checks. Each is one sentence of the specification, or one thing that a takeover needs where the specification is silent.
 
+mod config;
+mod connection;
+mod guest;
+mod hostile;
+mod memory;
 mod negotiation;
+mod notify;
 mod rings;
 mod stop;
+mod takeover;
 
 pub(super) use self::stop::{DISABLE, PRIVATE_KICK, STOP};
 use super::job::Kind;
@@ -42,7 +49,21 @@ const TAKEOVER: &str = "needed for takeover";
 
 /// All of them, in the order in which they are made.
 pub(super) fn all() -> Vec<&'static Check> {
-    [negotiation::CHECKS, rings::CHECKS, stop::CHECKS].into_iter().flatten().collect()
+    [
+        negotiation::CHECKS,
+        rings::CHECKS,
+        notify::CHECKS,
+        stop::CHECKS,
+        takeover::CHECKS,
+        memory::CHECKS,
+        config::CHECKS,
+        connection::CHECKS,
+        hostile::CHECKS,
+        guest::CHECKS,
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 impl For {
