@@ -18,6 +18,13 @@ const ENTROPY: usize = 64;
 const STATUS: usize = 64;
 /// What a byte holds that the device has to write.
 const UNWRITTEN: u8 = 0xee;
+/// Bytes of a SCSI request and of its answer, without sense data, and where in that the response is.
+const SCSI_REQUEST: usize = 51;
+const SCSI_ANSWER: usize = 108;
+const SCSI_RESPONSE: usize = 11;
+/// Bytes of a packet's header, and the guest's address.
+const VSOCK_HEADER: usize = 44;
+const VSOCK_GUEST: u64 = 4;
 /// Opcode of FUSE_INIT, and the length of its request and of its answer's head.
 const FUSE_INIT: u32 = 26;
 const FUSE_REQUEST: usize = 40 + 64;
@@ -28,6 +35,8 @@ const FUSE_ANSWER: usize = 256;
 pub(super) enum Kind {
     /// Block device.
     Blk,
+    /// SCSI host with a disk.
+    Scsi,
     /// Entropy source.
     Rng,
     /// File system.
@@ -36,6 +45,8 @@ pub(super) enum Kind {
     Net,
     /// Console: what is printed.
     Console,
+    /// Sockets to the host: what is sent.
+    Vsock,
     /// Anything else: the control channel alone is checked.
     Other,
 }
@@ -45,10 +56,12 @@ impl Kind {
     pub(super) fn name(self) -> &'static str {
         match self {
             Kind::Blk => "blk",
+            Kind::Scsi => "scsi",
             Kind::Rng => "rng",
             Kind::Fs => "fs",
             Kind::Net => "net",
             Kind::Console => "console",
+            Kind::Vsock => "vsock",
             Kind::Other => "other",
         }
     }
@@ -57,8 +70,19 @@ impl Kind {
     pub(super) fn ring(self) -> u32 {
         match self {
             Kind::Blk | Kind::Rng | Kind::Other => 0,
-            Kind::Fs | Kind::Net | Kind::Console => 1,
+            Kind::Fs | Kind::Net | Kind::Console | Kind::Vsock => 1,
+            Kind::Scsi => 2,
         }
+    }
+
+    /// Whether it reads and writes a disk.
+    pub(super) fn has_disk(self) -> bool {
+        matches!(self, Kind::Blk | Kind::Scsi)
+    }
+
+    /// Whether its requests are answered with data.
+    pub(super) fn is_answered(self) -> bool {
+        matches!(self, Kind::Blk | Kind::Scsi | Kind::Rng | Kind::Fs)
     }
 
     /// Whether there are requests of that type.
@@ -121,6 +145,10 @@ impl Jobs {
                 put(&header(0, u64::from(slot) * (PAGE / 512) as u64));
                 vec![read(0, 16), write(PAGE, PAGE), write(STATUS, 1)]
             }
+            Kind::Scsi => {
+                put(&scsi_read(u32::from(slot) * (PAGE / 512) as u32));
+                vec![read(0, SCSI_REQUEST), write(STATUS, SCSI_ANSWER), write(PAGE, PAGE)]
+            }
             Kind::Rng => vec![write(PAGE, ENTROPY)],
             Kind::Fs => {
                 put(&fuse_init(slot));
@@ -135,6 +163,10 @@ impl Jobs {
                 put(b"conform\n");
                 vec![read(0, 8)]
             }
+            Kind::Vsock => {
+                put(&vsock_reset());
+                vec![read(0, VSOCK_HEADER)]
+            }
             Kind::Other => Vec::new(),
         }
     }
@@ -144,7 +176,8 @@ impl Jobs {
         let part = self.slot(slot);
         let byte = |at: usize| part.mapping.u8(part.start + at).load(Ordering::Acquire);
         match self.kind {
-            Kind::Blk => match byte(STATUS) {
+            // The status of a block request, or the response of a SCSI host: zero is good in both.
+            Kind::Blk | Kind::Scsi => match byte(STATUS + self.status_at()) {
                 0 if !self.known || (0..PAGE / 8).all(|word| self.word(slot, word) == pattern(slot, word)) => Ok(()),
                 0 => Err(format!("the data of block {slot} is not what the image holds")),
                 UNWRITTEN => Err(format!("the request for block {slot} was completed without a status")),
@@ -162,8 +195,13 @@ impl Jobs {
                     Err(format!("a file system request of number {} got the answer to number {unique:#x}", slot + 1))
                 }
             }
-            Kind::Rng | Kind::Net | Kind::Console | Kind::Other => Ok(()),
+            Kind::Rng | Kind::Net | Kind::Console | Kind::Vsock | Kind::Other => Ok(()),
         }
+    }
+
+    /// Where in the answer its status lies.
+    fn status_at(&self) -> usize {
+        if self.kind == Kind::Scsi { SCSI_RESPONSE } else { 0 }
     }
 
     fn word(&self, slot: u16, word: usize) -> u64 {
@@ -175,8 +213,8 @@ impl Jobs {
     pub(super) fn is_touched(&self, slot: u16) -> bool {
         let part = self.slot(slot);
         let data = (0..PAGE / 8).any(|word| self.word(slot, word) != u64::from_ne_bytes([UNWRITTEN; 8]));
-        let status =
-            self.kind == Kind::Blk && part.mapping.u8(part.start + STATUS).load(Ordering::Acquire) != UNWRITTEN;
+        let at = part.start + STATUS + self.status_at();
+        let status = self.kind.has_disk() && part.mapping.u8(at).load(Ordering::Acquire) != UNWRITTEN;
         data || status
     }
 
@@ -202,6 +240,29 @@ pub(super) fn header(code: u32, sector: u64) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[..4].copy_from_slice(&code.to_le_bytes());
     bytes[8..].copy_from_slice(&sector.to_le_bytes());
+    bytes
+}
+
+/// `struct virtio_scsi_cmd_req` (virtio 1.3 §5.6.6.1): READ(10) of a page by the first target.
+fn scsi_read(block: u32) -> [u8; SCSI_REQUEST] {
+    let mut bytes = [0; SCSI_REQUEST];
+    bytes[..4].copy_from_slice(&[1, 0, 0x40, 0]);
+    bytes[19] = 0x28;
+    bytes[21..25].copy_from_slice(&block.to_be_bytes());
+    bytes[26..28].copy_from_slice(&((PAGE / 512) as u16).to_be_bytes());
+    bytes
+}
+
+/// `struct virtio_vsock_hdr` (virtio 1.3 §5.10.6): the reset of a stream that nobody knows.
+fn vsock_reset() -> [u8; VSOCK_HEADER] {
+    let mut bytes = [0; VSOCK_HEADER];
+    let mut put = |at: usize, word: &[u8]| bytes[at..at + word.len()].copy_from_slice(word);
+    put(0, &VSOCK_GUEST.to_le_bytes());
+    put(8, &2_u64.to_le_bytes());
+    put(16, &1000_u32.to_le_bytes());
+    put(20, &1000_u32.to_le_bytes());
+    put(28, &1_u16.to_le_bytes());
+    put(30, &3_u16.to_le_bytes());
     bytes
 }
 

@@ -4,7 +4,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -46,11 +46,13 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Connects to `path`; tries until somebody listens there, or `within` has passed.
+    /// Connects to `path`, or that with a 0 behind it; tries until somebody listens there, or `within` has passed.
     pub(super) fn connect(path: &Path, within: Duration, patience: Duration) -> Result<Self, Miss> {
         let deadline = Instant::now() + within;
         loop {
-            match UnixStream::connect(path) {
+            // Some serve several sockets, and number them.
+            let numbered = PathBuf::from(format!("{}0", path.display()));
+            match UnixStream::connect(if numbered.exists() { &numbered } else { path }) {
                 Ok(stream) => {
                     stream.set_write_timeout(Some(patience))?;
                     return Ok(Link { stream, patience });

@@ -25,7 +25,7 @@ pub(super) enum For {
     Requests,
     /// Block devices on the suite's image.
     Blk,
-    /// Block devices on the suite's image, which can be made slow.
+    /// Disks on the suite's image, which can be made slow.
     Slow,
 }
 
@@ -73,7 +73,8 @@ impl For {
             For::Any => None,
             For::Requests if kind.has_requests() => None,
             For::Requests => Some("the suite has no requests for this type of device"),
-            For::Blk | For::Slow if kind != Kind::Blk => Some("for block devices"),
+            For::Blk if kind != Kind::Blk => Some("for block devices"),
+            For::Slow if !kind.has_disk() => Some("for disks"),
             For::Blk | For::Slow if !ours => Some("the back-end does not serve {image}"),
             For::Slow if !slow => Some("the image cannot be made slow: that needs root and /dev/fuse"),
             For::Blk | For::Slow => None,

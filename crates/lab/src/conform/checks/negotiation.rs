@@ -8,7 +8,7 @@ use super::{Check, For, TAKEOVER};
 use crate::conform::link::Heard;
 use crate::conform::outcome::{Checked, Miss, expect, failed, lacks, passed};
 use crate::conform::raw;
-use crate::conform::stage::{Choice, Stage, number_in};
+use crate::conform::stage::{Bench, Choice, QUIET, Stage, number_in};
 
 /// See the module.
 pub(super) const CHECKS: &[Check] = &[
@@ -115,14 +115,14 @@ fn protocol_subset(stage: &mut Stage<'_>) -> Checked {
 }
 
 /// What a back-end does with a message that it should not get, and whether it lives on.
-fn unoffered(bench: &crate::conform::stage::Bench, request: &Request) -> Checked {
-    let answer = match bench.acknowledged(request, &[]) {
-        Ok(answer) => answer,
-        Err(Miss::Closed(_)) => return Ok("it closes the connection".to_owned()),
-        Err(other) => return Err(other),
-    };
-    bench.settle()?;
-    Ok(if answer == 0 { "it is ignored".to_owned() } else { "it is refused".to_owned() })
+fn unoffered(bench: &Bench, request: &Request) -> Checked {
+    let answer = bench.acknowledged(request, &[]);
+    match answer.and_then(|answer| bench.settle().map(|()| answer)) {
+        Ok(0) => Ok("it is ignored".to_owned()),
+        Ok(_) => Ok("it is refused".to_owned()),
+        Err(Miss::Closed(_)) => Ok("it closes the connection".to_owned()),
+        Err(other) => Err(other),
+    }
 }
 
 fn protocol_unoffered(stage: &mut Stage<'_>) -> Checked {
@@ -175,7 +175,7 @@ fn reply_ack_own(stage: &mut Stage<'_>) -> Checked {
         bench.link.send(&request, &[], true)?;
         bench.answer(&request)?;
     }
-    match bench.link.hear_within(crate::conform::stage::QUIET)? {
+    match bench.link.hear_within(QUIET)? {
         Heard::Silence => passed(),
         other => failed(format!("after the replies came {other:?}")),
     }
@@ -190,8 +190,10 @@ fn reply_ack_failure(stage: &mut Stage<'_>) -> Checked {
         answer => answer?,
     };
     expect(answer != 0, || "SET_VRING_NUM for ring 250 is acknowledged as a success".to_owned())?;
-    bench.settle()?;
-    passed()
+    match bench.settle() {
+        Err(Miss::Closed(_)) => Ok("and then the connection is closed".to_owned()),
+        settled => settled.and_then(|()| passed()),
+    }
 }
 
 fn reply_ack_unknown(stage: &mut Stage<'_>) -> Checked {
