@@ -15,8 +15,9 @@ mod raw;
 mod report;
 mod ring;
 mod stage;
+mod table;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -49,6 +50,9 @@ pub(crate) struct Args {
     /// Print the checks, and end
     #[arg(long)]
     list: bool,
+    /// Print a table in Markdown of what these runs said in JSON, and end
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    table: Vec<PathBuf>,
     /// Print JSON; progress goes to standard error
     #[arg(long)]
     json: bool,
@@ -60,12 +64,16 @@ pub(crate) struct Args {
     patience_ms: u64,
     /// The back-end's command line: {socket} is where it shall listen, or {fd} a listening socket that it inherits; {image} a raw image,
     /// {dir} a directory to share
-    #[arg(last = true, value_name = "BACKEND ARG", required_unless_present = "list")]
+    #[arg(last = true, value_name = "BACKEND ARG", required_unless_present_any = ["list", "table"])]
     command: Vec<String>,
 }
 
 /// Makes the checks.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    if !args.table.is_empty() {
+        print!("{}", table::of(&args.table)?);
+        return Ok(());
+    }
     let checks = chosen(args)?;
     if args.list {
         checks.iter().for_each(|check| println!("{:<20} {}\n{:20} [{}]", check.id, check.name, "", check.clause));

@@ -124,3 +124,31 @@ impl Report {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conform::checks::all;
+
+    fn report(results: &[(&str, Verdict)]) -> Report {
+        let finding = |(id, verdict): &(&str, Verdict)| Finding {
+            check: all().into_iter().find(|check| check.id == *id).expect("there is such a check"),
+            verdict: *verdict,
+            detail: String::new(),
+            took: Duration::ZERO,
+        };
+        Report { findings: results.iter().map(finding).collect(), complete: true }
+    }
+
+    #[test]
+    fn a_back_end_that_no_method_drains_is_not_good_though_each_may_be_left_out() {
+        let one = report(&[(STOP, Verdict::Fail), (PRIVATE_KICK, Verdict::Pass), (DISABLE, Verdict::Fail)]);
+        assert_eq!((one.drain(), one.is_good()), (Some("private-kick"), false));
+        let gentle = report(&[(STOP, Verdict::Pass), (PRIVATE_KICK, Verdict::NotApplicable), (DISABLE, Verdict::Pass)]);
+        assert_eq!((gentle.drain(), gentle.is_good()), (Some("stop"), true));
+        let none = report(&[(STOP, Verdict::Fail), (PRIVATE_KICK, Verdict::NotApplicable), (DISABLE, Verdict::Crash)]);
+        assert_eq!((none.drain(), none.is_good()), (None, false));
+        let unmeasured = report(&[(STOP, Verdict::NotApplicable)]);
+        assert!(unmeasured.is_good(), "nothing is known of it");
+    }
+}

@@ -97,6 +97,7 @@ pub(super) const CHECKS: &[Check] = &[
     },
 ];
 
+const ENDS: &str = "the process ends";
 const HEADER: &str = "Header; Communication: if the back-end detects some error, it may also close the connection";
 const PAYLOAD: &str = "Payload; Communication: if the back-end detects some error, it may also close the connection";
 const RING: &str =
@@ -114,12 +115,12 @@ fn survives(stage: &Stage<'_>, bench: &Bench, since: &str) -> Result<&'static st
     bench.hang_up()?;
     if bench.process.borrow_mut().ends_within(QUIET)?.is_some() {
         // How is told by the process itself.
-        return Ok("the process ends");
+        return Ok(ENDS);
     }
     let link = Link::connect(&bench.socket, Duration::from_secs(1), stage.subject.patience);
     match link.and_then(|link| answers(&link)) {
         Ok(_) => Ok("the connection is closed"),
-        Err(_) if bench.process.borrow_mut().ends_within(QUIET)?.is_some() => Ok("the process ends"),
+        Err(_) if bench.process.borrow_mut().ends_within(QUIET)?.is_some() => Ok(ENDS),
         Err(Miss::Timeout(_) | Miss::Closed(_)) => {
             Err(Miss::Timeout(format!("after {since} it has closed the connection, and serves no other")))
         }
@@ -154,8 +155,9 @@ fn each(stage: &mut Stage<'_>, deeds: &[(&str, Deed<'_>)]) -> Checked {
             Err(other) => return Err(other),
         }
         let how = survives(stage, &bench, what)?;
-        if let Some(died) = bench.process.borrow_mut().died(how == "the process ends")? {
-            return failed(format!("{what}: {died}"));
+        // How it died is said by who judges.
+        if bench.process.borrow_mut().died(how == ENDS)?.is_some() {
+            return failed(*what);
         }
         bench.process.borrow_mut().kill()?;
         found.push((*what, how));

@@ -81,3 +81,30 @@ impl For {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_check_has_an_id_of_its_own_and_names_what_asks_for_it() {
+        let ids: BTreeSet<&str> = all().iter().map(|check| check.id).collect();
+        assert_eq!(ids.len(), all().len(), "an id is there twice");
+        for check in all() {
+            let fits = |c: char| c.is_ascii_lowercase() || c == '-';
+            assert!(check.id.len() <= 20 && check.id.chars().all(fits), "{}", check.id);
+            assert!(check.name.len() > 10 && check.clause.len() > 10, "{}", check.id);
+        }
+    }
+
+    #[test]
+    fn a_check_is_made_only_of_devices_it_is_about() {
+        let refused = |devices: For, kind, ours, slow| devices.refuses(kind, ours, slow).is_some();
+        assert!(!refused(For::Any, Kind::Other, false, false));
+        assert!(refused(For::Requests, Kind::Other, true, true) && !refused(For::Requests, Kind::Rng, false, false));
+        assert!(refused(For::Blk, Kind::Scsi, true, true) && refused(For::Blk, Kind::Blk, false, true));
+        assert!(refused(For::Slow, Kind::Blk, true, false) && !refused(For::Slow, Kind::Scsi, true, true));
+    }
+}
