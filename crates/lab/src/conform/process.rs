@@ -110,7 +110,9 @@ impl Process {
     /// The last of what it printed.
     fn said(&self) -> String {
         let text = std::fs::read(&self.log).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
+        // It goes to a terminal, and into JSON.
+        let text: String =
+            String::from_utf8_lossy(&text).chars().filter(|it| *it == '\n' || !it.is_control()).collect();
         let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         let last = &lines[lines.len().saturating_sub(QUOTED)..];
         if last.is_empty() { String::new() } else { format!("; it said: {}", last.join(" / ")) }

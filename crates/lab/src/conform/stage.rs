@@ -77,7 +77,7 @@ impl<'a> Stage<'a> {
     pub(super) fn start(&mut self) -> Result<(Rc<RefCell<Process>>, PathBuf), Miss> {
         let number = self.processes.len();
         let socket = self.dir.join(format!("socket{number}"));
-        let dir = self.dir.join("dir");
+        let dir = self.dir.join(format!("dir{number}"));
         std::fs::create_dir_all(&dir)?;
         let places = Places { socket: &socket, image: &self.subject.image, dir: &dir };
         let process = Process::start(&self.subject.line, &places, self.dir.join(format!("log{number}")))?;
@@ -113,6 +113,7 @@ impl<'a> Stage<'a> {
             offered: 0,
             features: 0,
             protocol: ProtocolFeatures::empty(),
+            beside: None,
         })
     }
 
@@ -192,6 +193,8 @@ pub(super) struct Bench {
     pub(super) features: u64,
     /// Protocol features in use.
     pub(super) protocol: ProtocolFeatures,
+    /// A ring that has to run beside the one that requests go to, and stays empty.
+    beside: Option<Ring>,
 }
 
 impl Bench {
@@ -230,7 +233,8 @@ impl Bench {
         let fds: Vec<BorrowedFd<'_>> = self.memory.table().map(|(_, fd)| fd).collect();
         let table = self.memory.table().enumerate().map(|(at, (region, _))| (region, FdSlot(at as u32))).collect();
         self.tell(&Request::SetMemTable(table), &fds)?;
-        self.settle()
+        self.settle()?;
+        self.run_beside()
     }
 
     /// The answer to a request that has one.
@@ -291,8 +295,19 @@ impl Bench {
         })
     }
 
+    /// Starts what has to run beside the ring that requests go to: DPDK serves a pair of rings when both are started.
+    fn run_beside(&mut self) -> Result<(), Miss> {
+        if self.kind == Kind::Net && self.beside.is_none() {
+            let receiving = Ring::new(&mut self.memory, 0, SIZE, 0)?;
+            self.start(&receiving, 0)?;
+            self.beside = Some(receiving);
+        }
+        Ok(())
+    }
+
     /// A ring for requests, with both indices at `start`.
     pub(super) fn ring(&mut self, start: u16) -> Result<Ring, Miss> {
+        self.run_beside()?;
         Ring::new(&mut self.memory, self.kind.ring(), SIZE, start)
     }
 
@@ -404,6 +419,7 @@ impl Bench {
         self.link = Link::connect(&self.socket, within, patience)?;
         self.offered = 0;
         self.protocol = ProtocolFeatures::empty();
+        self.beside = None;
         Ok(())
     }
 }

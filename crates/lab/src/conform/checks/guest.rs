@@ -122,6 +122,8 @@ fn play(stage: &mut Stage<'_>, deed: Deed) -> Checked {
         Miss::Fail(why) => Miss::Fail(format!("the ring, set up anew, is not served: {why}")),
         other => other,
     })?;
+    // Some let nobody else have their image.
+    bench.process.borrow_mut().kill()?;
     Ok(what.to_owned())
 }
 

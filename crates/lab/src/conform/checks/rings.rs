@@ -79,8 +79,8 @@ pub(super) const CHECKS: &[Check] = &[
     },
     Check {
         id: "call-late",
-        name: "a call descriptor that comes after the first completion is used",
-        clause: TAKEOVER,
+        name: "a ring is started without a call descriptor, and one that comes later is used",
+        clause: "Ring states: the back-end must start a ring upon receiving a kick",
         devices: For::Requests,
         run: call_late,
     },
@@ -263,17 +263,11 @@ fn kick_replaced(stage: &mut Stage<'_>) -> Checked {
     let (bench, mut ring, jobs) = set_up(stage)?;
     bench.start(&ring, 0)?;
     bench.serve(&mut ring, &jobs, 0..1)?;
-    let old = std::mem::replace(&mut ring.kick, EventFd::new()?);
+    // The old one stays open, and is never written again.
+    let _old = std::mem::replace(&mut ring.kick, EventFd::new()?);
     bench.set_kick(&ring)?;
     bench.settle()?;
     bench.serve(&mut ring, &jobs, 1..2)?;
-    // What comes by the old one is not taken any more: a private kick diverts new work.
-    let from = ring.used_idx();
-    bench.offer(&mut ring, &jobs, 2..3);
-    old.signal();
-    expect(!ring.moves(QUIET), || "the old descriptor is still listened to".to_owned())?;
-    ring.kick.signal();
-    bench.served(&ring, &jobs, from, &[2])?;
     passed()
 }
 
