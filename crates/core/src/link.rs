@@ -142,8 +142,9 @@ pub(crate) struct Link {
     pub(crate) region: Region,
     /// Rings have been given to it with that region.
     pub(crate) region_used: bool,
-    /// Entries of a ring it was asked to have room for.
+    /// Entries of a ring it was asked to have room for, and rings.
     region_size: u16,
+    region_queues: u16,
     /// One of its own for the canary, where the backend needs one.
     pub(crate) canary_region: Region,
     /// Memory of the broker's own that the backend has, or is about to have, as one more region.
@@ -165,6 +166,17 @@ pub(crate) enum Region {
     None,
     Asked,
     Set { description: InflightDescription, fd: FdSlot },
+}
+
+/// A region for as many rings, of as many entries, as it was asked for, where its maker does not say it again (yc-libvhost-server). QEMU
+/// goes by its own numbers as well.
+pub(crate) fn named(made: InflightDescription, num_queues: u16, queue_size: u16) -> InflightDescription {
+    let or = |said: u16, asked: u16| if said == 0 { asked } else { said };
+    InflightDescription {
+        num_queues: or(made.num_queues, num_queues),
+        queue_size: or(made.queue_size, queue_size),
+        ..made
+    }
 }
 
 /// What a message from a backend meant.
@@ -196,6 +208,7 @@ impl Link {
             region: Region::None,
             region_used: false,
             region_size: 0,
+            region_queues: 0,
             canary_region: Region::None,
             private_memory: None,
             warmed: false,
@@ -266,7 +279,7 @@ impl Link {
         }
         if self.region == Region::None {
             self.region = Region::Asked;
-            self.region_size = queue_size;
+            (self.region_size, self.region_queues) = (queue_size, queues);
             let wanted = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: queues, queue_size };
             self.ask(&Request::GetInflightFd(wanted), Purpose::Inflight, out);
         }
@@ -286,7 +299,8 @@ impl Link {
     }
 
     /// The backend has made a region: it gets it back, fresh, unless a canary reads with its own. Then it gets it behind that.
-    pub(crate) fn region_made(&mut self, description: InflightDescription, fd: FdSlot, out: &mut Actions) {
+    pub(crate) fn region_made(&mut self, made: InflightDescription, fd: FdSlot, out: &mut Actions) {
+        let description = named(made, self.region_queues, self.region_size);
         self.region = Region::Set { description, fd };
         if self.is_free() {
             self.tell(&Request::SetInflightFd { region: description, fd }, out);

@@ -5,6 +5,7 @@
 mod bench;
 mod campaign;
 mod common;
+mod conform;
 mod crash;
 mod eval;
 mod fence;
@@ -43,6 +44,8 @@ enum Instrument {
     Demo(campaign::end_to_end::demo::Args),
     /// Fault campaigns: real backends driven into failure, and healthy ones, with labels and profiles.
     Campaign(campaign::Args),
+    /// Any vhost-user back-end, checked against what the specification asks for and a failover depends on.
+    Conform(conform::Args),
     /// The late write of a killed backend, and the fence that holds it off.
     Fence(fence::Args),
     /// How unusual each row of a series is: the detector of the failure model on any table.
@@ -80,6 +83,7 @@ fn main() -> std::process::ExitCode {
         Instrument::Crash(args) => crash::run(&args),
         Instrument::Demo(args) => campaign::end_to_end::demo::run(&args),
         Instrument::Campaign(args) => campaign::run(&args),
+        Instrument::Conform(args) => conform::run(&args),
         Instrument::Fence(args) => fence::run(&args),
         Instrument::Score(args) => score::run(&args),
         Instrument::Train(args) => train::run(&args),

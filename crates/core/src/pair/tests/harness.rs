@@ -647,8 +647,9 @@ impl Harness {
             }
             Request::GetInflightFd(wanted) => {
                 let mmap_size = ring_bytes(wanted.queue_size) * u64::from(wanted.num_queues);
-                let queue_size = if backend.odd_region { 0 } else { wanted.queue_size };
-                let region = InflightDescription { mmap_size, queue_size, ..*wanted };
+                // Some do not say for what it is.
+                let said = if backend.odd_region { (0, 0) } else { (wanted.num_queues, wanted.queue_size) };
+                let region = InflightDescription { mmap_size, mmap_offset: 0, num_queues: said.0, queue_size: said.1 };
                 Some(Reply::Inflight { region, fd: None })
             }
             // Bit 8: no descriptor of its own.
@@ -851,7 +852,7 @@ impl Harness {
     fn carried(&mut self, id: u64, header: &Header, payload: &[u8]) -> Vec<FdSlot> {
         let kind = ReplyKind::Inflight;
         match Reply::decode(RequestCode::GetInflightFd as u32, "", kind, header, payload, &[]) {
-            Ok(Reply::Inflight { region, .. }) if region.num_queues > 0 => vec![self.make_region(id, &region)],
+            Ok(Reply::Inflight { region, .. }) if region.mmap_size > 0 => vec![self.make_region(id, &region)],
             _ => Vec::new(),
         }
     }
