@@ -1,5 +1,7 @@
 //! Virtio and vhost-user feature bits, and what of them may pass a broker, per device type.
 
+use warmswap_zoo::{Animal, loose};
+
 bitflags::bitflags! {
     /// Virtio feature bits that have a meaning below the device type (virtio 1.3 §6), plus vhost's own.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -167,6 +169,7 @@ impl DeviceType {
             | VirtioFeatures::PROTOCOL_FEATURES
             | VirtioFeatures::VERSION_1
             | VirtioFeatures::ORDER_PLATFORM;
+        let packed = if loose(Animal::PackedOffered) { VirtioFeatures::RING_PACKED.bits() } else { 0 };
         // Bits 0 to 23 and 50 to 63 belong to the device type.
         let device: u64 = match self {
             // virtio 1.3 §5.2.3: size_max, seg_max, geometry, ro, blk_size, flush, topology, config_wce, mq, discard,
@@ -183,7 +186,7 @@ impl DeviceType {
             DeviceType::Console => 0b111,
             DeviceType::Input => 0,
         };
-        transport.bits() | device
+        transport.bits() | device | packed
     }
 
     /// Protocol features that may be offered to the VMM, if both backends have them. RESET_DEVICE is not among them: a VMM without

@@ -16,6 +16,8 @@ mod regions;
 mod start;
 mod stops;
 mod vmm;
+#[cfg(feature = "zoo")]
+mod zoo;
 
 use expect_test::Expect;
 
