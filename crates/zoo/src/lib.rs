@@ -168,6 +168,13 @@ animals! {
         "a backend is given the guest's region in the middle of a canary read";
     RegionNotRenewed = "region-not-renewed", "core/link.rs", "mended in 8cfbeaa",
         "a region that knows other rings is kept for rings that were set up anew";
+    // The built-in backend.
+    StopUndrained = "stop-undrained", "blk/queue.rs", "vhost-user-backend 0.24: stop_vring() does nothing",
+        "the built-in backend answers a stop at once and drops what it holds";
+    OwedCallForgotten = "owed-call-forgotten", "blk/queue.rs", "mended in d4b3643",
+        "the built-in backend does not repeat the call that the last one may have owed";
+    PublishedBeforeWritten = "published-before-written", "blk/queue.rs", "written for the zoo",
+        "the built-in backend stores used.idx before the entries it speaks of";
     // The protocol.
     PackedOffered = "packed-rings-offered", "wire/features.rs", "QEMU knows no index of a packed ring after a crash",
         "packed rings are offered, which cannot be observed";

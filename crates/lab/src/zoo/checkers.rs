@@ -1,0 +1,147 @@
+//! What catches the animals that the simulator cannot meet, or does not catch: tests and instruments, by name.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, bail};
+use warmswap_zoo::{Animal, VARIABLE};
+
+use crate::common::process::die_with_parent;
+
+/// A checker that is run as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Checker {
+    /// A test of a crate: package, binary, full name.
+    Test(&'static str, &'static str, &'static str),
+    /// An instrument of this laboratory.
+    Lab(&'static [&'static str]),
+}
+
+impl fmt::Display for Checker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Checker::Test(package, _, name) => write!(f, "{package} {name}"),
+            Checker::Lab(words) => write!(f, "lab {}", words.join(" ")),
+        }
+    }
+}
+
+/// A short run of the crash enumerator: small rings, every store.
+const CRASH: Checker = Checker::Lab(&["crash", "--queue-size", "2", "--event-idx", "off"]);
+
+const fn core(name: &'static str) -> Checker {
+    Checker::Test("warmswap-core", "warmswap_core", name)
+}
+
+const fn wire(name: &'static str) -> Checker {
+    Checker::Test("warmswap-wire", "warmswap_wire", name)
+}
+
+/// The checker that is to catch an animal if the simulator does not.
+pub(super) fn named(animal: Animal) -> Option<Checker> {
+    CHECKERS.iter().find(|(known, _)| *known == animal).map(|(_, checker)| *checker)
+}
+
+/// Whether an animal lives where the simulator never comes.
+pub(super) fn is_beyond_the_simulator(animal: Animal) -> bool {
+    ["warmswap/", "blk/", "socket/", "predict/"].iter().any(|part| animal.home().starts_with(part))
+}
+
+const CHECKERS: &[(Animal, Checker)] = &[];
+
+/// Test binaries with the animals in them, built once.
+#[derive(Debug)]
+pub(super) struct Bench {
+    /// Executable and directory by package and binary.
+    binaries: BTreeMap<(String, String), (PathBuf, PathBuf)>,
+}
+
+impl Bench {
+    /// Builds what these checkers need.
+    pub(super) fn build(checkers: &[Checker]) -> anyhow::Result<Self> {
+        let mut packages: Vec<&str> = checkers.iter().filter_map(|checker| checker.package()).collect();
+        packages.sort_unstable();
+        packages.dedup();
+        let mut bench = Bench { binaries: BTreeMap::new() };
+        if packages.is_empty() {
+            return Ok(bench);
+        }
+        let mut cargo = Command::new("cargo");
+        cargo.args(["test", "--no-run", "--quiet", "--message-format", "json", "--lib", "--tests"]);
+        packages.iter().for_each(|package| _ = cargo.args(["--package", package]));
+        packages.iter().for_each(|package| _ = cargo.args(["--features", &format!("{package}/zoo")]));
+        cargo.arg("--manifest-path").arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.toml"));
+        let output = cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("running cargo")?;
+        anyhow::ensure!(output.status.success(), "the checkers cannot be built");
+        for line in String::from_utf8_lossy(&output.stdout).lines() {
+            let message: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+            let text = |value: &serde_json::Value| value.as_str().map(str::to_owned);
+            let (Some(executable), Some(manifest)) = (text(&message["executable"]), text(&message["manifest_path"]))
+            else {
+                continue;
+            };
+            let directory = PathBuf::from(&manifest).parent().map(PathBuf::from).unwrap_or_default();
+            let package = message["package_id"].as_str().unwrap_or_default();
+            let package = package.rsplit(['/', '#', '@']).find(|part| part.starts_with("warmswap"));
+            let package = package.map_or_else(|| package_of(&directory), str::to_owned);
+            let binary = text(&message["target"]["name"]).unwrap_or_default();
+            bench.binaries.insert((package, binary), (executable.into(), directory));
+        }
+        Ok(bench)
+    }
+
+    /// Runs a checker. Whether it passed, and what it said if not.
+    pub(super) fn passes(&self, checker: Checker, loose: Option<Animal>) -> anyhow::Result<Result<(), String>> {
+        let mut command = match checker {
+            Checker::Test(package, binary, name) => {
+                let key = (package.to_owned(), binary.to_owned());
+                let Some((executable, directory)) = self.binaries.get(&key) else {
+                    bail!("{package} has no test binary {binary}")
+                };
+                let mut command = Command::new(executable);
+                command.args(["--exact", name]).current_dir(directory);
+                command
+            }
+            Checker::Lab(words) => {
+                let mut command = Command::new("/proc/self/exe");
+                command.args(words);
+                command
+            }
+        };
+        command.env(VARIABLE, loose.map_or("", Animal::id)).stdin(Stdio::null());
+        let output = die_with_parent(&mut command).output().with_context(|| format!("running {checker}"))?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        // A name that no test has would pass whatever is loose.
+        if matches!(checker, Checker::Test(..)) && said.contains("running 0 tests") {
+            bail!("there is no test {checker}");
+        }
+        let words = format!("{said}{}", String::from_utf8_lossy(&output.stderr));
+        Ok(if output.status.success() { Ok(()) } else { Err(reason(&words)) })
+    }
+}
+
+impl Checker {
+    fn package(&self) -> Option<&'static str> {
+        match self {
+            Checker::Test(package, ..) => Some(package),
+            Checker::Lab(_) => None,
+        }
+    }
+}
+
+/// The package that lives in a directory: the program's is named as its directory, the others have its name before theirs.
+fn package_of(directory: &std::path::Path) -> String {
+    match directory.file_name().and_then(|name| name.to_str()).unwrap_or_default() {
+        "warmswap" => "warmswap".to_owned(),
+        name => format!("warmswap-{name}"),
+    }
+}
+
+/// The line that says most of why something failed.
+fn reason(words: &str) -> String {
+    let lines: Vec<&str> = words.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let panicked = lines.iter().position(|line| line.contains("panicked at")).and_then(|at| lines.get(at + 1));
+    panicked.or(lines.last()).map_or_else(|| "it failed without a word".to_owned(), |line| (*line).to_owned())
+}
