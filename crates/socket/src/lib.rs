@@ -266,3 +266,6 @@ pub fn listen(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
     rustix::net::listen(&listener, backlog).map_err(named)?;
     Ok(listener)
 }
+
+#[cfg(test)]
+mod tests;
