@@ -18,6 +18,21 @@ fn main() {
         let outcome = warmswap_sim::run(seed, &options);
         stats.add(&outcome.stats);
         if let Some(f) = outcome.failure {
+            if std::env::args().any(|a| a == "all") {
+                println!(
+                    "{} {} {} {:?} ring {} burst {} depth {} torn {} cls {:?} {:?}",
+                    seed,
+                    f.check,
+                    f.detail,
+                    f.at,
+                    options.ring_size,
+                    options.burst,
+                    options.depth,
+                    options.torn_looks,
+                    options.primary,
+                    options.shadow
+                );
+            }
             let e = failures.entry(f.check.to_owned()).or_insert((0, seed, format!("{} {}", f.at, f.detail)));
             e.0 += 1;
         }

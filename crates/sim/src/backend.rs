@@ -82,9 +82,9 @@ impl BackendRing {
         self.size.and_then(Layout::new).expect("a ring is started with a size")
     }
 
-    /// It lies in memory of the broker's own.
-    pub(crate) fn is_private(&self) -> bool {
-        self.addr.is_some_and(|addr| addr.used >= PRIVATE_ADDR)
+    /// It serves the guest, or has something of the guest's that is not over.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.is_the_guests() && (self.started || !self.done.is_empty() || !self.taken.is_empty())
     }
 
     /// It touches the guest's memory.
@@ -208,10 +208,7 @@ impl Backend {
 
     /// Whether it may still write to what is the guest's, as far as anybody can know without a proof.
     pub(crate) fn may_write(&self) -> bool {
-        let busy = |ring: &BackendRing| {
-            ring.is_the_guests() && (ring.started || !ring.done.is_empty() || !ring.taken.is_empty())
-        };
-        !self.fenced && self.connected && self.rings.iter().any(busy)
+        !self.fenced && self.connected && self.rings.iter().any(BackendRing::is_busy)
     }
 }
 

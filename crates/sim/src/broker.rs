@@ -36,8 +36,8 @@ pub(crate) struct Broker {
     pub(crate) fences: u32,
     /// The device is halted, or a ring is refused: somebody has to reset the guest.
     pub(crate) needs_reset: bool,
-    /// The rings of a failover that is running may have been seen wrongly: it may halt.
-    pub(crate) excuse: Option<&'static str>,
+    /// A ring whose stop is about to be answered although its backend is not proved quiet.
+    unproved: Option<u64>,
     /// Started and not ended.
     running: Option<u64>,
 }
@@ -56,9 +56,14 @@ impl Broker {
             answered: 0,
             fences: 0,
             needs_reset: false,
-            excuse: None,
+            unproved: None,
             running: None,
         }
+    }
+
+    /// A VMM that has gone is not done with.
+    pub(crate) fn is_busy_with_the_last(&self) -> bool {
+        self.has_vmm || self.fences > 0 || self.pair.is_closing()
     }
 
     /// Nothing is under way.
@@ -501,6 +506,19 @@ impl World<'_> {
         }
     }
 
+    /// A ring whose stop is answered is at rest: its indices stand still, and its slots hold what is owed.
+    fn check_stopped(&mut self, index: u16, base: u16, proved: bool) {
+        let used = self.guest.used_idx(index, &self.mem);
+        if base != used {
+            return self.fail("stopped ring", format!("ring {index} is stopped at base {base}, used.idx is {used}"));
+        }
+        let writes = |backend: &&Backend| backend.may_write() && backend.rings[usize::from(index)].is_busy();
+        if let Some(backend) = self.backends.iter().find(writes).filter(|_| proved) {
+            let detail = format!("ring {index} is said to be stopped while #{} may still write to it", backend.id);
+            self.fail("stopped ring", detail);
+        }
+    }
+
     fn check_handed(&mut self, id: u64, index: u16) {
         let (owed, slots) = (self.guest.owed(index, &self.mem), self.guest.slots(index, &self.mem));
         self.note(|| format!("ring {index} goes to #{id} with {owed:?}"));
@@ -556,12 +574,21 @@ impl World<'_> {
             }
             "AnsweredFromRecord" if text("request") == Some("GET_VRING_BASE") => {
                 self.stats.stops_unproved += 1;
-                self.broker.excuse = Some("a stop was answered without proof");
+                self.broker.unproved = number("ring");
             }
             "MessageRefused" if text("request").is_some_and(|name| name.starts_with("SET_VRING")) => {
                 self.broker.needs_reset = true;
             }
-            "RingStopped" => self.stats.stops += 1,
+            "RingStarted" => self.forget_pace(number("ring").unwrap_or(0) as u16),
+            "RequestIsolated" => {
+                let (ring, head) = (number("ring").unwrap_or(0) as u16, number("head").unwrap_or(0) as u16);
+                self.guest.isolated.push((ring, head));
+            }
+            "RingStopped" => {
+                self.stats.stops += 1;
+                let proved = self.broker.unproved.take() != number("ring");
+                self.check_stopped(number("ring").unwrap_or(0) as u16, number("base").unwrap_or(0) as u16, proved);
+            }
             _ => {}
         }
         if self.broker.needs_reset {
@@ -579,15 +606,18 @@ impl World<'_> {
     /// A halt needs a reason that the simulation knows of.
     fn judge_halt(&mut self, reason: &str) {
         let options = &self.options;
+        let late = self.stats.faults.contains_key("late broker");
+        // What a request was in flight at so many deaths of speaks against it, whatever they died of.
+        let deaths = u64::from(options.limits.isolate_after) <= self.stats.backends;
         let excused = if reason.contains("in-flight region marks head") {
             // The region lies, and was asked.
             matches!(options.keeping, Keeping::NeverCleared)
         } else if reason.contains("switched off") {
             options.survivors == warmswap_core::Survivors::Refuse
         } else if reason.contains("not known exactly") {
-            options.faults.late || self.pace_was_fast() || self.broker.excuse.is_some()
+            late || self.pace_was_fast()
         } else if reason.contains("cannot be isolated") {
-            options.faults.poison
+            deaths
         } else {
             false
         };

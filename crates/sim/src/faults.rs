@@ -21,6 +21,10 @@ impl World<'_> {
         }
         let pause = self.random.around(self.options.fault_every);
         self.after(pause, Event::Fault);
+        if !self.broker.pair.is_open() {
+            // A pair of which no backend ever comes up ends with that.
+            return;
+        }
         let Faults {
             kill,
             kill_at_store,

@@ -96,6 +96,8 @@ pub(crate) struct Guest {
     orders: u64,
     pub(crate) killer_at: Option<Nanos>,
     pub(crate) killers: u32,
+    /// Requests that were answered with an error because backends died of them, as the broker says: rings and heads.
+    pub(crate) isolated: Vec<(u16, u16)>,
     pub(crate) depth: u16,
 }
 
@@ -142,6 +144,7 @@ impl Guest {
             orders: 0,
             killer_at: None,
             killers: 0,
+            isolated: Vec::new(),
             depth: options.depth,
         };
         for index in 0..options.rings {
@@ -377,16 +380,6 @@ impl Guest {
         }
     }
 
-    /// Whether the driver wants an interrupt for what a device has just published.
-    pub(crate) fn wants_call(&self, index: u16, old: u16, new: u16, event_idx: bool, memory: &Memory) -> bool {
-        let ring = &self.rings[usize::from(index)];
-        if event_idx {
-            crosses_event(self.load(index, AVAILABLE + ring.layout.used_event(), memory), new, old)
-        } else {
-            self.load(index, AVAILABLE + FLAGS, memory) & 1 == 0
-        }
-    }
-
     /// The driver asks for an interrupt with the next completion.
     pub(crate) fn ask_for_call(&self, index: u16, event_idx: bool, memory: &Memory) {
         let ring = &self.rings[usize::from(index)];
@@ -444,13 +437,17 @@ impl Guest {
         let mut status = [0];
         memory.read(self.memory, place + STATUS, &mut status);
         let what = || format!("ring {index}: {} head {head}", describe(issued));
-        if issued.kind == KILLER {
-            // It was found out and answered with an error.
-            return if status[0] == 1 {
-                Ok(())
-            } else {
-                Err(("status", format!("{}: status {}, expected 1", what(), status[0])))
-            };
+        // One that was found out is answered with an error; so is one whose trial's backend died of something else.
+        let isolated = self.isolated.iter().position(|known| *known == (index, head));
+        if let Some(at) = isolated {
+            self.isolated.swap_remove(at);
+        }
+        if issued.kind == KILLER || isolated.is_some() {
+            if isolated.is_none() || status[0] != 1 {
+                return Err(("status", format!("{}: status {}, isolated: {}", what(), status[0], isolated.is_some())));
+            }
+            self.end(issued, false);
+            return Ok(());
         }
         if status[0] != 0 {
             return Err(("status", format!("{}: status {}, expected 0", what(), status[0])));

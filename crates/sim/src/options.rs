@@ -215,7 +215,7 @@ pub struct Options {
     pub service: Nanos,
     /// I/O of a killed process goes on for a while.
     pub late_writes: bool,
-    /// A backend's worker is kept from its processor now and then, between any two stores.
+    /// Threads of the guest and of backends are kept from their processor now and then, between any two stores.
     pub preempted: bool,
     /// Others go on between two loads of the broker.
     pub torn_looks: bool,

@@ -224,7 +224,9 @@ impl World<'_> {
                 }
                 Err(error) => return self.fail("messages", format!("the VMM cannot follow the broker: {error}")),
             }
-        } else if let Ok(Some(message)) = self.vmm.from_broker.receive(self.now) {
+        } else if self.vmm.connected
+            && let Ok(Some(message)) = self.vmm.from_broker.receive(self.now)
+        {
             let detail = format!("the VMM is told {} although it asked for nothing", message.header.request);
             return self.fail("messages", detail);
         }
@@ -256,13 +258,6 @@ impl World<'_> {
         match (RequestCode::from_id(waiting.code), reply) {
             (Some(RequestCode::GetFeatures), Reply::U64(bits)) => self.vmm.offered = bits,
             (Some(RequestCode::GetProtocolFeatures), Reply::U64(bits)) => self.vmm.offered_protocol = bits,
-            (Some(RequestCode::GetVringBase), Reply::VringState(state)) => {
-                let used = self.guest.used_idx(state.index as u16, &self.mem);
-                if state.value != u32::from(used) {
-                    let detail = format!("ring {} is stopped at base {}, used.idx is {used}", state.index, state.value);
-                    self.fail("stopped ring", detail);
-                }
-            }
             (Some(RequestCode::AddMemReg | RequestCode::SetMemTable), Reply::U64(value)) if value != 0 => {
                 self.fail("memory refused", format!("{name} was refused"));
             }
@@ -287,6 +282,8 @@ impl World<'_> {
             fd: Some(FdSlot(world.mem.make_event())),
         };
         match step {
+            // Whoever listens sees the end of the last connection first.
+            Step::Connect if self.broker.has_vmm => self.vmm.script.push_front(Step::Connect),
             Step::Connect => {
                 (self.vmm.connecting, self.vmm.connected) = (true, true);
                 self.vmm.from_broker = Stream::default();
@@ -352,6 +349,8 @@ impl World<'_> {
             Step::Wait(span) => self.wake_vmm(self.now + span),
             Step::Reset if self.broker.fences > 0 => self.vmm.script.push_front(Step::Reset),
             Step::Reset => self.reset_guest(),
+            // Another process is started when the last one is gone.
+            Step::NewGuest if self.broker.is_busy_with_the_last() => self.vmm.script.push_front(Step::NewGuest),
             Step::NewGuest => self.new_guest(),
             Step::Plug => {
                 let obj = self.mem.make_bytes(HOT_SIZE, true);
@@ -366,7 +365,10 @@ impl World<'_> {
             Step::Plugged => self.guest.uses_hot = true,
             Step::Unused => {
                 self.guest.uses_hot = false;
-                if self.guest.hot_in_use() {
+                if self.broker.needs_reset {
+                    // It will not be unused before that; the memory stays.
+                    self.vmm.script.clear();
+                } else if self.guest.hot_in_use() {
                     self.vmm.script.push_front(Step::Unused);
                     self.wake_vmm(self.now + Nanos::from_micros(50));
                 }
@@ -411,6 +413,11 @@ impl World<'_> {
             fds.clear();
         }
         self.send_vmm_bytes(&bytes, fds.iter().map(|fd| fd.0).collect());
+        let memory = matches!(code, RequestCode::SetMemTable | RequestCode::AddMemReg | RequestCode::RemMemReg);
+        if memory && !acknowledged {
+            // The answer to this says that it was done.
+            self.vmm.script.push_front(Step::Say(Request::GetFeatures));
+        }
         if acknowledged || code.always_replies() {
             let kind = if code.always_replies() { code.reply_kind() } else { ReplyKind::Ack };
             self.vmm.waiting = Some(Waiting { code: code as u32, kind, since: self.now });
@@ -483,7 +490,6 @@ impl World<'_> {
             self.mem.threads.borrow_mut()[usize::from(ring)].queue.clear();
             let given_up = self.guest.set_up(ring, start, &self.mem);
             self.stats.abandoned += given_up;
-            self.forget_pace(ring);
         }
         self.note(|| "the guest is reset".to_owned());
     }

@@ -40,13 +40,13 @@ impl World<'_> {
         let backend = self.backend(id);
         if backend.works() && !backend.work_due {
             backend.work_due = true;
-            let pause = self.worker_pause();
+            let pause = self.step_pause();
             self.at(self.now + pause, Event::Work(id));
         }
     }
 
-    /// Time between two steps of a worker.
-    fn worker_pause(&mut self) -> Nanos {
+    /// Time between two steps of a thread.
+    pub(crate) fn step_pause(&mut self) -> Nanos {
         if self.options.preempted && self.random.one_in(60) {
             return Nanos(self.random.between(20_000, 1_500_000));
         }

@@ -323,7 +323,7 @@ impl<'t> World<'t> {
             }
         }
         if !self.mem.threads.borrow()[thread].queue.is_empty() {
-            let pause = Nanos(self.random.between(50, 800));
+            let pause = self.step_pause();
             return self.wake_driver(index, self.now + pause);
         }
         let ring = &self.guest.rings[thread];

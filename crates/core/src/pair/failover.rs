@@ -275,7 +275,7 @@ impl Pair {
         if failover.phase == Phase::Handing && failover.target.is_none() {
             self.hand_over(step);
         } else if failover.phase == Phase::Isolating {
-            self.isolation_target_ready(backend, step);
+            self.isolation_target_ready(step);
         }
     }
 

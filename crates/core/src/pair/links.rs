@@ -74,6 +74,7 @@ impl Pair {
             }
             Purpose::Handed => self.handed(backend, value, step),
             Purpose::Enabled => self.rings_enabled(backend, value, step),
+            Purpose::Called { ring } => self.ring_called(backend, ring, step),
             Purpose::Canary => self.canary_stopped(backend, step),
             Purpose::Isolated => self.isolation_acknowledged(backend, step),
             Purpose::Inflight => self.region_made(backend, reply, step),
