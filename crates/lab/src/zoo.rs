@@ -32,7 +32,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u64).range(1..=1000))]
     starts: u64,
     /// Seeds from a start, at most.
-    #[arg(long, default_value_t = 20_000)]
+    #[arg(long, default_value_t = 2_000)]
     seeds_max: u64,
     /// Only say which animals there are.
     #[arg(long)]
