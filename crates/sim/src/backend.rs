@@ -120,6 +120,8 @@ pub(crate) struct Backend {
     region: Option<(InflightDescription, Obj)>,
     /// An event for its worker, for its control path, is under way.
     pub(crate) work_due: bool,
+    /// The control path is about to change something: the worker takes nothing up.
+    pub(crate) worker_waits: bool,
     control_at: Nanos,
     pub(crate) dies_in_messages: Option<u32>,
     /// Requests at the disk.
@@ -155,6 +157,7 @@ impl Backend {
             rings: (0..RINGS).map(|_| BackendRing::default()).collect(),
             region: None,
             work_due: false,
+            worker_waits: false,
             control_at: Nanos(u64::MAX),
             dies_in_messages: None,
             at_disk: 0,
@@ -242,8 +245,10 @@ impl World<'_> {
         }
         let busy = !self.mem.threads.borrow()[self.backends[id as usize - 1].thread].queue.is_empty();
         let backend = self.backend(id);
-        if busy && !backend.stalled {
-            // What its worker is about to store comes first.
+        backend.worker_waits = false;
+        if busy && !backend.stalled && backend.from_broker.has_arrived(now) {
+            // What its worker is about to store comes first, and nothing after it.
+            backend.worker_waits = true;
             return self.wake_control(id, Nanos(now.0 + 500));
         }
         match backend.from_broker.receive(now) {
@@ -260,6 +265,7 @@ impl World<'_> {
                     return self.kill(id, "at a message");
                 }
                 self.heard(id, message);
+                self.wake_worker(id);
                 let slow = self.backend(id).slow_until > now;
                 let takes = if slow {
                     Nanos::from_micros(self.random.between(200, 4_000))

@@ -198,6 +198,7 @@ impl Guest {
     /// Sets a ring up as after a reset, with both indices at `start`. What was in flight is given up.
     pub(crate) fn set_up(&mut self, index: u16, start: u16, memory: &Memory) -> u64 {
         let mut given_up = 0;
+        self.isolated.retain(|(ring, _)| *ring != index);
         for head in 0..self.rings[usize::from(index)].issued.len() {
             if let Some(issued) = self.rings[usize::from(index)].issued[head].take() {
                 self.end(&issued, false);

@@ -78,6 +78,16 @@ impl Stream {
         self.closed && self.arrivals.front().is_none_or(|(at, _)| *at <= now || self.bytes.is_empty())
     }
 
+    /// Whether something was sent that nobody has read.
+    pub(crate) fn has_some(&self) -> bool {
+        !self.bytes.is_empty()
+    }
+
+    /// Whether some of it has arrived.
+    pub(crate) fn has_arrived(&self, now: Nanos) -> bool {
+        self.arrived > 0 || self.arrivals.front().is_some_and(|(at, _)| *at <= now)
+    }
+
     /// When the next bytes arrive.
     pub(crate) fn next_arrival(&self) -> Option<Nanos> {
         self.arrivals.front().map(|(at, _)| *at)

@@ -66,7 +66,7 @@ impl World<'_> {
                 return;
             }
             if self.mem.threads.borrow()[thread].queue.is_empty() {
-                if !self.take_work(id) {
+                if self.backend(id).worker_waits || !self.take_work(id) {
                     return;
                 }
                 continue;
@@ -200,10 +200,7 @@ impl World<'_> {
             }
             Ok(operation) => Some(operation),
             Err(reason) => {
-                let behind = self.backends[id as usize - 1].from_broker.next_arrival().is_some()
-                    || self.backends[id as usize - 1].muted
-                    || self.backends[id as usize - 1].slow_until > self.now;
-                if behind {
+                if self.backends[id as usize - 1].from_broker.has_some() {
                     // It has not heard of a change of memory yet, and the VMM has been answered from the record.
                     self.kill(id, &reason);
                 } else {
@@ -348,6 +345,8 @@ impl World<'_> {
         let backend = &mut self.backends[id as usize - 1];
         let ring = &mut backend.rings[at];
         let layout = ring.layout();
+        // No more is written ahead of `used.idx` than the broker allows for.
+        let most = most.min(usize::from((layout.size() / 4).max(1)));
         let count = ring.done.len().min(most);
         let batch: Vec<Done> = ring.done.drain(..count).collect();
         let mut effects = Vec::new();
@@ -384,6 +383,9 @@ impl World<'_> {
     }
 
     fn call_if_wanted(&mut self, id: u64, ring: u16, old: Option<u16>, new: u16) {
+        if self.backends[id as usize - 1].rings[usize::from(ring)].is_the_guests() {
+            self.note_pace(ring, true, old.map_or(BATCH, |old| new.wrapping_sub(old)));
+        }
         let backend = &self.backends[id as usize - 1];
         let it = &backend.rings[usize::from(ring)];
         let layout = it.layout();

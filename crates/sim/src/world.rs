@@ -339,7 +339,9 @@ impl<'t> World<'t> {
         let ring = &mut self.guest.rings[usize::from(index)];
         ring.submit_at = self.now + pause;
         let room = self.options.depth - ring.inflight.min(self.options.depth);
-        let count = self.random.between(1, u64::from(self.options.burst)) as u16;
+        // No more is written ahead of `avail.idx` than the broker allows for.
+        let most = self.options.burst.min((self.options.ring_size / 4).max(1));
+        let count = self.random.between(1, u64::from(most)) as u16;
         let (issued, effects) = self.guest.issue(
             index,
             count.min(room),
@@ -387,7 +389,7 @@ impl<'t> World<'t> {
 
     pub(crate) fn kick_if_wanted(&mut self, ring: u16, old: u16, new: u16) {
         self.guest.rings[usize::from(ring)].published = new;
-        self.note_pace(ring, new.wrapping_sub(old));
+        self.note_pace(ring, false, new.wrapping_sub(old));
         let event_idx = self.vmm.has_event_idx();
         let wanted = self.guest.wants_kick(ring, old, new, event_idx, &self.mem);
         self.note(|| format!("ring {ring}: submits {old}..{new}, {}", if wanted { "kicks" } else { "no kick wanted" }));

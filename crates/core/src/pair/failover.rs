@@ -381,8 +381,7 @@ impl Pair {
         if !confirmed {
             failover.report.message = "the new primary answers, but has not completed anything yet".to_owned();
         }
-        step.out.push(Action::Retire { backend: failover.victim });
-        self.forget_backend(failover.victim, step.out);
+        self.retire_victim(failover.victim, step);
         self.primary = Some(target);
         self.shadow = None;
         self.restart_at = None;
@@ -400,6 +399,13 @@ impl Pair {
         } else {
             self.resume_vmm_stop(step);
         }
+    }
+
+    /// The victim has been stopped or fenced: nothing more comes from it.
+    fn retire_victim(&mut self, victim: BackendId, step: &mut Step<'_>) {
+        step.out.push(Action::Retire { backend: victim });
+        self.forget_backend(victim, step.out);
+        self.stop_waiting_for(victim, step);
     }
 
     fn close_after_failover(&mut self, step: &mut Step<'_>) {
@@ -423,8 +429,7 @@ impl Pair {
             self.rings[index as usize].halted = true;
         }
         self.halted = Some(reason.to_owned());
-        step.out.push(Action::Retire { backend: failover.victim });
-        self.forget_backend(failover.victim, step.out);
+        self.retire_victim(failover.victim, step);
         if self.primary == Some(failover.victim) {
             self.primary = None;
         }
@@ -443,8 +448,7 @@ impl Pair {
         failover.enter(Phase::Settled, step.now);
         failover.report.outcome = Outcome::Refused;
         failover.report.message = format!("not handed over: {why}");
-        step.out.push(Action::Retire { backend: failover.victim });
-        self.forget_backend(failover.victim, step.out);
+        self.retire_victim(failover.victim, step);
         if self.primary == Some(failover.victim) {
             self.primary = None;
         }

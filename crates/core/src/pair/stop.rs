@@ -95,7 +95,12 @@ impl Pair {
             return;
         }
         let used = step.memory.used_idx(ring);
-        let asked = self.ring_state(ring).drain.is_some_and(|drain| drain.state == DrainState::Asked);
+        let drain = self.ring_state(ring).drain;
+        // There are backends that give up waiting for what they hold, and name where they began (SPDK): that may be `used.idx` by chance.
+        let bounded = self.config.drain == DrainMethod::Stop;
+        let took = drain.map_or(Nanos(0), |drain| step.now.since(drain.began));
+        let late = bounded && took > self.config.limits.drain_max;
+        let asked = drain.is_some_and(|drain| drain.state == DrainState::Asked) && !late;
         let believable = named == ring && base == u32::from(used) && !self.owes_out_of_order(ring, step);
         let believable = believable || loose(Animal::StopTakenForDrain);
         let Some(drain) = self.ring_state(ring).drain.as_mut() else { return };
@@ -112,7 +117,11 @@ impl Pair {
                 .with("used_idx", used)
                 .with("next", "the primary is fenced and treated as crashed"),
         );
-        let cause = format!("it answered the stop of ring {ring} with base {base} while used.idx is {used}");
+        let cause = if late {
+            format!("it answered the stop of ring {ring} only after {}", took.to_the_millisecond())
+        } else {
+            format!("it answered the stop of ring {ring} with base {base} while used.idx is {used}")
+        };
         self.drain_failed(&cause, step);
     }
 
