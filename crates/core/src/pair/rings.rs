@@ -82,15 +82,15 @@ impl Pair {
         let was_started = self.session.ring(index).is_some_and(|ring| ring.started);
         let had_call = self.session.ring(index).is_some_and(|ring| ring.call.is_some());
         self.session.record(request, step.out);
+        if let (true, Request::SetVringAddr(_)) = (loose(Animal::AddressEarly), request) {
+            let shadows = self.links.iter_mut().filter(|link| link.mirrors() && !link.touched);
+            shadows.for_each(|link| link.tell(request, step.out));
+        }
         let result = match request {
             Request::SetVringKick(_) if !was_started => self.start_ring(index, step),
             Request::SetVringKick(_) => {
                 self.unwatch(index, step);
                 self.forward_ring_request(index, request, step);
-                Ok(())
-            }
-            Request::SetVringAddr(_) if loose(Animal::AddressEarly) => {
-                self.links.iter_mut().filter(|link| link.mirrors()).for_each(|link| link.tell(request, step.out));
                 Ok(())
             }
             Request::SetVringAddr(_) if was_started => {
@@ -366,6 +366,7 @@ impl Pair {
             let avail = step.memory.avail_idx(index);
             step.memory.set_avail_event(index, avail);
         }
+        let takes_over = self.failover.is_some();
         let enabled = u32::from(self.session.ring_enabled(index) && !loose(Animal::EnableForgotten));
         let mut ring = self.session.ring_mut(index).clone();
         if loose(Animal::KicksSwapped) {
@@ -380,7 +381,8 @@ impl Pair {
             link.tell(&Request::SetVringCall(fd(call)), step.out);
         }
         link.tell(&Request::SetVringBase(VringState { index, value: u32::from(base) }), step.out);
-        if let Some(addr) = ring.addr.filter(|_| !loose(Animal::AddressEarly)) {
+        let told = loose(Animal::AddressEarly) && takes_over;
+        if let Some(addr) = ring.addr.filter(|_| !told) {
             link.tell(&Request::SetVringAddr(addr), step.out);
         }
         link.tell(&Request::SetVringKick(fd(ring.kick)), step.out);

@@ -28,8 +28,9 @@ impl fmt::Display for Checker {
     }
 }
 
-/// A short run of the crash enumerator: small rings, every store.
-const CRASH: Checker = Checker::Lab(&["crash", "--queue-size", "2", "--event-idx", "off"]);
+/// A short run of the crash enumerator: every store of small rings.
+const CRASH: Checker =
+    Checker::Lab(&["crash", "--queue-size", "4", "--event-idx", "off", "--engine", "sync", "--slow-reads", "off"]);
 
 const fn core(name: &'static str) -> Checker {
     Checker::Test("warmswap-core", "warmswap_core", name)
@@ -133,7 +134,10 @@ const CHECKERS: &[(Animal, Checker)] = &[
     (Animal::ResubmittedTwice, EVERY_DEATH),
     (Animal::BaseOverRegion, EVERY_DEATH),
     (Animal::MarkedBeforeCounted, EVERY_DEATH),
-    (Animal::StopUndrained, Checker::Test("warmswap-blk", "warmswap_blk", "TODO")),
+    (
+        Animal::StopUndrained,
+        Checker::Test("warmswap", "blk", "a_stop_is_answered_when_everything_that_was_taken_is_completed"),
+    ),
     (Animal::OwedCallForgotten, CRASH),
     (Animal::PublishedBeforeWritten, CRASH),
     (Animal::PackedOffered, wire("features::tests::what_no_broker_could_hand_over_is_masked_for_every_device")),
@@ -211,7 +215,7 @@ impl Bench {
                 command
             }
         };
-        command.env(VARIABLE, loose.map_or("", Animal::id)).stdin(Stdio::null());
+        command.env(VARIABLE, loose.map_or("", Animal::id)).env("RUST_BACKTRACE", "0").stdin(Stdio::null());
         let output = die_with_parent(&mut command).output().with_context(|| format!("running {checker}"))?;
         let said = String::from_utf8_lossy(&output.stdout);
         // A name that no test has would pass whatever is loose.
