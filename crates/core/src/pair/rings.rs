@@ -173,7 +173,7 @@ impl Pair {
             let entry = Entry::warning("RingRefused").with("backend", backend.0);
             step.out.journal(entry.with("next", "what its rings do decides"));
         }
-        if loose(Animal::KickBeforeEnableLost) {
+        if loose(Animal::KickBeforeEnableLost) || loose(Animal::KickLost) {
             return;
         }
         for index in self.served_rings().into_iter().filter(|index| self.session.ring_enabled(*index)) {
