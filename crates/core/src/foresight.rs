@@ -11,6 +11,7 @@
 use std::fmt;
 
 use warmswap_predict::{Alarm, Feature, Law};
+use warmswap_zoo::{Animal, loose};
 
 use crate::event::BackendId;
 use crate::policy::{Limits, OnPrediction};
@@ -319,7 +320,7 @@ impl Policy {
         if let Some(left) = self.cooling(limits, now) {
             return Some(Withheld::Cooling { left });
         }
-        if self.left_this_hour(limits, now) == 0 {
+        if self.left_this_hour(limits, now) == 0 && !loose(Animal::PingPong) {
             return Some(Withheld::Budget { per_hour: limits.predicted_per_hour });
         }
         None
@@ -352,7 +353,7 @@ impl Policy {
         if self.usual.value().is_none() && waiting.is_some() {
             return Some(Withheld::Refused("the shadow has not completed any read yet".to_owned()));
         }
-        if let Some(usual) = self.usual.value() {
+        if let Some(usual) = self.usual.value().filter(|_| !loose(Animal::CommonCauseIgnored)) {
             let most = slow_beyond(alarm, usual);
             if waiting.is_some_and(|waiting| self.is_slow(waiting)) {
                 return Some(Withheld::CommonCause { took: None, usual });
@@ -433,6 +434,9 @@ impl Policy {
     }
 
     fn cooling(&self, limits: &Limits, now: Nanos) -> Option<Nanos> {
+        if loose(Animal::PingPong) {
+            return None;
+        }
         let rest = self.rest.unwrap_or(limits.cool_down_min);
         let over = *self.made.last()? + rest;
         (now < over).then(|| over.since(now))

@@ -13,6 +13,7 @@ use warmswap_wire::{
     ConfigSpace, DeviceType, Error, FdSlot, Header, HeaderFlags, InflightDescription, ProtocolFeatures, Reply,
     ReplyKind, Request, RequestCode, VirtioFeatures, VringFd, VringState,
 };
+use warmswap_zoo::{Animal, loose};
 
 use crate::canary::Canary;
 use crate::event::{Action, Actions, BackendId, PrivateEvents};
@@ -228,7 +229,8 @@ impl Link {
 
     /// Whether it has been told of the session and must hear of every change.
     pub(crate) fn mirrors(&self) -> bool {
-        matches!(self.state, LinkState::Warming | LinkState::Ready | LinkState::Active)
+        let warming = self.state == LinkState::Warming && !loose(Animal::WarmingMissesChanges);
+        warming || matches!(self.state, LinkState::Ready | LinkState::Active)
     }
 
     pub(crate) fn connected(
@@ -291,7 +293,8 @@ impl Link {
     pub(crate) fn renew_region(&mut self, queue_size: u16, out: &mut Actions) {
         let Region::Set { fd, .. } = self.region else { return };
         // What was asked for counts, not what the backend calls it: nobody is asked for the same twice.
-        if self.region_used || self.region_size < queue_size {
+        let fits = loose(Animal::RegionNotRenewed) || (!self.region_used && self.region_size >= queue_size);
+        if !fits {
             self.region = Region::None;
             self.region_used = false;
             out.push(Action::Close(fd));
@@ -302,7 +305,7 @@ impl Link {
     pub(crate) fn region_made(&mut self, made: InflightDescription, fd: FdSlot, out: &mut Actions) {
         let description = named(made, self.region_queues, self.region_size);
         self.region = Region::Set { description, fd };
-        if self.is_free() {
+        if self.is_free() || loose(Animal::RegionSwappedInCanary) {
             self.tell(&Request::SetInflightFd { region: description, fd }, out);
         }
     }
@@ -341,6 +344,7 @@ impl Link {
     fn transmit(&mut self, request: &Request, flags: HeaderFlags, out: &mut Actions) {
         match request {
             Request::SetVringCall(call) if call.fd.is_some() => _ = self.calls.insert(call.index),
+            Request::GetVringBase(_) if loose(Animal::CallForgotten) => {}
             Request::SetVringCall(VringFd { index, .. }) | Request::GetVringBase(VringState { index, .. }) => {
                 self.calls.remove(index);
             }
@@ -371,7 +375,8 @@ impl Link {
         out: &mut Actions,
     ) -> Result<Answered, Error> {
         let name = RequestCode::from_id(header.request).map_or("an unknown message", RequestCode::name);
-        let Some(pending) = self.pending.pop_front() else {
+        let oldest = if loose(Animal::ReplyMismatched) { self.pending.pop_back() } else { self.pending.pop_front() };
+        let Some(pending) = oldest else {
             return Err(Error::Direction { request: name, expected: false, found: header.is_reply() });
         };
         let code = pending.code;

@@ -16,6 +16,7 @@ mod sim;
 mod train;
 mod vm;
 mod vus;
+mod zoo;
 
 use clap::{Parser, Subcommand};
 
@@ -56,6 +57,8 @@ enum Instrument {
     Eval(eval::Args),
     /// How well the scores of a detector agree with labels: VUS-PR.
     Vus(vus::Args),
+    /// Known-bad variants of our own code, and what catches each.
+    Zoo(zoo::Args),
 }
 
 fn main() -> std::process::ExitCode {
@@ -75,6 +78,11 @@ fn main() -> std::process::ExitCode {
     if std::env::args_os().nth(1).is_some_and(|verb| verb == campaign::end_to_end::TURN) {
         return campaign::end_to_end::turn(std::env::args_os().skip(2));
     }
+    // One known bug in the simulator, until a seed fails.
+    #[cfg(feature = "zoo")]
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == zoo::HUNT) {
+        return zoo::child(std::env::args_os().skip(2));
+    }
     let outcome = match Args::parse().instrument {
         Instrument::Vm(args) => vm::run(&args),
         Instrument::Rig(args) => rig::run(&args),
@@ -89,6 +97,7 @@ fn main() -> std::process::ExitCode {
         Instrument::Train(args) => train::run(&args),
         Instrument::Eval(args) => eval::run(&args),
         Instrument::Vus(args) => vus::run(&args),
+        Instrument::Zoo(args) => zoo::run(&args),
     };
     match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,
