@@ -124,12 +124,10 @@ fn device(device: Device, version: QemuVersion, socket: &Path) -> Vec<String> {
                 .map(str::to_owned)
                 .collect()
         }
-        Device::Rng => plain(&reconnecting, "vhost-user-rng-pci,chardev=device"),
+        // Of the others QEMU does not wait for the socket: what connects again is not connected yet when it asks for the first time.
+        Device::Rng => plain(&chardev, "vhost-user-rng-pci,chardev=device"),
         // virtio 1.3 §5.3: a console is device type 3; with its control queues it has four rings, and 12 bytes of configuration.
-        Device::Console => {
-            plain(&reconnecting, "vhost-user-device-pci,chardev=device,virtio-id=3,num_vqs=4,config_size=12")
-        }
-        // QEMU does not connect again to the file system's backend.
+        Device::Console => plain(&chardev, "vhost-user-device-pci,chardev=device,virtio-id=3,num_vqs=4,config_size=12"),
         Device::Fs => plain(&chardev, &format!("vhost-user-fs-pci,chardev=device,tag={SHARE_TAG},queue-size={RING}")),
     };
     words
