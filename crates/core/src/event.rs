@@ -20,6 +20,15 @@ impl std::fmt::Display for BackendId {
     }
 }
 
+/// Which way a device's state goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateDirection {
+    /// Out of a backend.
+    Save,
+    /// Into one.
+    Load,
+}
+
 /// A command waiting for its answer, by the caller's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CommandId(pub u64);
@@ -144,6 +153,20 @@ pub enum Event {
         /// What is missing.
         reason: String,
     },
+    /// The channel asked for with [`Action::OpenState`] is there: the end that belongs to the backend.
+    StateOpened {
+        /// Which.
+        backend: BackendId,
+        /// The end, or why there is none.
+        channel: Result<FdSlot, String>,
+    },
+    /// A backend's state was received whole, or sent whole, as was asked for with [`Action::OpenState`].
+    StateMoved {
+        /// Which.
+        backend: BackendId,
+        /// Bytes, or why it was not.
+        size: Result<u64, String>,
+    },
     /// The kick descriptor of a ring that was asked for with [`Action::WatchKick`] fired.
     Kicked {
         /// Ring index.
@@ -217,6 +240,14 @@ pub enum Action {
     Retire {
         /// Which.
         backend: BackendId,
+    },
+    /// Make a channel for a backend's state: [`Event::StateOpened`] follows. What the backend writes is read to its end and kept, or
+    /// what was kept last is written to it, and the channel closed; [`Event::StateMoved`] follows that.
+    OpenState {
+        /// Which.
+        backend: BackendId,
+        /// Out of it, or into it.
+        direction: StateDirection,
     },
     /// Tell with [`Event::Kicked`], once, when this ring is kicked, without taking the kick away.
     WatchKick {

@@ -1,7 +1,7 @@
 //! The failover: its phases, what it has proved so far, and the report it leaves.
 //!
 //! ```text
-//! Idle → [Draining] → Fencing → Collecting → [Isolating] → Handing → Resuming → Confirming → Settled
+//! Idle → [Draining] → Fencing → Collecting → [Isolating | Transferring] → Handing → Resuming → Confirming → Settled
 //!             └── deadline ──┘       └── sources disagree → Halted
 //! ```
 //! A failed Handing, Resuming or Confirming goes back to Fencing, with the failed shadow as the victim.
@@ -24,6 +24,8 @@ pub enum Phase {
     Collecting,
     /// A request that kills every backend is being found.
     Isolating,
+    /// What the device is beyond its rings is being carried from the old primary to the shadow.
+    Transferring,
     /// The shadow is being given the rings.
     Handing,
     /// Kicks and calls have been written, acknowledgements are waited for.
@@ -38,11 +40,12 @@ pub enum Phase {
 
 impl Phase {
     /// The phases a failover spends time in, in their order.
-    pub const TIMED: [Phase; 7] = [
+    pub const TIMED: [Phase; 8] = [
         Phase::Draining,
         Phase::Fencing,
         Phase::Collecting,
         Phase::Isolating,
+        Phase::Transferring,
         Phase::Handing,
         Phase::Resuming,
         Phase::Confirming,
@@ -57,6 +60,7 @@ impl Phase {
             Phase::Fencing => "Fencing",
             Phase::Collecting => "Collecting",
             Phase::Isolating => "Isolating",
+            Phase::Transferring => "Transferring",
             Phase::Handing => "Handing",
             Phase::Resuming => "Resuming",
             Phase::Confirming => "Confirming",
@@ -193,6 +197,36 @@ pub(crate) struct Failover {
     pub(crate) handed: bool,
     pub(crate) poll_at: Nanos,
     pub(crate) isolation: Option<Isolation>,
+    /// The transfer of the device's state, where it has one.
+    pub(crate) transfer: Option<Transfer>,
+    /// Why the primary gets its rings back as soon as none of them is just being stopped.
+    pub(crate) undone: Option<String>,
+}
+
+/// A transfer of a device's state.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Transfer {
+    pub(crate) step: TransferStep,
+    /// The shadow that is to have it.
+    pub(crate) to: BackendId,
+    pub(crate) began: Nanos,
+    /// Bytes of it.
+    pub(crate) size: u64,
+}
+
+/// Where a transfer stands, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum TransferStep {
+    /// The old primary gets somewhere to write it to, and writes it.
+    Saving,
+    /// It is asked whether that was all.
+    Saved,
+    /// The shadow gets somewhere to read it from, and reads it.
+    Loading,
+    /// It is asked whether it can go on with that.
+    Loaded,
+    /// It can.
+    Done,
 }
 
 /// The search for a request that kills every backend: each is run alone, on a ring of its own.
@@ -254,6 +288,8 @@ impl Failover {
             handed: false,
             poll_at: now,
             isolation: None,
+            transfer: None,
+            undone: None,
         }
     }
 

@@ -27,7 +27,7 @@ mod testing;
 mod time;
 
 pub use drain::DrainMethod;
-pub use event::{Action, Actions, BackendId, CommandId, Event, FenceLevel, PrivateEvents};
+pub use event::{Action, Actions, BackendId, CommandId, Event, FenceLevel, PrivateEvents, StateDirection};
 pub use failover::{Kind, Outcome, Phase, Recovery, Report};
 pub use foresight::{Foresight, PolicyStatus, Withheld};
 pub use journal::{Entry, Severity, Value};

@@ -100,6 +100,10 @@ pub(crate) enum Purpose {
     Inflight,
     /// As `Inflight`, for the canary.
     CanaryRegion,
+    /// It was given the channel for its state.
+    State,
+    /// It was asked whether its state went over whole.
+    StateCheck,
     /// An answer nobody waits for.
     Nobody,
 }
@@ -453,6 +457,12 @@ impl Link {
         if !bytes.is_empty() {
             self.ask(&Request::GetConfig(ConfigSpace { offset: 0, flags: 0, bytes }), Purpose::ConfigAgain, out);
         }
+    }
+
+    /// It is left alone for now, and asked for a sign of life later.
+    pub(crate) fn ask_again(&mut self, now: Nanos) {
+        self.pinged_at = None;
+        self.heard_at = now;
     }
 
     /// Asks for a sign of life, unless one is owed already.

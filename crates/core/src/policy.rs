@@ -105,6 +105,8 @@ pub struct Limits {
     pub restart_min: Nanos,
     /// See `restart_min`.
     pub restart_max: Nanos,
+    /// The device's state has this long to get from the old primary to the shadow while the guest waits.
+    pub transfer_max: Nanos,
     /// Deaths a request must have been in flight at before it is isolated.
     pub isolate_after: u32,
     /// Predicted failovers within an hour, at most.
@@ -152,6 +154,7 @@ impl Default for Limits {
             canary_poll: Nanos::from_micros(150),
             restart_min: Nanos::from_millis(10),
             restart_max: Nanos::from_millis(5_000),
+            transfer_max: Nanos::from_millis(5_000),
             isolate_after: 3,
             predicted_per_hour: 6,
             cool_down_min: Nanos::from_millis(10_000),

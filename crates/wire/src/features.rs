@@ -142,6 +142,13 @@ impl DeviceType {
         matches!(self, DeviceType::Blk | DeviceType::Net | DeviceType::Rng)
     }
 
+    /// Whether the device is more than its rings: its backend holds what the guest has opened, and another one can go on only with that
+    /// (vhost-user, "Migrating back-end state"). Such a device cannot outlive a backend that died.
+    #[must_use]
+    pub fn carries_state(self) -> bool {
+        self == DeviceType::Fs
+    }
+
     /// Whether a ring of that index carries requests that wait for an answer. The others hold buffers that wait to be filled, which
     /// may take for ever (virtio 1.3 §5.1.2, §5.3.2, §5.6.2, §5.8.2).
     #[must_use]
@@ -207,6 +214,7 @@ impl DeviceType {
     pub fn link_features(self, region: bool) -> ProtocolFeatures {
         let tracked = region && self != DeviceType::Fs;
         let region = if tracked { ProtocolFeatures::INFLIGHT_SHMFD } else { ProtocolFeatures::empty() };
-        self.protocol_features() | region
+        let state = if self.carries_state() { ProtocolFeatures::DEVICE_STATE } else { ProtocolFeatures::empty() };
+        self.protocol_features() | region | state
     }
 }

@@ -290,6 +290,11 @@ pub struct DeviceStateTransfer {
 }
 
 impl DeviceStateTransfer {
+    /// Out of a back-end whose rings are stopped.
+    pub const SAVE: Self = DeviceStateTransfer { direction: 0, phase: 0 };
+    /// Into one whose rings are stopped.
+    pub const LOAD: Self = DeviceStateTransfer { direction: 1, phase: 0 };
+
     pub(crate) fn decode(request: &'static str, payload: &[u8]) -> Result<Self, Error> {
         let mut reader = Reader::exactly(request, payload, 8)?;
         Ok(DeviceStateTransfer { direction: reader.u32()?, phase: reader.u32()? })

@@ -60,7 +60,7 @@ impl Pair {
         }
     }
 
-    fn enter(&mut self, phase: Phase, step: &Step<'_>) {
+    pub(super) fn enter(&mut self, phase: Phase, step: &Step<'_>) {
         let failover = self.failover.as_mut().expect("phases belong to a failover");
         failover.enter(phase, step.now);
     }
@@ -72,7 +72,8 @@ impl Pair {
         failover.report.recovery = Recovery::Drained;
         failover.report.fence = FenceLevel::Stopped;
         failover.report.evidence = "stop acknowledged and used.idx == base on every ring".to_owned();
-        if level > FenceLevel::Stopped {
+        // A device that is more than its rings is fenced when the shadow has the rest.
+        if level > FenceLevel::Stopped && !self.wants_transfer() {
             self.enter_fencing("", step);
         } else {
             self.collect(step);
@@ -146,6 +147,13 @@ impl Pair {
         let failover = self.failover.as_mut().expect("only a failover collects");
         failover.report.survivors += survivors;
         let drained = failover.report.recovery == Recovery::Drained;
+        if !drained && !self.closing && self.wants_transfer() {
+            let reason = format!(
+                "what the guest had open on the {} device lay in the process that is gone; reset the device in the guest (mount it again)",
+                self.config.device.name()
+            );
+            return self.halt(&reason, step);
+        }
         if !drained && survivors > 0 && !self.config.device.may_replay() {
             let reason = format!(
                 "the {} device owed {survivors} requests, and its requests must not be executed twice",
@@ -235,7 +243,17 @@ impl Pair {
             }
             self.enter(Phase::Handing, step);
         }
-        let Some(target) = self.ready_shadow() else { return self.ensure_target(step) };
+        let wants_transfer = self.wants_transfer();
+        let Some(target) = self.ready_shadow() else {
+            return if wants_transfer {
+                self.undo_transfer("the shadow was lost", step);
+            } else {
+                self.ensure_target(step);
+            };
+        };
+        if wants_transfer {
+            return self.begin_transfer(target, step);
+        }
         if !self.waiting_rings().is_empty() && !self.has_region(target, step) {
             return;
         }
@@ -301,6 +319,8 @@ impl Pair {
         let target = failover.target.take().expect("the caller has seen the target");
         let old = std::mem::replace(&mut failover.victim, target);
         failover.handed = false;
+        // What it had of the device is lost with it.
+        failover.transfer = None;
         failover.report.attempts += 1;
         failover.report.recovery = Recovery::Exact;
         step.out.journal(
@@ -326,16 +346,30 @@ impl Pair {
         failover.poll_at = step.now + limits.poll_interval(failover.spent(step.now));
         match failover.phase {
             Phase::Draining if failover.spent(step.now) > limits.drain_of(failover.report.kind) => {
-                self.counters.drains_overdue += 1;
                 let most = limits.drain_of(failover.report.kind);
                 let note = format!("the primary did not come to rest within {most}");
-                self.enter_fencing(&note, step);
+                self.drain_overdue(&note, step);
             }
+            Phase::Transferring => self.poll_transfer(step),
             Phase::Handing if failover.target.is_none() => self.hand_over(step),
             Phase::Isolating => self.poll_isolation(step),
             Phase::Confirming => self.confirm(step),
             _ => {}
         }
+    }
+
+    /// A primary that does not come to rest is killed, unless what it holds would be lost with it.
+    fn drain_overdue(&mut self, note: &str, step: &mut Step<'_>) {
+        if self.state_is_at_stake().is_none() {
+            self.counters.drains_overdue += 1;
+            return self.enter_fencing(note, step);
+        }
+        let failover = self.failover.as_mut().expect("only a failover drains");
+        if failover.undone.is_none() {
+            failover.undone = Some(note.to_owned());
+            self.counters.drains_overdue += 1;
+        }
+        self.poll_undone(step);
     }
 
     /// Watches the new primary complete something on every ring that owed work.
@@ -447,7 +481,7 @@ impl Pair {
         self.finish_report(failover, step);
     }
 
-    fn finish_report(&mut self, failover: Failover, step: &mut Step<'_>) {
+    pub(super) fn finish_report(&mut self, failover: Failover, step: &mut Step<'_>) {
         let Failover { report, command, .. } = failover;
         step.out.journal(journal_entry(&report));
         if let Some(command) = command {
@@ -459,7 +493,11 @@ impl Pair {
     pub(crate) fn next_failover_poll(&self) -> Option<Nanos> {
         let failover = self.failover.as_ref()?;
         match failover.phase {
-            Phase::Draining => Some(failover.entered + self.config.limits.drain_of(failover.report.kind) + Nanos(1)),
+            Phase::Draining => {
+                let deadline = failover.entered + self.config.limits.drain_of(failover.report.kind) + Nanos(1);
+                Some(deadline.max(failover.poll_at))
+            }
+            Phase::Transferring => Some(self.transfer_deadline(failover)),
             Phase::Confirming | Phase::Isolating => Some(failover.poll_at),
             Phase::Handing => self.restart_at,
             _ => None,

@@ -23,6 +23,10 @@ impl Pair {
         if self.failover.is_some() || self.primary != Some(foresight.backend) || self.policy.considered.is_some() {
             return;
         }
+        // One that was never given a ring has nothing that could be saved.
+        if !self.link(foresight.backend).is_some_and(|link| link.touched) {
+            return;
+        }
         let limits = self.config.limits;
         if self.config.on_prediction == OnPrediction::Act
             && matches!(foresight.alarm, Alarm::Law(Law::InterruptIsTaken))
@@ -46,7 +50,8 @@ impl Pair {
         let limits = self.config.limits;
         let late = step.now >= considered.began + limits.consider_max;
         let wants_read = considered.wants_read() && self.shadow_can_read();
-        let hinders = self.refusal().or_else(|| self.hindrance());
+        let kills = self.state_is_at_stake().filter(|_| !can_drain(considered.foresight.alarm));
+        let hinders = self.refusal().or(kills).or_else(|| self.hindrance());
         let waiting = self.canary_waiting(step.now);
         let slow = waiting.is_some_and(|waiting| self.policy.is_slow(waiting));
         if !late && !slow && (wants_read || hinders.is_some()) {

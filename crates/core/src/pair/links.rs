@@ -77,6 +77,8 @@ impl Pair {
             Purpose::Isolated => self.isolation_acknowledged(backend, step),
             Purpose::Inflight => self.region_made(backend, reply, step),
             Purpose::CanaryRegion => self.canary_region_made(backend, reply, step),
+            Purpose::State => self.state_channel_taken(backend, reply, step),
+            Purpose::StateCheck => self.state_checked(backend, value, step),
             Purpose::ConfigAgain => {
                 if let Reply::Config(Some(config)) = reply {
                     self.config_read(backend, config.bytes.clone(), step);
@@ -149,7 +151,7 @@ impl Pair {
         self.session.take_out_writes(&mut link.offer.config, &offer.config);
         let protocol = offer.protocol & !ProtocolFeatures::REPLY_ACK.bits();
         let wanted = Offer { protocol, ..offer.clone() };
-        if let Some(difference) = difference(&wanted, &link.offer) {
+        if let Some(difference) = difference(&wanted, &link.offer).or_else(|| self.state_refusal(backend)) {
             self.refuse_backend(backend, &difference, step);
             return;
         }
@@ -390,6 +392,11 @@ impl Pair {
 
     /// A living process that does not answer: hung.
     fn backend_silent(&mut self, backend: BackendId, reason: &str, step: &mut Step<'_>) {
+        if self.primary == Some(backend) && self.failover.is_some() && self.state_is_at_stake().is_some() {
+            // It may come back, and what it has cannot be had otherwise.
+            let now = step.now;
+            return self.link_mut(backend).into_iter().for_each(|link| link.ask_again(now));
+        }
         let failing = self.failover.as_ref();
         if failing.is_some_and(|failover| failover.victim == backend && failover.phase != Phase::Draining) {
             return;

@@ -11,6 +11,7 @@
 //! - `failover`: the phases
 //! - `foresee`: a failure that is predicted
 //! - `canary`: reads of the broker's own on the shadow
+//! - `transfer`: what a device is beyond its rings
 //! - `isolate`: a request that kills every backend
 //! - `status`: what is shown to people and programs
 
@@ -26,6 +27,7 @@ mod status;
 mod stop;
 #[cfg(test)]
 mod tests;
+mod transfer;
 mod vmm;
 
 pub use status::{BackendStatus, Counters, PairState, RingStatus, Status};
@@ -207,6 +209,8 @@ impl Pair {
                         .with("next", "the guest's requests stay pending until the proof is there"),
                 );
             }
+            Event::StateOpened { backend, channel } => self.state_opened(backend, channel, &mut step),
+            Event::StateMoved { backend, size } => self.state_moved(backend, size, &mut step),
             Event::Kicked { ring } => self.ring_kicked(ring, &mut step),
             Event::FailoverRequested { command, now: at_once, reason } => {
                 self.failover_requested(command, at_once, &reason, &mut step);
@@ -292,8 +296,12 @@ impl Pair {
 
     fn failover_requested(&mut self, command: CommandId, at_once: bool, reason: &str, step: &mut Step<'_>) {
         let cause = format!("operator: {reason}");
-        let refusal =
-            self.refusal().or_else(|| self.asked.as_ref().map(|_| "another one is about to begin".to_owned()));
+        let kills = self.state_is_at_stake().filter(|_| at_once);
+        let kills = kills.map(|why| format!("{why}: ask for it without --now"));
+        let refusal = self
+            .refusal()
+            .or(kills)
+            .or_else(|| self.asked.as_ref().map(|_| "another one is about to begin".to_owned()));
         if let Some(why) = refusal {
             return self.refuse_failover(command, cause, why, step);
         }

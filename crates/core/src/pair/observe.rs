@@ -244,7 +244,8 @@ impl Pair {
         let patient = step.now.since(since) < patience;
         // One that was never given a ring owes nothing.
         let patient = patient && self.link(primary).is_some_and(|link| link.touched);
-        let Some(reason) = self.exactness_refusal().filter(|_| patient) else {
+        let reason = self.exactness_refusal().filter(|_| patient);
+        let Some(reason) = self.state_is_at_stake().or(reason) else {
             self.put_off_since = None;
             return self.begin_failover(Kind::Hang, cause, primary, None, false, step);
         };
@@ -258,11 +259,7 @@ impl Pair {
             );
         }
         let now = step.now;
-        if let Some(link) = self.link_mut(primary) {
-            // It is asked again.
-            link.pinged_at = None;
-            link.heard_at = now;
-        }
+        self.link_mut(primary).into_iter().for_each(|link| link.ask_again(now));
     }
 }
 

@@ -26,6 +26,8 @@ pub(crate) struct RingState {
     pub(crate) served: bool,
     /// It is being stopped.
     pub(crate) drain: Option<Drain>,
+    /// Where the backend that was stopped said it stands, if it is to go on there itself: what it holds is not handed over.
+    pub(super) goes_on_at: Option<u16>,
     /// What it owed could not be told; only the VMM can start it again.
     pub(crate) halted: bool,
     /// What was known of it when the VMM's stop had to be answered before its backend was proved quiet, or after it was halted. A
@@ -312,7 +314,8 @@ impl Pair {
     }
 
     fn hand_ring(&mut self, target: BackendId, index: u32, purpose: Purpose, step: &mut Step<'_>) {
-        let base = step.memory.used_idx(index);
+        let own = self.ring_state(index).goes_on_at.take();
+        let base = own.unwrap_or_else(|| step.memory.used_idx(index));
         // A polling backend leaves NO_NOTIFY behind, any backend a position that may suppress kicks for thousands of requests.
         step.memory.set_used_flags(index, 0);
         if self.session.has_event_idx() {

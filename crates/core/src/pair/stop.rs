@@ -103,15 +103,17 @@ impl Pair {
             return;
         }
         self.counters.drains_unverified += 1;
-        step.out.journal(
-            Entry::warning("DrainUnverified")
-                .with("ring", ring)
-                .with("base", base)
-                .with("used_idx", used)
-                .with("next", "the primary is fenced and treated as crashed"),
-        );
         let cause = format!("it answered the stop of ring {ring} with base {base} while used.idx is {used}");
-        self.drain_failed(&cause, step);
+        let undo = asked && named == ring && self.failover.is_some() && self.state_is_at_stake().is_some();
+        let next =
+            if undo { "the primary gets its rings back" } else { "the primary is fenced and treated as crashed" };
+        let entry = Entry::warning("DrainUnverified").with("ring", ring).with("base", base);
+        step.out.journal(entry.with("used_idx", used).with("next", next));
+        if undo {
+            self.undo_stop(ring, base, &cause, step);
+        } else {
+            self.drain_failed(&cause, step);
+        }
     }
 
     /// Whether something older than what the slots from `used.idx` on hold is still owed: whoever took requests out of the ring in
@@ -142,7 +144,7 @@ impl Pair {
         };
         let all = self.rings.iter().all(stopped);
         if self.failover.is_some() {
-            if all {
+            if !self.poll_undone(step) && all {
                 self.drained(step);
             }
         } else if self.closing {
@@ -175,7 +177,7 @@ impl Pair {
     /// Whether every backend that was given a ring which nobody serves now is proved harmless.
     fn is_quiet(&self, index: u32) -> bool {
         match self.failover.as_ref().map(|failover| failover.phase) {
-            None | Some(Phase::Handing) => true,
+            None | Some(Phase::Transferring | Phase::Handing) => true,
             Some(Phase::Isolating) => !self.is_tried(index),
             Some(_) => false,
         }

@@ -15,6 +15,7 @@ mod random;
 mod regions;
 mod start;
 mod stops;
+mod transfer;
 mod vmm;
 
 use expect_test::Expect;

@@ -58,7 +58,7 @@ pub(super) struct Args {
     #[arg(long)]
     no_canary: bool,
     /// How the backend is kept from new work before it is stopped: private-kick, disable or stop (default: by the program's name,
-    /// private-kick for qemu-storage-daemon and vhost-user-blk, disable for vhost-device-* and vhost_user_block, else stop)
+    /// private-kick for qemu-storage-daemon and vhost-user-blk, disable for vhost-device-*, virtiofsd and vhost_user_block, else stop)
     #[arg(long, value_parser = drain_method)]
     drain: Option<DrainMethod>,
     /// Least proof before another backend may write: stopped, reaped or target
@@ -512,7 +512,9 @@ fn known_drain(source: &Source) -> DrainMethod {
     let program = command.first().map_or("", |program| program.rsplit('/').next().unwrap_or(program));
     match program {
         "qemu-storage-daemon" | "vhost-user-blk" => DrainMethod::PrivateKick,
-        name if name.starts_with("vhost-device-") || name == "vhost_user_block" => DrainMethod::Disable,
+        name if name.starts_with("vhost-device-") || matches!(name, "vhost_user_block" | "virtiofsd") => {
+            DrainMethod::Disable
+        }
         _ => DrainMethod::Stop,
     }
 }

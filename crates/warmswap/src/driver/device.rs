@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use warmswap_core::{
     Action, Actions, BackendId, CommandId, Entry, Event, FenceLevel, Foresight, Nanos, Pair, PairState, PrivateEvents,
-    Report, Status, Value,
+    Report, StateDirection, Status, Value,
 };
 use warmswap_wire::{BackendRequest, FdSlot, Request, RequestCode};
 
@@ -24,6 +24,7 @@ use super::offload::{Move, Offload};
 use super::poller::{Interest, Poller, Source as PollSource, Token};
 use super::profile::Reporter;
 use super::spawner::{Spawner, Start, Wanted};
+use super::state::{Moved, StateMover};
 use crate::config::{DeviceConfig, Source};
 use crate::fds::FdTable;
 use crate::journal::JournalSender;
@@ -88,6 +89,9 @@ pub(crate) struct Device {
     unprovable_noted: Option<BackendId>,
     inspector: Inspector,
     maps: Maps,
+    states: StateMover,
+    /// State of the device on its way from one backend to the next.
+    state: Vec<u8>,
     offload: Offload,
     /// Process of the VMM, if the system says which.
     vmm_pid: Option<u32>,
@@ -109,6 +113,8 @@ pub(crate) struct Threads {
     pub(crate) spawner: Spawner,
     pub(crate) inspector: Inspector,
     pub(crate) maps: Maps,
+    /// Carries device state.
+    pub(crate) states: StateMover,
     /// Moves backends to where their role belongs.
     pub(crate) offload: Offload,
     /// Measures devices, where that is wanted.
@@ -138,7 +144,7 @@ impl Device {
         threads: Threads,
         now: Nanos,
     ) -> std::io::Result<Self> {
-        let Threads { spawner, inspector, maps, offload, sampler } = threads;
+        let Threads { spawner, inspector, maps, states, offload, sampler } = threads;
         let reporter = sampler.map(|teller| Reporter::new(number, &config, teller));
         let run_dir = RunDir::create(&config.run_dir, &config.name)?;
         let mut device = Device {
@@ -172,6 +178,8 @@ impl Device {
             inspector,
             offload,
             maps,
+            states,
+            state: Vec::new(),
             vmm_pid: None,
             private_memory: None,
             refused_ring: None,
@@ -373,6 +381,7 @@ impl Device {
             Action::Start { backend } => self.start_backend(backend, now),
             Action::Fence { backend } => self.fence(backend, now, poller),
             Action::Retire { backend } => self.retire(backend, poller),
+            Action::OpenState { backend, direction } => self.open_state(backend, direction),
             Action::WatchKick { ring, kick } => self.watch_kick(ring, kick, poller),
             Action::UnwatchKick { ring } => self.unwatch_kick(ring, poller),
             Action::Assign { backend, primary } => {
@@ -390,6 +399,33 @@ impl Device {
                 }
             }
         }
+    }
+
+    /// Makes a channel for a backend's state. What was received last goes into the next one, once.
+    fn open_state(&mut self, backend: BackendId, direction: StateDirection) {
+        let state = std::mem::take(&mut self.state);
+        let channel = self.states.open(self.number, backend, direction, state);
+        let channel = channel.map(|fd| self.fds.insert(fd)).map_err(|error| error.to_string());
+        self.events.push_back(Event::StateOpened { backend, channel });
+    }
+
+    /// A backend's state has left it, or got into it, or has not.
+    pub(crate) fn state_moved(
+        &mut self,
+        backend: BackendId,
+        moved: Result<Moved, String>,
+        now: Nanos,
+        poller: &Poller,
+    ) {
+        let size = moved.map(|moved| match moved {
+            Moved::Received(state) => {
+                self.state = state;
+                self.state.len() as u64
+            }
+            Moved::Sent(size) => size,
+        });
+        self.events.push_back(Event::StateMoved { backend, size });
+        self.run(now, poller);
     }
 
     /// Has a backend moved to where its role belongs.

@@ -10,6 +10,7 @@ mod offload;
 mod poller;
 mod profile;
 mod spawner;
+mod state;
 mod system;
 
 pub(crate) use device::DeviceStatus;
@@ -29,6 +30,7 @@ use self::maps::Maps;
 use self::offload::Offload;
 use self::poller::{Interest, Poller, Source, Token};
 use self::spawner::Spawner;
+use self::state::{Moved, StateMover};
 use crate::cgroup::Janitor;
 use crate::config::DeviceConfig;
 use crate::journal::JournalSender;
@@ -84,6 +86,15 @@ pub(crate) enum Command {
         vmm: u32,
         /// Something that was given as memory is mapped by it, and only privately.
         private: bool,
+    },
+    /// A backend's state has left it, or got into it, or has not.
+    StateMoved {
+        /// Number of its device.
+        device: u16,
+        /// Its generation.
+        backend: BackendId,
+        /// What came of it.
+        moved: Result<Moved, String>,
     },
     /// Replace the shadow by a newly started one.
     Refresh {
@@ -190,6 +201,7 @@ pub(crate) struct Driver {
     spawner: Spawner,
     inspector: Inspector,
     maps: Maps,
+    states: StateMover,
     offload: Offload,
     sampler: Option<Teller>,
     /// Adopted orphans may have ended.
@@ -278,6 +290,7 @@ impl Driver {
             spawner,
             inspector,
             maps,
+            states: StateMover::new(commander.clone()),
             offload,
             sampler,
             orphans: false,
@@ -311,6 +324,7 @@ impl Driver {
             spawner: self.spawner.clone(),
             inspector: self.inspector.clone(),
             maps: self.maps.clone(),
+            states: self.states.clone(),
             offload: self.offload.clone(),
             sampler: self.sampler.clone(),
         };
@@ -484,6 +498,11 @@ impl Driver {
                 Command::MemoryLooked { device, vmm, private } => {
                     if let Some(device) = self.devices.get_mut(usize::from(device)) {
                         device.memory_looked(vmm, private);
+                    }
+                }
+                Command::StateMoved { device, backend, moved } => {
+                    if let Some(device) = self.devices.get_mut(usize::from(device)) {
+                        device.state_moved(backend, moved, now, &self.poller);
                     }
                 }
                 Command::Refresh { device, answer } => {

@@ -1024,7 +1024,7 @@ fn a_drained_primary_that_falls_silent_afterwards_does_not_make_anybody_spin() {
 
 #[test]
 fn a_device_whose_requests_must_not_run_twice_is_handed_over_only_after_a_drain() {
-    let device = PairConfig { device: DeviceType::Fs, ..config() };
+    let device = PairConfig { device: DeviceType::Scsi, ..config() };
     let script = "~start\n~up 1 no-config features=140000000\n~up 2 no-config features=140000000\n~vmm connect\n~vmm SET_FEATURES 140000000\n~vmm SET_MEM_TABLE 0\n~vmm SET_VRING_NUM 0 8\n~vmm SET_VRING_ADDR 0\n~vmm SET_VRING_CALL 0\n~vmm SET_VRING_KICK 0\n";
     check_with(
         device.clone(),
@@ -1041,7 +1041,6 @@ fn a_device_whose_requests_must_not_run_twice_is_handed_over_only_after_a_drain(
                 signal kick0
                 signal call0
                 retire #1
-                close #1.channel
                 close #1.kick
                 close #1.call
                 close #1.probe
@@ -1058,7 +1057,6 @@ fn a_device_whose_requests_must_not_run_twice_is_handed_over_only_after_a_drain(
         &format!("{script}~submit 0 1\n~wait 1ms\nexit 1\nfenced 1\nstatus"),
         &expect![[r#"
             > exit 1
-                close #1.channel
                 close #1.kick
                 close #1.call
                 close #1.probe
@@ -1067,12 +1065,12 @@ fn a_device_whose_requests_must_not_run_twice_is_handed_over_only_after_a_drain(
                 fence #1
             > fenced 1
                 retire #1
-                * FailoverHalted kind="crash" cause="killed by signal 9" recovery="refused" fence="reaped" survivors=1 message="the fs device owed 1 requests, and its requests must not be executed twice"
+                * FailoverHalted kind="crash" cause="killed by signal 9" recovery="refused" fence="reaped" survivors=1 message="the scsi device owed 1 requests, and its requests must not be executed twice"
                 #2 is primary
                 start #3
                 #3 is shadow
             > status
-                halted Halted; primary #2 ready, shadow #3 starting; recovery drained; ring 0 waiting exact inflight 1; halted: the fs device owed 1 requests, and its requests must not be executed twice
+                halted Halted; primary #2 ready, shadow #3 starting; recovery drained; ring 0 waiting exact inflight 1; halted: the scsi device owed 1 requests, and its requests must not be executed twice
         "#]],
     );
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! start                           the pair starts
 //! up 1 queues=1 config=9          backend 1 connects (also features=, slots=, no-ack, no-slots, no-config, inflight, no-region,
-//!                                 odd-region, empty)
+//!                                 odd-region, empty, state, no-channel)
 //! down 1 · exit 1 · fenced 1      its link ends · its process ends · it is proved harmless (fenced 1 stopped: at that level)
 //! mute 1 · unmute 1               it reads but does not answer · it answers all it owes
 //! claims 1 7                      it answers the next stop with this base instead of used.idx
@@ -22,6 +22,8 @@
 //! spoil 1 0 version 7             what its region says of ring 0 is damaged (also size, used, marks HEAD COUNTER, gone)
 //! failover · failover now         the operator asks for one
 //! alarm 1 harm                    the failure model has an alarm of backend 1 (also law, interrupt, full, store)
+//! moved 1 4096 · moved 1 fails    that backend's state was received, or sent, whole, or was not
+//! unwhole 1                       it says of the next check of its state that it is not whole
 //! wait 25ms                       time passes, ticks come when they are due
 //! jump 90ms                       time passes unnoticed: the control thread was not given the processor
 //! ring 0 · status                 shows a ring · shows the pair
@@ -32,9 +34,9 @@ use std::fmt::Write;
 
 use warmswap_wire::inflight::ring_bytes;
 use warmswap_wire::{
-    BackendRequest, ConfigSpace, DeviceType, FdSlot, HEADER_SIZE, Header, HeaderFlags, InflightDescription, LogRegion,
-    MemoryRegion, ProtocolFeatures, Reply, ReplyKind, Request, RequestCode, VirtioFeatures, VringAddr, VringFd,
-    VringState,
+    BackendRequest, ConfigSpace, DeviceStateTransfer, DeviceType, FdSlot, HEADER_SIZE, Header, HeaderFlags,
+    InflightDescription, LogRegion, MemoryRegion, ProtocolFeatures, Reply, ReplyKind, Request, RequestCode,
+    VirtioFeatures, VringAddr, VringFd, VringState,
 };
 
 use warmswap_predict::{Alarm, Feature, Law};
@@ -102,6 +104,10 @@ pub(super) struct Backend {
     no_region: bool,
     /// It says that its region is for rings of no entries.
     odd_region: bool,
+    /// It says of the next check of its state that it is not whole.
+    unwhole: bool,
+    /// No channel can be made for its state.
+    no_channel: bool,
 }
 
 /// A driver's view of one ring: what it has submitted and not seen completed, in order.
@@ -140,6 +146,10 @@ pub(super) struct Harness {
     stopping: BTreeSet<(u64, u32)>,
     open: BTreeMap<u32, String>,
     slots: u32,
+    /// Backends whose state a channel is asked for.
+    opening: Vec<u64>,
+    /// Backends whose state is under way.
+    pub(super) moving: BTreeSet<u64>,
     /// Messages of backends under way.
     inbox: VecDeque<(u64, Header, Vec<u8>)>,
     out: String,
@@ -170,6 +180,8 @@ impl Harness {
             stopping: BTreeSet::new(),
             open: BTreeMap::new(),
             slots: 0,
+            opening: Vec::new(),
+            moving: BTreeSet::new(),
             inbox: VecDeque::new(),
             out: String::new(),
             shows: true,
@@ -234,6 +246,12 @@ impl Harness {
                     canary::complete(&mut self.memory, private, number(result) as u8);
                 }
             },
+            "unwhole" => self.backend(id()).unwhole = true,
+            "moved" => {
+                let size = args[1].parse().map_err(|_| "the channel broke".to_owned());
+                self.moving.remove(&id());
+                self.event(Event::StateMoved { backend: BackendId(id()), size });
+            }
             "garbage" => {
                 let header = Header { request: 4711, flags: HeaderFlags::REPLY, size: 3 };
                 self.inbox.push_back((id(), header, vec![1, 2, 3]));
@@ -521,6 +539,8 @@ impl Harness {
             reading: false,
             no_region: false,
             odd_region: false,
+            unwhole: false,
+            no_channel: false,
         };
         for option in options {
             match option.split_once('=') {
@@ -536,6 +556,8 @@ impl Harness {
                 _ if *option == "empty" => backend.config = vec![0; 256],
                 _ if *option == "odd-region" => backend.odd_region = true,
                 _ if *option == "no-region" => backend.no_region = true,
+                _ if *option == "state" => backend.protocol.insert(ProtocolFeatures::DEVICE_STATE),
+                _ if *option == "no-channel" => backend.no_channel = true,
                 _ if *option == "log" => backend.protocol.insert(ProtocolFeatures::LOG_SHMFD),
                 _ if *option == "everything" => backend.protocol = ProtocolFeatures::all(),
                 _ => panic!("unknown option {option}"),
@@ -628,6 +650,9 @@ impl Harness {
                 let region = InflightDescription { mmap_size, queue_size, ..*wanted };
                 Some(Reply::Inflight { region, fd: None })
             }
+            // Bit 8: no descriptor of its own.
+            Request::SetDeviceStateFd { .. } => Some(Reply::Fd { value: 0x100 | ack, fd: None }),
+            Request::CheckDeviceState => Some(Reply::U64(u64::from(std::mem::take(&mut backend.unwhole)))),
             Request::SetLogBase { region, .. } if backend.acked & ProtocolFeatures::LOG_SHMFD.bits() != 0 => {
                 Some(Reply::Log(*region))
             }
@@ -798,14 +823,26 @@ impl Harness {
         self.deliver();
     }
 
+    /// Channels come as they do from the shell: at once, as an event.
+    fn open_channels(&mut self) {
+        for id in std::mem::take(&mut self.opening) {
+            let fails = self.backends.get(&id).is_none_or(|backend| backend.no_channel);
+            let channel = if fails { Err("no descriptors".to_owned()) } else { Ok(self.slot(format!("#{id}.state"))) };
+            self.moving.extend((!fails).then_some(id));
+            self.event_once(Event::StateOpened { backend: BackendId(id), channel });
+        }
+    }
+
     fn pump_backends(&mut self) {
         let mut answers = 0;
+        self.open_channels();
         while let Some((id, header, payload)) = self.inbox.pop_front() {
             answers += 1;
             assert!(answers < 1_000, "messages go to and fro without end\n{}", self.out);
             self.note_stop(id, &header, &payload);
             let fds = self.carried(id, &header, &payload);
             self.event_once(Event::LinkMessage { backend: BackendId(id), header, payload, fds });
+            self.open_channels();
         }
     }
 
@@ -930,6 +967,10 @@ impl Harness {
                 self.keeper_ended(backend.0);
                 format!("retire {backend}")
             }
+            Action::OpenState { backend, direction } => {
+                self.opening.push(backend.0);
+                format!("open a channel for the state of {backend}: {direction:?}")
+            }
             Action::WatchKick { ring, kick } => {
                 self.watched.insert(ring);
                 format!("watch {}", self.name(kick))
@@ -979,6 +1020,9 @@ impl Harness {
             Request::GetConfig(it) => _ = write!(text, " {}", it.bytes.len()),
             Request::GetInflightFd(it) => _ = write!(text, " {}x{}", it.num_queues, it.queue_size),
             Request::SetConfig(it) => _ = write!(text, " {}={:?}", it.offset, it.bytes),
+            Request::SetDeviceStateFd { transfer, .. } => {
+                text.push_str(if *transfer == DeviceStateTransfer::SAVE { " save" } else { " load" });
+            }
             Request::SetFeatures(bits) | Request::SetProtocolFeatures(bits) => _ = write!(text, " {bits:#x}"),
             _ => {}
         }

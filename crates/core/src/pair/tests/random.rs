@@ -2,8 +2,8 @@
 //! keeps any rule. The harness checks its invariants after every step; a failure names its seed and the last lines.
 
 use warmswap_wire::{
-    BackendRequest, ConfigSpace, FdSlot, Header, HeaderFlags, HostNotifierArea, InflightDescription, IotlbMessage,
-    LogRegion, MemoryRegion, Request, SharedObjectId, VringFd, VringState,
+    BackendRequest, ConfigSpace, DeviceType, FdSlot, Header, HeaderFlags, HostNotifierArea, InflightDescription,
+    IotlbMessage, LogRegion, MemoryRegion, Request, SharedObjectId, VringFd, VringState,
 };
 
 use super::harness::{Driver, Harness, addr, config, region};
@@ -33,6 +33,7 @@ fn random_config(random: &mut Random) -> PairConfig {
         canary: random.below(2) == 0,
         region: [RegionUse::Witness, RegionUse::Trust][random.below(2) as usize],
         fence: [FenceLevel::Stopped, FenceLevel::Reaped][random.below(2) as usize],
+        device: if random.below(5) == 0 { DeviceType::Fs } else { DeviceType::Blk },
         ..config()
     }
 }
@@ -116,12 +117,22 @@ fn world_step(harness: &mut Harness, random: &mut Random) {
         && let Some(id) = pick(harness.starting.iter().copied(), random)
     {
         let tracks = ["", " inflight", " inflight", " inflight no-canary"][random.below(4) as usize];
-        return harness.quietly(&format!("up {id}{tracks}"));
+        let moves = ["", " state no-channel", " state", " state", " state", " state"][random.below(6) as usize];
+        return harness.quietly(&format!("up {id}{tracks}{moves}"));
     }
     if random.below(12) == 0
         && let Some(id) = pick(harness.fencing.iter().copied(), random)
     {
         return harness.quietly(&format!("fenced {id}"));
+    }
+    if random.below(4) == 0
+        && let Some(id) = pick(harness.moving.iter().copied(), random)
+    {
+        if random.below(6) == 0 && harness.backends.contains_key(&id) {
+            harness.quietly(&format!("unwhole {id}"));
+        }
+        let size = if random.below(6) == 0 { "fails" } else { "4096" };
+        return harness.quietly(&format!("moved {id} {size}"));
     }
     if harness.tries() && random.below(8) == 0 {
         return harness.quietly("trial");
@@ -186,7 +197,7 @@ fn world_step(harness: &mut Harness, random: &mut Random) {
 
 #[test]
 fn nothing_is_lost_or_repeated_in_random_histories_of_a_vmm_that_keeps_the_rules() {
-    let (mut handed, mut settled, mut believed) = (0, 0, 0);
+    let (mut handed, mut settled, mut believed, mut moved) = (0, 0, 0, 0);
     for seed in seeds(200) {
         println!("seed {seed}");
         let mut random = random(seed);
@@ -203,12 +214,13 @@ fn nothing_is_lost_or_repeated_in_random_histories_of_a_vmm_that_keeps_the_rules
         handed += harness.handed;
         settled += harness.journal.iter().filter(|event| **event == "FailoverSettled").count();
         believed += harness.journal.iter().filter(|event| **event == "RegionBelieved").count();
+        moved += harness.journal.iter().filter(|event| **event == "StateTransferred").count();
         harness.finish();
     }
     let whole = seeds(2) == (1..2);
     assert!(
-        !whole || (handed > 500 && settled > 150 && believed > 5),
-        "the histories are lively: {handed} rings handed, {settled} settled, {believed} regions believed"
+        !whole || (handed > 500 && settled > 150 && believed > 5 && moved > 5),
+        "the histories are lively: {handed} rings handed, {settled} settled, {believed} regions believed, {moved} states moved"
     );
 }
 
