@@ -10,15 +10,15 @@ pub(crate) enum Device {
     Net,
     /// A source of random bytes.
     Rng,
-    /// A console.
-    Console,
+    /// A SCSI adapter with a disk that is only read.
+    Scsi,
     /// A shared file system.
     Fs,
 }
 
 impl Device {
     /// All of them.
-    pub(crate) const ALL: [Self; 5] = [Self::Blk, Self::Net, Self::Rng, Self::Console, Self::Fs];
+    pub(crate) const ALL: [Self; 5] = [Self::Blk, Self::Net, Self::Rng, Self::Scsi, Self::Fs];
 
     /// The word for it: in options, on the guest's command line and for `warmswap guard --type`.
     pub(crate) fn name(self) -> &'static str {
@@ -26,7 +26,7 @@ impl Device {
             Self::Blk => "blk",
             Self::Net => "net",
             Self::Rng => "rng",
-            Self::Console => "console",
+            Self::Scsi => "scsi",
             Self::Fs => "fs",
         }
     }
@@ -36,14 +36,14 @@ impl Device {
         Self::ALL.into_iter().find(|device| device.name() == name)
     }
 
-    /// The kernel module that drives it, beside that of the bus.
-    pub(crate) fn driver(self) -> &'static str {
+    /// The kernel modules that drive it, beside that of the bus.
+    pub(crate) fn drivers(self) -> &'static [&'static str] {
         match self {
-            Self::Blk => "virtio_blk",
-            Self::Net => "virtio_net",
-            Self::Rng => "virtio_rng",
-            Self::Console => "virtio_console",
-            Self::Fs => "virtiofs",
+            Self::Blk => &["virtio_blk"],
+            Self::Net => &["virtio_net"],
+            Self::Rng => &["virtio_rng"],
+            Self::Scsi => &["virtio_scsi", "sd_mod"],
+            Self::Fs => &["virtiofs"],
         }
     }
 }

@@ -130,7 +130,7 @@ fn libraries(program: &Path) -> anyhow::Result<BTreeSet<PathBuf>> {
 /// The modules of a device, each after those it depends on.
 fn modules_in_order(kernel: &Kernel, device: Device) -> anyhow::Result<Vec<(String, PathBuf)>> {
     let mut order = Vec::new();
-    for name in [TRANSPORT, device.driver()] {
+    for name in std::iter::once(&TRANSPORT).chain(device.drivers()) {
         add_module(kernel, name, &mut order)?;
     }
     Ok(order)

@@ -96,7 +96,7 @@ impl Machine {
 fn device(device: Device, version: QemuVersion, socket: &Path) -> Vec<String> {
     let chardev = format!("socket,id=device,path={}", socket.display());
     let reconnecting = format!("{chardev},{}", reconnect(version));
-    let words = match device {
+    match device {
         Device::Blk => {
             let disk = format!("vhost-user-blk-pci,chardev=device,num-queues={PROCESSORS},queue-size={RING}");
             vec!["-chardev", &reconnecting, "-device", &disk].into_iter().map(str::to_owned).collect()
@@ -126,11 +126,9 @@ fn device(device: Device, version: QemuVersion, socket: &Path) -> Vec<String> {
         }
         // Of the others QEMU does not wait for the socket: what connects again is not connected yet when it asks for the first time.
         Device::Rng => plain(&chardev, "vhost-user-rng-pci,chardev=device"),
-        // virtio 1.3 §5.3: a console is device type 3; with its control queues it has four rings, and 12 bytes of configuration.
-        Device::Console => plain(&chardev, "vhost-user-device-pci,chardev=device,virtio-id=3,num_vqs=4,config_size=12"),
+        Device::Scsi => plain(&chardev, "vhost-user-scsi-pci,chardev=device,num_queues=1,param_change=off"),
         Device::Fs => plain(&chardev, &format!("vhost-user-fs-pci,chardev=device,tag={SHARE_TAG},queue-size={RING}")),
-    };
-    words
+    }
 }
 
 /// A device that is its chardev and itself.

@@ -22,7 +22,7 @@ impl Program {
             Device::Blk => "qemu-storage-daemon",
             Device::Net => "dpdk-testpmd",
             Device::Rng => "vhost-device-rng",
-            Device::Console => "vhost-device-console",
+            Device::Scsi => "vhost-device-scsi",
             Device::Fs => "virtiofsd",
         }
     }
@@ -47,25 +47,20 @@ impl Program {
         let line = match self.device {
             Device::Blk => Vec::new(),
             Device::Net => testpmd(&self.path),
-            Device::Rng | Device::Console => {
+            Device::Rng => {
                 options.extend(words(&["--drain", "disable"]));
                 self.numbered()
             }
+            Device::Scsi => scsi(&self.path, &workspace.image()),
             Device::Fs => virtiofsd(&self.path, &share(workspace)),
         };
         Guarded { options, command_line: line, environment: Vec::new() }
     }
 
-    /// A backend of rust-vmm's that serves several sockets, and adds a number to the name of each: the one that is asked for is a link to
-    /// the first.
+    /// A backend that serves several sockets, and adds a number to the name of each: the one that is asked for is a link to the first.
     fn numbered(&self) -> Vec<OsString> {
-        let console =
-            if self.device == Device::Console { " --backend network --tcp-port $((20000 + $$ % 10000))" } else { "" };
-        let script = format!("ln -s \"${{1}}0\" \"$1\" && exec \"$0\" --socket-path \"$1\"{console}");
-        let mut line: Vec<OsString> = vec!["sh".into(), "-c".into(), script.into()];
-        line.push(self.path.clone().into_os_string());
-        line.push("{socket}".into());
-        line
+        let script = r#"ln -s "${1}0" "$1" && exec "$0" --socket-path "$1""#;
+        vec!["sh".into(), "-c".into(), script.into(), self.path.clone().into_os_string(), "{socket}".into()]
     }
 }
 
@@ -97,6 +92,14 @@ fn testpmd(program: &Path) -> Vec<OsString> {
         "--stats-period=3600".to_owned(),
     ];
     std::iter::once(program.as_os_str().to_owned()).chain(words.into_iter().map(OsString::from)).collect()
+}
+
+fn scsi(program: &Path, image: &Path) -> Vec<OsString> {
+    // What it was given to write it would refuse.
+    let mut line = vec![program.as_os_str().to_owned()];
+    line.extend(["--read-only", "--socket-path", "{socket}"].map(OsString::from));
+    line.push(image.as_os_str().to_owned());
+    line
 }
 
 fn virtiofsd(program: &Path, share: &Path) -> Vec<OsString> {

@@ -22,6 +22,8 @@ pub(super) enum Death {
     Settles,
     /// What the device is lies in the process that is dead: it stands still, and says why. The run ends there.
     Halts,
+    /// The other one takes over if nothing was owed: requests must not be executed twice. Else it halts, and the run ends there.
+    HaltsIfOwed,
 }
 
 /// Twice the window of datagrams: a packet of the stream as well for each.
@@ -34,13 +36,14 @@ impl Demand {
         match device {
             Device::Blk | Device::Rng => demand,
             Device::Net => Self { lost_per_failover: PACKETS_IN_FLIGHT, ..demand },
-            Device::Console | Device::Fs => Self { death: Death::Halts, ..demand },
+            Device::Scsi => Self { death: Death::HaltsIfOwed, ..demand },
+            Device::Fs => Self { death: Death::Halts, ..demand },
         }
     }
 
     /// The plan, so that what ends a run comes last.
     pub(super) fn plan(&self, mut plan: Plan) -> Plan {
-        if self.death == Death::Halts {
+        if self.death != Death::Settles {
             let planned = plan.steps.iter().filter(|step| step.kind == Kind::Planned).copied();
             let last = plan.steps.iter().find(|step| step.kind != Kind::Planned).copied();
             plan.steps = planned.chain(last).collect::<Vec<Step>>();

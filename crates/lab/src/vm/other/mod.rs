@@ -1,13 +1,13 @@
-//! `lab vm --device net|rng|console|fs`: the same guest and the same failovers, with a device that is no disk, served by a backend that
+//! `lab vm --device net|rng|scsi|fs`: the same guest and the same failovers, with a device that is no disk, served by a backend that
 //! others have written.
 //!
-//! The guest checks what it gets: datagrams and a stream that come back, random bytes, lines, files. What is asked of a device depends on
+//! The guest checks what it gets: datagrams and a stream that come back, random bytes, blocks, files. What is asked of a device depends on
 //! its type, and is said in [`Demand`].
 
 mod account;
 mod backend;
 mod demand;
-pub(super) mod lines;
+pub(super) mod image;
 mod report;
 mod run;
 

@@ -9,6 +9,7 @@ use super::Settings;
 use super::account::Account;
 use super::backend::{self, Program};
 use super::demand::{Death, Demand};
+use super::image;
 use crate::vm::broker::{Broker, Failover, Status};
 use crate::vm::cache::Kernel;
 use crate::vm::campaign::describe;
@@ -72,8 +73,10 @@ pub(super) fn run(settings: &Settings, program: &Program, demand: &Demand, plan:
     let kernel = Kernel::find()?;
     let workspace = Workspace::make()?;
     process::guard_exits(workspace.root());
-    if settings.device == Device::Fs {
-        std::fs::create_dir(backend::share(&workspace))?;
+    match settings.device {
+        Device::Fs => std::fs::create_dir(backend::share(&workspace))?,
+        Device::Scsi => image::make(&workspace.image(), settings.seed)?,
+        _ => {}
     }
     let socket = workspace.path("device.sock");
     let broker = Broker::start(&program.guarded(&workspace), &workspace, &socket)?;
@@ -166,9 +169,9 @@ impl Run<'_> {
             Kind::Hang => self.take_away(&before, Signal::STOP)?,
         };
         self.say(&format!("{number}/{of} {}: {}", step.kind.word(), describe(&failover)));
-        let must_halt = step.kind != Kind::Planned && self.demand.death == Death::Halts;
-        self.halted = failover.result == "halted" && must_halt;
-        let unexpected = failover.result == "halted" && !must_halt;
+        let may_halt = step.kind != Kind::Planned && self.demand.death != Death::Settles;
+        self.halted = failover.result == "halted" && may_halt;
+        let unexpected = failover.result == "halted" && !may_halt;
         self.injected.push((step.kind, failover));
         anyhow::ensure!(!unexpected, "the failover halted: only an operator can go on");
         Ok(())

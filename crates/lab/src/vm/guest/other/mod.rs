@@ -1,8 +1,8 @@
 //! The loads of devices that are no disk, and the second hand that reports them.
 
-mod console;
 mod net;
 mod random;
+mod scsi;
 mod share;
 mod stream;
 mod tally;
@@ -49,7 +49,7 @@ pub(super) fn run(device: Device, seed: u64, port: Port) -> anyhow::Result<()> {
             &[("datagrams", net::run), ("stream", stream::run)]
         }
         Device::Rng => &[("random", random::run)],
-        Device::Console => &[("lines", console::run)],
+        Device::Scsi => &[("reads", scsi::run)],
         Device::Fs => {
             share::mount()?;
             &[("held", share::hold_open), ("files", share::replace)]
