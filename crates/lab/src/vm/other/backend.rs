@@ -82,6 +82,8 @@ fn testpmd(program: &Path) -> Vec<OsString> {
         "64".to_owned(),
         "--no-shconf".to_owned(),
         "--no-telemetry".to_owned(),
+        // Else it says each message it is sent, signs of life included.
+        "--log-level=lib.vhost.config:warning".to_owned(),
         "--vdev=net_vhost0,iface={socket},queues=1".to_owned(),
         "--".to_owned(),
         "--forward-mode=5tswap".to_owned(),

@@ -49,7 +49,7 @@ pub(super) fn run(device: Device, seed: u64, port: Port) -> anyhow::Result<()> {
             &[("datagrams", net::run), ("stream", stream::run)]
         }
         Device::Rng => &[("random", random::run)],
-        Device::Scsi => &[("reads", scsi::run)],
+        Device::Scsi => &[("reads-0", scsi::run), ("reads-1", scsi::run), ("reads-2", scsi::run)],
         Device::Fs => {
             share::mount()?;
             &[("held", share::hold_open), ("files", share::replace)]

@@ -11,12 +11,11 @@ use rustix::fs::{Mode, OFlags};
 use super::Load;
 use crate::vm::layout::BLOCK;
 use crate::vm::other::image;
-use crate::vm::rng::Rng;
+use crate::vm::rng::{Rng, digest};
 
 const DEVICE: &str = "/dev/sda";
 /// Disks are looked for after the driver was loaded.
 const FOUND_MAX: Duration = Duration::from_secs(20);
-const PAUSE: Duration = Duration::from_millis(1);
 
 /// A block, aligned as direct I/O wants it.
 #[derive(Debug)]
@@ -26,7 +25,7 @@ struct Block([u8; BLOCK as usize]);
 /// Reads blocks until told to stop.
 pub(super) fn run(load: &Load) -> anyhow::Result<()> {
     let disk = open()?;
-    let mut rng = Rng::new(load.seed, 41);
+    let mut rng = Rng::new(load.seed, digest(load.tally.name().as_bytes()));
     let mut block = Box::new(Block([0; BLOCK as usize]));
     while !load.stopping() {
         let index = rng.range(0, image::BLOCKS);
@@ -38,7 +37,6 @@ pub(super) fn run(load: &Load) -> anyhow::Result<()> {
             }
             Err(error) => load.complain(&format!("block {index}: {error}")),
         }
-        std::thread::sleep(PAUSE);
     }
     Ok(())
 }
