@@ -94,6 +94,10 @@ pub(crate) enum Purpose {
     Handed,
     /// Rings were given, or enabled, outside a failover.
     Enabled,
+    /// A ring that was served with a call of the broker's own has the guest's.
+    Called {
+        ring: u32,
+    },
     Isolated,
     Canary,
     Ping,

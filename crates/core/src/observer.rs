@@ -296,9 +296,15 @@ impl Observer {
     }
 
     /// Entries that may pass between two observations where nothing else bounds them. Both sides write slots ahead of the index they
-    /// publish: Linux and libvhost-user one, others a batch. A sixteenth of the ring is kept as distance.
+    /// publish: Linux and libvhost-user one, others a batch (DPDK's driver 32, our own back-end 16). As many are kept as distance, for what
+    /// was overwritten ahead would be taken for what was there: a quarter of the ring.
     fn reach(&self) -> u16 {
-        self.layout.size() - (self.layout.size() / 16).max(1)
+        self.layout.size() - self.ahead()
+    }
+
+    /// Slots that may be written ahead of the index.
+    fn ahead(&self) -> u16 {
+        (self.layout.size() / 4).max(1)
     }
 
     /// Whether a slot from `avail_from` or `used_from` on may have been overwritten, by indices that were read after the slots.
@@ -311,6 +317,15 @@ impl Observer {
         let all_owed = submitted <= avail.wrapping_sub(used);
         let none_ahead = avail.wrapping_sub(used_from) <= self.layout.size();
         (submitted > self.reach() && !all_owed) || (used.wrapping_sub(used_from) > self.reach() && !none_ahead)
+    }
+
+    /// Whether somebody who writes half a ring ahead may have overwritten a slot that was read. One that holds what cannot be is no proof
+    /// of a broken ring then.
+    fn may_be_overwritten(&self, avail_from: u16, used_from: u16, avail: u16, used: u16) -> bool {
+        let half = self.layout.size() / 2;
+        let (submitted, completed) = (avail.wrapping_sub(avail_from), used.wrapping_sub(used_from));
+        let available = submitted > half && submitted > avail.wrapping_sub(used);
+        available || (completed > half && avail.wrapping_sub(used_from) > self.layout.size())
     }
 
     /// Reads the ring once.
@@ -386,7 +401,7 @@ impl Observer {
         };
         let (size, layout) = (self.layout.size(), self.layout);
         // The slots right behind the new ones may be written ahead.
-        let ahead = (size / 16).max(1);
+        let ahead = self.ahead();
         let kept = |seen: u16, moved: u16| {
             let from = seen.wrapping_add(moved).wrapping_add(ahead);
             let count = size.saturating_sub(moved).saturating_sub(ahead);
@@ -455,7 +470,9 @@ impl Observer {
         if memory.faulted() {
             return self.violate(seen, Violation::MemoryGone);
         }
-        if self.overtaken(avail_from, used_from, avail, used) {
+        if self.overtaken(avail_from, used_from, avail, used)
+            || self.may_be_overwritten(avail_from, used_from, avail, used)
+        {
             let gap = Gap::Overrun { avail: avail.wrapping_sub(avail_from), used: used.wrapping_sub(used_from) };
             return self.lose(seen, gap, avail, used, ring, memory);
         }

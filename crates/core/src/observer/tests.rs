@@ -118,6 +118,51 @@ fn a_ring_that_moves_while_it_is_read_leaves_no_wrong_set_once_it_rests() {
     assert!(exact > 10_000, "{exact} exact");
 }
 
+/// A driver that fills slots of the available ring in batches and publishes a batch at once, as DPDK's does.
+#[test]
+fn what_is_written_ahead_of_the_index_leaves_no_wrong_exact_set() {
+    for (size, batch) in [(16, 4), (64, 16), (128, 32), (256, 32)] {
+        let mut random = Random(u64::from(size) * 77 + 1);
+        let (mut exact, mut inexact) = (0, 0);
+        let mut memory = memory_with(PlainRing::new(size, 65_500));
+        let mut observer = Observer::new(Layout::new(size).expect("a power of two"), 65_500, Nanos(0));
+        let (mut free, mut inflight): (Vec<u16>, Vec<u16>) = ((0..size).rev().collect(), Vec::new());
+        for look in 1..20_000_u64 {
+            // Batches and their completions, any number of them up to about a ring.
+            for _ in 0..random.below(u64::from(size / batch) + 2) {
+                let count = random.below(u64::from(batch) + 1).min(free.len() as u64);
+                for _ in 0..count {
+                    let head = free.remove(random.below(free.len() as u64) as usize);
+                    memory.ring(0).submit(head);
+                    inflight.push(head);
+                }
+                for _ in 0..random.below(inflight.len() as u64 + 1) {
+                    let head = inflight.remove(random.below(inflight.len() as u64) as usize);
+                    memory.ring(0).complete(head);
+                    free.push(head);
+                }
+            }
+            // And a batch that is written and not published.
+            let ahead: Vec<u16> = free.iter().rev().take(usize::from(batch)).copied().collect();
+            let ring = memory.ring(0);
+            for (at, head) in (0_u16..).zip(&ahead) {
+                let slot = ring.layout.slot(ring.avail_idx.wrapping_add(at));
+                ring.avail[usize::from(slot)] = *head;
+            }
+            observer.observe(Nanos::from_micros(10 * look), 0, &mut memory);
+            match observer.survivors() {
+                Ok(heads) => {
+                    assert_eq!(heads, inflight, "size {size}, batches of {batch}, look {look}");
+                    exact += 1;
+                }
+                Err(Knowledge::Inexact(_)) => inexact += 1,
+                Err(other) => panic!("size {size}, batches of {batch}, look {look}: {other:?}"),
+            }
+        }
+        assert!(exact > 1_000 && inexact > 100, "size {size}: {exact} exact, {inexact} inexact: nothing was tried");
+    }
+}
+
 #[test]
 fn a_full_turn_of_the_indices_during_silence_is_never_called_exact() {
     let mut memory = memory_with(PlainRing::new(16, 0));

@@ -57,8 +57,10 @@ impl Suspects {
 impl Pair {
     /// Books one more death against everything that was in flight; what was not is acquitted.
     pub(crate) fn suspect(&mut self, rings: &[u32]) {
-        // A backend that was drained, or killed because an operator asked, did not die of anything it was doing.
-        let innocent = |report: &Report| report.recovery == Recovery::Drained || report.kind == Kind::Planned;
+        // A backend that was drained, or killed because an operator asked, did not die of anything it was doing. That is the first one of a
+        // failover: whoever was to take over after it has died by itself.
+        let asked = |report: &Report| report.kind == Kind::Planned && report.attempts == 0;
+        let innocent = |report: &Report| report.recovery == Recovery::Drained || asked(report);
         if self.failover.as_ref().is_some_and(|it| innocent(&it.report)) {
             return;
         }
@@ -110,10 +112,10 @@ impl Pair {
         }
     }
 
-    pub(crate) fn isolation_target_ready(&mut self, backend: BackendId, step: &mut Step<'_>) {
+    pub(crate) fn isolation_target_ready(&mut self, step: &mut Step<'_>) {
         let idle = self.failover.as_ref().and_then(|it| it.isolation.as_ref()).is_some_and(|it| it.trial.is_none());
         if idle {
-            self.begin_trial(backend, step);
+            self.next_trial(step);
         }
     }
 
@@ -182,7 +184,9 @@ impl Pair {
         let limits = self.config.limits;
         let Some(isolation) = self.failover.as_ref().and_then(|it| it.isolation.as_ref()) else { return };
         let Some(trial) = isolation.trial else {
-            return if self.closing { self.hand_over(step) } else { self.ensure_trial_backend(step) };
+            // The VMM may have stopped the rings whose requests were suspected, while no backend was there to try them.
+            let over = isolation.queue.is_empty() || self.closing;
+            return if over { self.next_trial(step) } else { self.ensure_trial_backend(step) };
         };
         if trial.over {
             // The one that was started meanwhile may have died as well.

@@ -73,6 +73,7 @@ impl Pair {
             }
             Purpose::Handed => self.handed(backend, value, step),
             Purpose::Enabled => self.rings_enabled(backend, value, step),
+            Purpose::Called { ring } => self.ring_called(backend, ring, step),
             Purpose::Canary => self.canary_stopped(backend, step),
             Purpose::Isolated => self.isolation_acknowledged(backend, step),
             Purpose::Inflight => self.region_made(backend, reply, step),
@@ -250,7 +251,7 @@ impl Pair {
                 // Made now, not when every microsecond counts.
                 self.has_region(backend, step);
             }
-            self.shadow_became_ready(backend, step);
+            self.shadow_became_ready(step);
             self.promote_instead_of_waiting(step);
         }
         if self.primary == Some(backend) {

@@ -32,6 +32,8 @@ mod vmm;
 
 pub use status::{BackendStatus, Counters, PairState, RingStatus, Status};
 
+use warmswap_wire::MemoryRegion;
+
 use crate::drain::DrainMethod;
 use crate::event::{Action, Actions, BackendId, CommandId, Event, earliest};
 use crate::failover::{Failover, Kind, Phase, Report};
@@ -83,6 +85,9 @@ pub struct Pair {
     ending: bool,
     ticket: Option<Ticket>,
     tickets: u64,
+    /// Regions that were taken away, by the number of the ticket that tells the backends: until the serving one has heard it, it may
+    /// take what lies at the same place for the old one.
+    leaving: Vec<(u64, MemoryRegion)>,
     halted: Option<String>,
     failed: Option<String>,
     backends: u64,
@@ -120,6 +125,7 @@ impl Pair {
             ending: false,
             ticket: None,
             tickets: 0,
+            leaving: Vec::new(),
             halted: None,
             failed: None,
             backends: 0,

@@ -81,6 +81,7 @@ impl Pair {
             return;
         }
         let was_started = self.session.ring(index).is_some_and(|ring| ring.started);
+        let had_call = self.session.ring(index).is_some_and(|ring| ring.call.is_some());
         self.session.record(request, step.out);
         let result = match request {
             Request::SetVringKick(_) if !was_started => self.start_ring(index, step),
@@ -96,6 +97,10 @@ impl Pair {
             }
             Request::SetVringBase(_) | Request::SetVringAddr(_) => Ok(()),
             // Call and error descriptors start nothing: every backend has them, so that a failover need not send them.
+            Request::SetVringCall(_) if !had_call => {
+                self.give_first_call(index, request, step);
+                Ok(())
+            }
             Request::SetVringCall(_) | Request::SetVringErr(_) => {
                 self.links.iter_mut().filter(|link| link.mirrors()).for_each(|link| link.tell(request, step.out));
                 Ok(())
@@ -108,6 +113,29 @@ impl Pair {
         match result {
             Ok(()) => self.acknowledge(code, need_reply, 0, step),
             Err(reason) => self.refuse_request(code, &reason, need_reply, step),
+        }
+    }
+
+    /// The first call of a ring. There are VMMs that start a ring before they give it one (QEMU): until then it is served with one of the
+    /// broker's own, and what was completed meanwhile has interrupted nobody.
+    fn give_first_call(&mut self, index: u32, request: &Request, step: &mut Step<'_>) {
+        let served = self.rings.get(index as usize).is_some_and(|ring| ring.served);
+        let serving = self.serving().filter(|_| served);
+        for link in self.links.iter_mut().filter(|link| link.mirrors()) {
+            if serving == Some(link.id) {
+                link.ask(request, Purpose::Called { ring: index }, step.out);
+            } else {
+                link.tell(request, step.out);
+            }
+        }
+    }
+
+    /// From here on completions interrupt the guest; for those before it is interrupted now. One interrupt too many harms nobody.
+    pub(crate) fn ring_called(&mut self, backend: BackendId, index: u32, step: &mut Step<'_>) {
+        let served = self.rings.get(index as usize).is_some_and(|ring| ring.served);
+        if served && self.serving() == Some(backend) {
+            let call = self.session.ring(index).and_then(|ring| ring.call);
+            call.into_iter().for_each(|fd| step.out.push(Action::Signal(fd)));
         }
     }
 
@@ -291,6 +319,10 @@ impl Pair {
     /// every call once, because nobody knows which of them the last backend has swallowed.
     pub(crate) fn hand_rings(&mut self, target: BackendId, rings: &[u32], purpose: Purpose, step: &mut Step<'_>) {
         let mut signals = Vec::new();
+        // Whoever begins to serve hears of every change before it hears of its rings.
+        if self.served_rings().is_empty() {
+            self.leaving.clear();
+        }
         for (at, index) in rings.iter().enumerate() {
             let last = at + 1 == rings.len();
             self.hand_ring(target, *index, if last { purpose } else { Purpose::Nobody }, step);

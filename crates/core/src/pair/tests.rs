@@ -6,6 +6,7 @@
 //! a ring is handed over with exactly what is owed, and that nothing spins.
 
 mod canaries;
+mod exhaustive;
 mod failovers;
 mod foresee;
 mod harness;

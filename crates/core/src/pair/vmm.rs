@@ -5,7 +5,8 @@
 //! [`crate::Limits::answer_max`]; a stop is answered when the ring is proved quiet.
 
 use warmswap_wire::{
-    ConfigSpace, InflightDescription, ProtocolFeatures, Reply, Request, RequestCode, VirtioFeatures, VringState,
+    ConfigSpace, InflightDescription, MemoryRegion, ProtocolFeatures, Reply, Request, RequestCode, VirtioFeatures,
+    VringState,
 };
 
 use super::{Pair, Step};
@@ -163,6 +164,9 @@ impl Pair {
             self.give_up_canaries(step);
         }
         let could_warm = self.session.can_warm();
+        if could_warm {
+            self.note_leaving(request);
+        }
         self.session.record(request, step.out);
         self.reattach_rings(step);
         if could_warm {
@@ -170,6 +174,35 @@ impl Pair {
         } else {
             self.acknowledge(code, need_reply, 0, step);
             self.warm_all(step);
+        }
+    }
+
+    /// Notes which regions a change takes away, before it is recorded.
+    fn note_leaving(&mut self, request: &Request) {
+        let number = self.tickets + 1;
+        let known = self.session.memory.iter().map(|(region, _)| *region);
+        match request {
+            Request::RemMemReg(region) => {
+                self.leaving.extend(known.filter(|it| it.guest_addr == region.guest_addr).map(|it| (number, it)));
+            }
+            Request::SetMemTable(regions) => {
+                let stays = |it: &MemoryRegion| regions.iter().any(|(region, _)| region == it);
+                self.leaving.extend(known.filter(|it| !stays(it)).map(|it| (number, it)));
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether a change puts memory where the serving backend may still have other memory.
+    fn replaces_what_is_leaving(&self, request: &Request) -> bool {
+        let overlaps = |new: &MemoryRegion| {
+            let ends_before = |one: &MemoryRegion, other: &MemoryRegion| one.guest_addr + one.size <= other.guest_addr;
+            self.leaving.iter().any(|(_, old)| !ends_before(old, new) && !ends_before(new, old))
+        };
+        match request {
+            Request::AddMemReg { region, .. } => overlaps(region),
+            Request::SetMemTable(regions) => regions.iter().any(|(region, _)| overlaps(region)),
+            _ => false,
         }
     }
 
@@ -289,12 +322,13 @@ impl Pair {
     }
 
     /// Whether a change must not be called done before the serving backend has made it: what it writes before it marks its writes in the
-    /// dirty log would be missing at the destination of a migration. It is bounded all the same: a backend that stays silent is fenced.
+    /// dirty log would be missing at the destination of a migration, and what it does in memory that is gone, where the guest has other
+    /// memory now, is lost. It is bounded all the same: a backend that stays silent is fenced.
     fn must_be_applied(&self, request: &Request) -> bool {
         match request {
             Request::SetLogBase { .. } => true,
             Request::SetFeatures(_) => self.session.log.is_some(),
-            _ => false,
+            _ => self.replaces_what_is_leaving(request),
         }
     }
 
@@ -318,6 +352,9 @@ impl Pair {
             self.backend_lost(backend, "it refused a change that the VMM made", step);
         } else if value != 0 && self.primary != Some(backend) {
             self.lose_shadow(backend, "it refused a change that the VMM made", step);
+        }
+        if self.serving() == Some(backend) {
+            self.leaving.retain(|(told, _)| *told > number);
         }
         let primary = self.primary == Some(backend);
         let Some(Ticket::Mirror { number: current, waiting, result, .. }) = &mut self.ticket else { return };
@@ -498,6 +535,7 @@ impl Pair {
         for (region, _) in &self.session.memory {
             step.memory.unmap(region.guest_addr);
         }
+        self.leaving.clear();
         // Clearing a log never fails.
         let _cleared = step.memory.set_log(None);
         self.session.clear(step.out);

@@ -82,6 +82,26 @@ impl Broker {
         }
     }
 
+    /// Takes a health snapshot: where it is, and how long that took.
+    pub(super) fn snapshot(&mut self) -> anyhow::Result<(PathBuf, Duration)> {
+        let asked = Instant::now();
+        self.status.send(&json!({"verb": "snapshot", "reason": "lab bench"}))?;
+        loop {
+            if let Some(line) = self.status.next()? {
+                let answer: Value = serde_json::from_str(&line).context("the broker's answer")?;
+                let file = answer["file"].as_str().with_context(|| format!("no snapshot: {line}"))?;
+                return Ok((file.into(), asked.elapsed()));
+            }
+            ensure!(
+                asked.elapsed() < ANSWER_MAX,
+                "the broker does not answer
+{}",
+                self.last_words()
+            );
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
     /// The end of its log, for the report of a failure.
     pub(super) fn last_words(&self) -> String {
         self.process.log_tail(LOG_LINES)

@@ -27,7 +27,7 @@ use crate::common::workspace::Workspace;
 use crate::guest::{BLOCK, now_ns};
 
 /// Threads that measure and keep.
-const PROFILE_THREADS: [&str; 3] = ["sampler", "prober", "historian"];
+const PROFILE_THREADS: [&str; 4] = ["sampler", "prober", "historian", "writer"];
 /// Requests per second of the one device; none is as many as possible.
 const RATES: [Option<f64>; 3] = [Some(10_000.0), Some(100_000.0), None];
 /// Depths at which guests are compared, the deep one for the rate, both for the tail.

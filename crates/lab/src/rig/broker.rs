@@ -49,6 +49,8 @@ pub(crate) struct Broker {
     /// Failovers asked for whose answers have not come.
     unanswered: u64,
     answer: Option<Answer>,
+    /// Failpoints that were reached and not taken yet.
+    points: Vec<String>,
 }
 
 impl Broker {
@@ -78,6 +80,7 @@ impl Broker {
             halts: Halts::default(),
             unanswered: 0,
             answer: None,
+            points: Vec::new(),
         })
     }
 
@@ -105,6 +108,18 @@ impl Broker {
         self.commands.send(&json!({"verb": "alarm", "device": NAME, "alarm": alarm}))
     }
 
+    /// Has it kill backends, by their roles now, before a step of the next failover.
+    pub(crate) fn set_failpoint(&mut self, step: u64, whom: &str) -> anyhow::Result<()> {
+        self.answer = None;
+        self.unanswered += 1;
+        self.commands.send(&json!({"verb": "failpoint", "device": NAME, "step": step, "whom": whom}))
+    }
+
+    /// Takes the failpoints that were reached: in which phase, and before what.
+    pub(crate) fn take_points(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.points)
+    }
+
     /// The answer to the last command, once. Those of earlier ones, which nobody waited for, are dropped.
     pub(crate) fn take_answer(&mut self) -> Option<Answer> {
         self.answer.take()
@@ -115,6 +130,7 @@ impl Broker {
         while let Some(line) = self.events.next()? {
             self.event_came = true;
             self.halts.event(&line);
+            self.points.extend(point_of(&line));
         }
         while let Some(line) = self.commands.next()? {
             self.unanswered = self.unanswered.saturating_sub(1);
@@ -174,4 +190,13 @@ impl Broker {
         let status = self.latest.as_ref().map(|(_, status)| format!("{status:?}")).unwrap_or_default();
         format!("last status: {status}\n{}", self.process.log_tail(LOG_LINES))
     }
+}
+
+/// The failpoint that an event tells of, if it does.
+fn point_of(line: &str) -> Option<String> {
+    // Looked for first: events come by the thousand.
+    let event: serde_json::Value =
+        line.contains("FailpointReached").then(|| serde_json::from_str(line).ok()).flatten()?;
+    let property = |name: &str| event["properties"][name].as_str();
+    Some(format!("{} before {}", property("phase")?, property("before")?))
 }

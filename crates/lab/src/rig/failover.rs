@@ -29,6 +29,10 @@ const IMPATIENT_PERCENT: u64 = 5;
 
 /// A prediction is acted upon or withheld by then.
 const PREDICTED_MAX_NS: u64 = 3_000_000_000;
+/// Steps of a failover before one of which a backend is killed: more than a failover of four queues takes.
+const STEPS_MAX: u64 = 56;
+/// Whom it hits.
+const VICTIMS: [&str; 3] = ["primary", "shadow", "both"];
 /// Alarms that are made up.
 const ALARMS: [&str; 3] = ["harm", "law", "exhaustion"];
 
@@ -139,6 +143,15 @@ fn strike(
     let crash_too = detail.is_multiple_of(2);
     match kind {
         Kind::Planned | Kind::Now => world.broker.ask_failover(kind == Kind::Now)?,
+        Kind::Point => {
+            let whom = VICTIMS[(detail / 2 % VICTIMS.len() as u64) as usize];
+            world.broker.set_failpoint(1 + detail / 6 % STEPS_MAX, whom)?;
+            wait_until_set(world)?;
+            match crash_too {
+                true => hit(&before.primary, Signal::KILL, tally)?,
+                false => world.broker.ask_failover(false)?,
+            }
+        }
         Kind::Predicted => world.broker.alarm(ALARMS[(detail / 7 % ALARMS.len() as u64) as usize])?,
         Kind::Crash => {
             if detail / 10_000 % 100 < SWALLOW_PERCENT && !vmm::any_masked(world) {
@@ -173,13 +186,14 @@ fn strike(
     if kind == Kind::Shadow && !crash_too {
         return shadow_is_replaced(world, before, tally);
     }
-    let asked = matches!(kind, Kind::Planned | Kind::Now);
+    let asked = matches!(kind, Kind::Planned | Kind::Now) || (kind == Kind::Point && !crash_too);
     let raced = (asked || matches!(kind, Kind::Crash | Kind::Predicted)) && vmm::race(world, detail, tally)?;
     let ended = match kind {
         Kind::Predicted => wait_for_predicted(world, before, start)?,
         _ => wait_for_end(world, before, start, asked)?,
     };
     tally.waited("end", now_ns() - start);
+    tally.points(world.broker.take_points());
     let timed = !raced && !vmm::any_masked(world);
     after(world, Seen { kind, inflight, timed, blackout_ns: None, report: ended }, tally)
 }
@@ -207,6 +221,11 @@ fn swallow_calls(world: &mut World, primary: &Target, tally: &mut Tally) -> anyh
         queue.call_fd().take();
     }
     Ok(())
+}
+
+/// Waits until the broker has set the failpoint.
+fn wait_until_set(world: &mut World) -> anyhow::Result<()> {
+    world.run_until("a failpoint", true, |world| Ok(world.broker.take_answer().is_some()))
 }
 
 /// Waits until the broker says that the failover has ended.

@@ -26,6 +26,9 @@ pub(crate) enum Kind {
     Both,
     /// A request that kills every backend it is given to.
     Poison,
+    /// A failover, planned or after SIGKILL of the primary, in the course of which the broker kills backends before a certain step that it
+    /// takes.
+    Point,
 }
 
 impl Kind {
@@ -41,13 +44,14 @@ impl Kind {
             Kind::Shadow => "shadow",
             Kind::Both => "both",
             Kind::Poison => "poison",
+            Kind::Point => "point",
         }
     }
 
     /// How often the kind is drawn, relative to the others. What takes the broker a time-out is rarer.
     pub(crate) fn weight(self) -> u64 {
         match self {
-            Kind::Planned | Kind::Crash => 30,
+            Kind::Planned | Kind::Crash | Kind::Point => 30,
             Kind::Now | Kind::Predicted => 15,
             Kind::Shadow => 6,
             Kind::Stop | Kind::Spin | Kind::Both => 5,
@@ -62,7 +66,7 @@ impl Kind {
             Kind::Predicted => Some("predicted"),
             Kind::Crash => Some("crash"),
             Kind::Stop | Kind::Spin => Some("hang"),
-            Kind::Shadow | Kind::Both | Kind::Poison => None,
+            Kind::Shadow | Kind::Both | Kind::Poison | Kind::Point => None,
         }
     }
 }

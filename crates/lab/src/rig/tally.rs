@@ -132,6 +132,8 @@ pub(crate) struct Tally {
     recovery: BTreeMap<String, u64>,
     fence: BTreeMap<String, u64>,
     behaviours: BTreeMap<&'static str, u64>,
+    /// Where a backend was killed in the course of a failover.
+    points: BTreeMap<String, u64>,
     waits: BTreeMap<&'static str, Histogram<u64>>,
     /// Descriptors, processes, mappings or memory that were not given back.
     pub(crate) leaks: u64,
@@ -202,6 +204,13 @@ impl Tally {
         self.waits.entry(what).or_insert_with(new).saturating_record(nanoseconds / 1000);
     }
 
+    /// Counts where backends were killed in the course of a failover.
+    pub(crate) fn points(&mut self, reached: Vec<String>) {
+        for point in reached {
+            *self.points.entry(point).or_default() += 1;
+        }
+    }
+
     /// Counts something the VMM did.
     pub(crate) fn behaviour(&mut self, name: &'static str) {
         *self.behaviours.entry(name).or_default() += 1;
@@ -244,6 +253,7 @@ impl Tally {
             "unexpected": self.unexpected,
             "shadows_replaced": self.shadows_replaced,
             "vmm_behaviours": self.behaviours,
+            "points": self.points,
             "waits_us": waits,
             "broker_rss_max_bytes": self.broker_rss_max_bytes,
             "rig_rss_bytes": self.rig_rss,

@@ -238,8 +238,11 @@ mod tests {
     fn the_profile_and_its_history_are_told_over_the_socket() {
         let served = Served::start("told", Some("store".as_ref()));
         served.note(Grain::Tick, 0..300);
-        served.note(Grain::Window, 0..200);
+        served.note(Grain::Window, 0..100);
         served.freeze("a test", START);
+        // They come faster here than a disk is written, and more than memory keeps must be there when the others come.
+        wait_for("the disk", || served.history.on_disk("disk") == 100);
+        served.note(Grain::Window, 100..200);
         let mut client = served.client();
         let profile = client.ask(&json!({"verb": "profile"})).expect("there is an answer");
         assert_eq!((&profile["device"], &profile["records_lost"]), (&json!("disk"), &json!(0)));
@@ -315,6 +318,27 @@ mod tests {
         let windows = warmswap_store::Reader::open(&path).and_then(|reader| reader.range(0, u64::MAX));
         let numbers = windows.expect("it can be read").map(|window| window.expect("it is whole").number);
         assert_eq!(numbers.collect::<Vec<u64>>(), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    }
+
+    #[test]
+    fn a_disk_that_hangs_keeps_nobody_waiting_and_gets_everything_in_the_end() {
+        let mut served = Served::start("hangs", Some("store".as_ref()));
+        let path = crate::profile::historian::history_path(&served.dir.join("store"), "disk");
+        wait_for("the history", || warmswap_store::Reader::open(&path).is_err());
+        {
+            let _hanging = served.history.hang_disk();
+            served.freeze("a crash", START + 1);
+            // More than finds room, and fewer than are kept in memory.
+            served.note(Grain::Window, 0..115);
+            served.note(Grain::Tick, 0..50);
+            assert_eq!(served.history.last_windows("disk", 200).len(), 115);
+        }
+        served.end();
+        let reader = warmswap_store::Reader::open(&path).expect("it was closed");
+        let windows = reader.range(0, u64::MAX).expect("it can be read");
+        let numbers = windows.map(|window| window.expect("it is whole").number);
+        assert_eq!(numbers.collect::<Vec<u64>>(), (0..115).collect::<Vec<u64>>());
+        assert_eq!(reader.recordings().expect("it can be read"), [START + 1]);
     }
 
     #[test]

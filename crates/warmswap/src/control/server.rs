@@ -87,6 +87,13 @@ enum Ask {
         /// Name of the alarm.
         alarm: String,
     },
+    /// Kills backends at a step of the next failover.
+    #[cfg(feature = "lab")]
+    Failpoint {
+        device: Option<String>,
+        step: u32,
+        whom: crate::driver::failpoint::Whom,
+    },
     /// Takes a health snapshot.
     Snapshot {
         device: Option<String>,
@@ -269,6 +276,18 @@ impl Server {
             }
             #[cfg(feature = "lab")]
             Ask::Alarm { device, alarm } => self.alarm(device, &alarm),
+            #[cfg(feature = "lab")]
+            Ask::Failpoint { device, step, whom } => {
+                let (answer, set) = crossbeam_channel::bounded(1);
+                let device = self.name(device);
+                device.map_or_else(
+                    |error| error,
+                    |device| {
+                        self.commander.send(Command::Failpoint { device, step, whom, answer });
+                        set.recv().map_or_else(|_| ending(), |()| json!({ "set": step }))
+                    },
+                )
+            }
             Ask::Snapshot { device, reason } => {
                 let taken = self.name(device).map(|device| self.history.snapshot(&device, &reason));
                 match taken {

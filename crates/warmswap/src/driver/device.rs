@@ -106,6 +106,8 @@ pub(crate) struct Device {
     entries: Vec<Entry>,
     /// Tells the sampler, where there is one.
     reporter: Option<Reporter>,
+    #[cfg(feature = "lab")]
+    failpoint: Option<super::failpoint::Failpoint>,
 }
 
 /// The threads that work for devices.
@@ -187,6 +189,8 @@ impl Device {
             unconnected: None,
             entries: Vec::new(),
             reporter,
+            #[cfg(feature = "lab")]
+            failpoint: None,
             config,
         };
         device.pair.start(now, &mut device.actions);
@@ -350,6 +354,8 @@ impl Device {
         let mut actions = std::mem::take(&mut self.actions);
         let mut batch = Batch::default();
         for action in actions.drain() {
+            #[cfg(feature = "lab")]
+            self.strike_before(&action, &mut batch, poller);
             match action {
                 Action::SendLink { backend, bytes, fds } => {
                     if !batch.takes(backend, &fds) {
@@ -367,6 +373,34 @@ impl Device {
         }
         self.send_link(&mut batch, poller);
         self.actions = actions;
+    }
+
+    /// Kills backends before the action of the next failover that has this number.
+    #[cfg(feature = "lab")]
+    pub(crate) fn set_failpoint(&mut self, step: u32, whom: super::failpoint::Whom) {
+        use super::failpoint::{Failpoint, Whom};
+        let meant = |backend: &&Backend| match whom {
+            Whom::Primary => backend.primary,
+            Whom::Shadow => !backend.primary,
+            Whom::Both => true,
+        };
+        let processes = self.backends.iter().filter(meant).filter_map(|backend| backend.process.as_ref());
+        let victims = processes.map(Process::shared_pidfd).collect();
+        self.failpoint = Some(Failpoint::new(step, victims));
+    }
+
+    /// Kills where a failpoint is reached. What was to be sent before is sent.
+    #[cfg(feature = "lab")]
+    fn strike_before(&mut self, action: &Action, batch: &mut Batch, poller: &Poller) {
+        let failing_over = self.pair.is_failing_over();
+        let Some(mut point) = self.failpoint.take() else { return };
+        if point.reaches(failing_over) {
+            self.send_link(batch, poller);
+            let entry = point.strike(self.pair.status(super::now()).phase, action);
+            self.entries.push(entry);
+        } else if !point.is_passed(failing_over) {
+            self.failpoint = Some(point);
+        }
     }
 
     fn carry_out(&mut self, action: Action, now: Nanos, poller: &Poller) {

@@ -2,6 +2,8 @@
 
 mod backends;
 mod device;
+#[cfg(feature = "lab")]
+pub(crate) mod failpoint;
 mod fence;
 mod inspector;
 mod kicks;
@@ -125,6 +127,18 @@ pub(crate) enum Command {
         device: Arc<str>,
         /// What it says.
         foresight: Foresight,
+    },
+    /// Kill backends at a step of the next failover.
+    #[cfg(feature = "lab")]
+    Failpoint {
+        /// Of which device.
+        device: String,
+        /// Before which of its actions, from 1.
+        step: u32,
+        /// Which backends.
+        whom: failpoint::Whom,
+        /// Told when it is set; dropped if there is no such device.
+        answer: Sender<()>,
     },
     /// Make a failover.
     Failover {
@@ -524,6 +538,13 @@ impl Driver {
                 Command::Predicted { device, foresight } => {
                     if let Some(device) = self.devices.iter_mut().find(|known| known.name() == &*device) {
                         device.failure_predicted(foresight, now, &self.poller);
+                    }
+                }
+                #[cfg(feature = "lab")]
+                Command::Failpoint { device, step, whom, answer } => {
+                    if let Some(device) = self.devices.iter_mut().find(|known| known.name() == device) {
+                        device.set_failpoint(step, whom);
+                        let _gone = answer.try_send(());
                     }
                 }
                 Command::Failover { device, now: at_once, reason, answer } => {

@@ -1,5 +1,5 @@
-//! The historian: a thread that keeps what profiles were. The last minutes tick by tick and the last windows in memory, and, where there
-//! is a directory for it, windows and recordings on disk.
+//! The historian: a thread that keeps what profiles were, the last minutes tick by tick and the last windows in memory, and has the failure
+//! model judge them. What goes to disk goes by the writer, a thread of its own: no disk can keep an alarm back.
 //!
 //! Times are those of the records. Where the clock is set forward by more than it remembers, the flight recorder begins anew.
 //!
@@ -12,18 +12,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use crossbeam_channel::{Receiver, Sender};
 use warmswap_core::{BackendId, Entry, Foresight};
 use warmswap_predict::{Alarm, Grain, Model, Record};
-use warmswap_store::{
-    FLIGHT_BYTES_MAX, FLIGHT_KEEP_NS, FlightRecorder, History, Reader, Recording, Retention, StoreError,
-};
+use warmswap_store::{FLIGHT_BYTES_MAX, FLIGHT_KEEP_NS, FlightRecorder, Reader, Recording, Retention, StoreError};
 
 use super::consumer::Consumer;
 use super::neighbours::Neighbours;
 use super::predictor::{self, Predicted, Predictor};
 use super::snapshots::{Behaviour, Described, Snapshotter};
-use super::windows::{LastWindows, WINDOWS_MAX};
+use super::windows::LastWindows;
+use super::writer::{self, Writing};
 use crate::driver::{Command, Commander};
 use crate::journal::JournalSender;
 
@@ -35,24 +34,12 @@ const QUEUE_PER_DEVICE: usize = 4;
 const FLIGHT_BYTES_ALL: usize = 16 << 20;
 /// Bytes of one, at most: two minutes of a device of which everything changes at every tick.
 const FLIGHT_BYTES_ONE: usize = 160 << 10;
-/// Windows that wait for the disk: well before they go from memory they are there.
-const PENDING_MAX: usize = WINDOWS_MAX / 2;
 /// Recordings of a device that are kept in memory.
 const RECORDINGS_MAX: usize = 4;
 /// Records on their way to one who follows a device: half a minute.
 const FOLLOWED_MAX: usize = 320;
 /// How long the end of the program waits for what is not on the disk yet.
 const JOIN_MAX: Duration = Duration::from_secs(3);
-/// Windows go to the disk this often.
-const FLUSH_EVERY: Duration = Duration::from_secs(10);
-/// A history that somebody else reads is tried again this often.
-const RETRY_EVERY: Duration = Duration::from_secs(1);
-/// A health snapshot is taken this often, if nothing else makes one.
-const SNAPSHOT_EVERY: Duration = Duration::from_secs(600);
-/// Of so many times, once it is made sure that they are there, and what is too old goes.
-const FLUSHES_PER_PRUNE: u32 = 6;
-/// What is too old goes at least this often, in flushes: of a device at rest nothing is written.
-const FLUSHES_PER_PRUNE_MAX: u32 = 360;
 
 /// Path of a device's history in a directory of histories.
 pub(crate) fn history_path(dir: &Path, device: &str) -> PathBuf {
@@ -125,14 +112,16 @@ struct Follower {
 
 /// What is kept of a device in memory.
 #[derive(Debug, Default)]
-struct Device {
-    recorder: FlightRecorder,
-    windows: LastWindows,
+pub(super) struct Device {
+    pub(super) recorder: FlightRecorder,
+    pub(super) windows: LastWindows,
     recordings: VecDeque<Recording>,
-    consumer: Consumer,
+    pub(super) consumer: Consumer,
     followers: Vec<Follower>,
     /// What is kept on disk.
-    reader: Option<Reader>,
+    pub(super) reader: Option<Reader>,
+    /// A window found no room on its way to the disk.
+    pub(super) behind: bool,
 }
 
 /// Who is told of alarms.
@@ -143,18 +132,21 @@ struct Acting {
 }
 
 #[derive(Debug, Default)]
-struct Shared {
+pub(super) struct Shared {
     devices: Mutex<BTreeMap<Arc<str>, Device>>,
     /// Who is told of alarms, once there is somebody.
     acting: OnceLock<Acting>,
     /// Where there is a directory for them.
-    snapshotter: Option<Snapshotter>,
+    pub(super) snapshotter: Option<Snapshotter>,
+    /// A disk that hangs, as long as a test holds it.
+    #[cfg(test)]
+    pub(super) disk: Mutex<()>,
     ended: AtomicBool,
 }
 
 impl Shared {
     /// Takes a health snapshot of a device.
-    fn snapshot(&self, device: &str, reason: &str, recording: Option<Recording>) -> Result<PathBuf, String> {
+    pub(super) fn snapshot(&self, device: &str, reason: &str, recording: Option<Recording>) -> Result<PathBuf, String> {
         let Some(snapshotter) = &self.snapshotter else {
             return Err("there is no directory for health snapshots: start the broker with --store".to_owned());
         };
@@ -168,7 +160,7 @@ impl Shared {
         snapshotter.take(device, (reason, unix_ns()), behaviour, commander)
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Device>> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Device>> {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -195,6 +187,19 @@ impl Followed {
 }
 
 impl HistoryHandle {
+    /// Has the disk hang.
+    #[cfg(test)]
+    pub(crate) fn hang_disk(&self) -> MutexGuard<'_, ()> {
+        self.shared.disk.lock().expect("nobody panics with it")
+    }
+
+    /// Windows of a device that are on disk.
+    #[cfg(test)]
+    pub(crate) fn on_disk(&self, device: &str) -> usize {
+        let reader = self.of(device, |device| device.reader.clone());
+        reader.and_then(|reader| reader.range(0, u64::MAX).ok()).map_or(0, Iterator::count)
+    }
+
     fn of<T: Default>(&self, device: &str, what: impl FnOnce(&Device) -> T) -> T {
         self.shared.lock().get(device).map(what).unwrap_or_default()
     }
@@ -357,42 +362,29 @@ impl HistoryHandle {
     }
 }
 
-/// The historian's thread, to be waited for once every [`Notes`] is gone.
+/// The threads of the historian and of its writer, to be waited for once every [`Notes`] is gone.
 #[derive(Debug)]
-pub(crate) struct HistorianThread(std::thread::JoinHandle<()>);
+pub(crate) struct HistorianThread([std::thread::JoinHandle<()>; 2]);
 
 impl HistorianThread {
-    /// Waits until it has ended, but not for a disk or a process that hangs. Says whether it has.
+    /// Waits until they have ended, but not for a disk or a process that hangs. Says whether they have.
     pub(crate) fn join(self) -> bool {
         let deadline = Instant::now() + JOIN_MAX;
-        while !self.0.is_finished() {
+        while !self.0.iter().all(std::thread::JoinHandle::is_finished) {
             if Instant::now() >= deadline {
                 return false;
             }
             std::thread::sleep(Duration::from_millis(5));
         }
         // One that panicked has said so on stderr.
-        let _panicked = self.0.join();
+        self.0.into_iter().for_each(|thread| _ = thread.join());
         true
     }
 }
 
-/// What goes to a device's file; gone after the first error.
-#[derive(Debug)]
-struct Kept {
-    history: History,
-    /// Windows that are not in it yet.
-    pending: Vec<Record>,
-    flushes: u32,
-    appended: bool,
-}
-
 struct Historian {
     shared: Arc<Shared>,
-    store: Option<StoreConfig>,
-    kept: BTreeMap<Arc<str>, Kept>,
-    /// Devices whose file somebody else reads at the moment.
-    waiting: Vec<Arc<str>>,
+    writer: Writing,
     journal: JournalSender,
 }
 
@@ -401,8 +393,8 @@ fn flight_bytes(devices: usize) -> usize {
     (FLIGHT_BYTES_ALL / devices.max(1)).clamp(FLIGHT_BYTES_MAX, FLIGHT_BYTES_ONE)
 }
 
-/// Starts the historian's thread for these devices. Histories are opened by it: one that cannot be is said to the journal, and the device's
-/// profile is then kept in memory alone. The thread keeps to `cpus`, if any are named.
+/// Starts the historian's thread for these devices, and its writer's. Histories are opened by that: one that cannot be is said to the journal,
+/// and the device's profile is then kept in memory alone. The threads keep to `cpus`, if any are named.
 pub(crate) fn start(
     devices: &[Arc<str>],
     store: Option<StoreConfig>,
@@ -418,142 +410,24 @@ pub(crate) fn start(
     let recorder = FlightRecorder::new(FLIGHT_KEEP_NS, flight_bytes(devices.len()));
     let device = |name| (Arc::clone(name), Device { recorder: recorder.clone(), ..Device::default() });
     shared.lock().extend(devices.iter().map(device));
-    let historian =
-        Historian { shared: Arc::clone(&shared), store, kept: BTreeMap::new(), waiting: Vec::new(), journal };
+    let (writer, writer_thread) = writer::start(Arc::clone(&shared), store, models, journal.clone(), cpus.clone())?;
+    let historian = Historian { shared: Arc::clone(&shared), writer, journal };
     let thread = std::thread::Builder::new().name("historian".to_owned()).spawn(move || {
         super::keep_to(&cpus);
-        historian.restore(models);
         historian.run(&notes);
     })?;
-    Ok((Notes { queue, lost: Arc::clone(&lost) }, HistoryHandle { shared, lost }, HistorianThread(thread)))
+    let threads = HistorianThread([thread, writer_thread]);
+    Ok((Notes { queue, lost: Arc::clone(&lost) }, HistoryHandle { shared, lost }, threads))
 }
 
 impl Historian {
     fn run(mut self, notes: &Receiver<Noted>) {
-        let devices: Vec<Arc<str>> = self.shared.lock().keys().cloned().collect();
-        devices.iter().for_each(|device| self.open(device));
-        let mut due = Instant::now() + FLUSH_EVERY;
-        // One after the other: of many devices all at once would keep it from its records.
-        let snapshot_every = SNAPSHOT_EVERY / u32::try_from(devices.len().max(1)).unwrap_or(u32::MAX);
-        let (mut snapshot_due, mut turn) = (Instant::now() + snapshot_every, devices.iter().cycle());
-        let mut retry = Instant::now() + RETRY_EVERY;
-        loop {
-            let next = if self.waiting.is_empty() { due } else { due.min(retry) };
-            match notes.recv_deadline(next) {
-                Ok(noted) => self.take(noted),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
-            }
-            let now = Instant::now();
-            if now >= retry {
-                self.waiting.clone().iter().for_each(|device| self.open(device));
-                retry = now + RETRY_EVERY;
-            }
-            if now >= due {
-                self.flush_all(false);
-                due = now + FLUSH_EVERY;
-            }
-            if now >= snapshot_due {
-                turn.next().into_iter().for_each(|device| self.snapshot(device, "periodic", None));
-                snapshot_due = now + snapshot_every;
-            }
+        while let Ok(noted) = notes.recv() {
+            self.take(noted);
         }
-        self.flush_all(true);
-        // One that was refused, or never measured anything, has nothing to go on from.
-        let measured =
-            |device: &&Arc<str>| self.shared.lock().get(*device).is_some_and(|it| it.windows.iter().next().is_some());
-        devices.iter().filter(measured).for_each(|device| self.snapshot(device, "the broker ends", None));
         let mut devices = self.shared.lock();
         self.shared.ended.store(true, Ordering::Release);
-        for device in devices.values_mut() {
-            device.followers.clear();
-            // The file is closed when the last one who reads it is done.
-            device.reader = None;
-        }
-    }
-
-    /// Has each device go on with what it learnt before: with what was named for it, or else with its newest snapshot.
-    fn restore(&self, mut named: BTreeMap<String, (Model, String)>) {
-        let devices: Vec<Arc<str>> = self.shared.lock().keys().cloned().collect();
-        for name in devices {
-            let found = named.remove(&*name).or_else(|| self.newest_model(&name));
-            let Some((model, from)) = found else { continue };
-            let entry = Entry::info("ModelRestored").with("windows_learnt", model.windows()).with("from", from);
-            if let Some(device) = self.shared.lock().get_mut(&name) {
-                device.consumer.set_predictor(Predictor::with(model));
-            }
-            self.journal.entry(&name, entry);
-        }
-    }
-
-    fn newest_model(&self, device: &Arc<str>) -> Option<(Model, String)> {
-        let (found, refused) = match self.shared.snapshotter.as_ref()?.newest_model(device) {
-            Ok(newest) => (newest.found, newest.refused),
-            Err(error) => (None, vec![error]),
-        };
-        for error in refused {
-            let entry = Entry::warning("SnapshotRefused").with("reason", error.to_string());
-            self.journal.entry(device, entry.with("next", "an older one is taken, or the model begins anew"));
-        }
-        found.map(|(path, model)| (model, path.display().to_string()))
-    }
-
-    /// Takes a health snapshot, where there is a directory for them. What goes wrong is said.
-    fn snapshot(&self, device: &str, reason: &str, recording: Option<Recording>) {
-        if self.shared.snapshotter.is_none() {
-            return;
-        }
-        if let Err(error) = self.shared.snapshot(device, reason, recording) {
-            let entry = Entry::warning("SnapshotFailed").with("reason", error);
-            self.journal.entry(device, entry.with("next", "the one before it is kept; the next is tried as usual"));
-        }
-    }
-
-    fn open(&mut self, device: &Arc<str>) {
-        let Some(store) = &self.store else { return };
-        let path = history_path(&store.dir, device);
-        let opened = std::fs::create_dir_all(&store.dir)
-            .map_err(|source| StoreError::Io { path: store.dir.clone(), source })
-            .and_then(|()| History::open(&path, device, store.retention))
-            .and_then(|history| {
-                let reader = history.reader()?;
-                Ok((reader.last_window()?, reader, history))
-            });
-        match opened {
-            Ok((last, reader, history)) => {
-                let last = last.map(|last| last.end_unix_ns);
-                let mut pending = Vec::new();
-                if let Some(device) = self.shared.lock().get_mut(device) {
-                    // What has come while it was waited for.
-                    pending.extend(device.windows.iter().filter(|window| Some(window.end_unix_ns) > last));
-                    device.reader = Some(reader);
-                }
-                self.kept.insert(Arc::clone(device), Kept { history, pending, flushes: 0, appended: false });
-                self.waiting.retain(|waiting| waiting != device);
-            }
-            Err(error @ StoreError::InUse { .. }) => {
-                if !self.waiting.contains(device) {
-                    self.waiting.push(Arc::clone(device));
-                    let next = "its profile is kept in memory only until then; tried again every second";
-                    self.say("HistoryWaits", device, &error, next);
-                }
-            }
-            Err(error) => {
-                self.waiting.retain(|waiting| waiting != device);
-                self.give_up(device, &error);
-            }
-        }
-    }
-
-    /// Says why a history is not written any more.
-    fn give_up(&self, device: &str, error: &StoreError) {
-        let next = "its profile is kept in memory only, until the program is started again";
-        self.say("HistoryGivenUp", device, error, next);
-    }
-
-    fn say(&self, event: &'static str, device: &str, error: &StoreError, next: &str) {
-        let entry = Entry::warning(event).with("reason", error.to_string()).with("next", next);
-        self.journal.entry(device, entry);
+        devices.values_mut().for_each(|device| device.followers.clear());
     }
 
     fn take(&mut self, noted: Noted) {
@@ -561,12 +435,7 @@ impl Historian {
             Noted::Tick(device, record) => self.record(&device, &record),
             Noted::Window(device, record) => {
                 self.record(&device, &record);
-                if let Some(kept) = self.kept.get_mut(&device) {
-                    kept.pending.push(record);
-                    if kept.pending.len() >= PENDING_MAX {
-                        self.flush(&device, false, None);
-                    }
-                }
+                self.writer.window(&device, &record);
             }
             Noted::Freeze(device, reason, unix_ns) => self.freeze(&device, &reason, unix_ns),
         }
@@ -608,7 +477,7 @@ impl Historian {
         if *is_news {
             let recording =
                 self.shared.lock().get(device).map(|it| it.recorder.freeze(alarm.name(), record.end_unix_ns));
-            self.snapshot(device, &format!("alarm: {}", alarm.name()), recording);
+            self.writer.snapshot(device, &format!("alarm: {}", alarm.name()), recording);
         }
     }
 
@@ -656,49 +525,12 @@ impl Historian {
             device.recordings.push_back(recording.clone());
             recording
         };
-        // The windows before it belong to it.
-        self.flush(name, false, Some(&recording));
-        self.snapshot(name, reason, None);
-    }
-
-    fn flush_all(&mut self, last: bool) {
-        let devices: Vec<Arc<str>> = self.kept.keys().cloned().collect();
-        devices.iter().for_each(|device| self.flush(device, last, None));
-    }
-
-    /// Writes what there is to be written of a device. The first error ends its history on disk.
-    fn flush(&mut self, device: &Arc<str>, last: bool, recording: Option<&Recording>) {
-        let Some(kept) = self.kept.get_mut(device) else { return };
-        if let Err(error) = kept.flush(last, recording) {
-            self.kept.remove(device);
-            if let Some(device) = self.shared.lock().get_mut(device) {
-                device.reader = None;
-            }
-            self.give_up(device, &error);
-        }
+        self.writer.recording(name, recording);
+        self.writer.snapshot(name, reason, None);
     }
 }
 
-impl Kept {
-    fn flush(&mut self, last: bool, recording: Option<&Recording>) -> Result<(), StoreError> {
-        let history = &mut self.history;
-        self.appended |= history.append(&std::mem::take(&mut self.pending))? > 0;
-        if let Some(recording) = recording {
-            return history.record(recording);
-        }
-        self.flushes += 1;
-        if last {
-            return history.sync();
-        }
-        if self.flushes >= FLUSHES_PER_PRUNE_MAX || (self.flushes >= FLUSHES_PER_PRUNE && self.appended) {
-            (self.flushes, self.appended) = (0, false);
-            history.prune(unix_ns())?;
-        }
-        Ok(())
-    }
-}
-
-fn unix_ns() -> u64 {
+pub(super) fn unix_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }

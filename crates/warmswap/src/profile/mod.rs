@@ -24,6 +24,7 @@ pub(crate) mod stream;
 mod text;
 mod threads;
 mod windows;
+mod writer;
 
 #[cfg(test)]
 mod costs;

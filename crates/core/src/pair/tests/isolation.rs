@@ -287,6 +287,61 @@ fn a_ring_the_vmm_resets_during_the_trial_is_not_touched_afterwards() {
 }
 
 #[test]
+fn whoever_dies_after_the_one_an_operator_had_killed_speaks_against_what_was_in_flight() {
+    check(
+        "
+        ~ready 1
+        ~submit 0 3
+        ~wait 1ms
+        ~failover now
+        ~fenced 1
+        ~exit 2
+        ~fenced 2
+        ~up 3
+        ~exit 3
+        ~fenced 3
+        ~up 4
+        ~exit 4
+        fenced 4
+        ",
+        &expect![[r#"
+            > fenced 4
+                * IsolationStarted suspects=1 next="each is run alone on a fresh backend"
+                start #5
+                #5 is shadow
+        "#]],
+    );
+}
+
+#[test]
+fn a_ring_the_vmm_resets_before_anything_is_tried_is_handed_over() {
+    check(
+        &format!(
+            "{THREE_DEATHS}
+            ~fenced 3
+            vmm GET_VRING_BASE 0
+            ~vmm !SET_VRING_CALL 0
+            vmm !SET_VRING_KICK 0
+            ~wait 1ms
+            ~up 4
+            ~wait 1ms
+            status
+            "
+        ),
+        &expect![[r#"
+            > vmm GET_VRING_BASE 0
+                * RingStopped
+                vmm <- GET_VRING_BASE 0=0
+            > vmm !SET_VRING_KICK 0
+                close kick0
+                * RingStarted size=8 pending=2 goes_on=false
+            > status
+                failing-over Confirming; primary #3 ended, shadow #4 active; recovery exact; ring 0 served exact inflight 2
+        "#]],
+    );
+}
+
+#[test]
 fn deaths_without_anything_in_flight_accuse_nobody() {
     check(
         "~ready 1\n~exit 1\n~fenced 1\n~up 3\n~exit 2\n~fenced 2\n~up 4\n~exit 3\nfenced 3\nstatus",

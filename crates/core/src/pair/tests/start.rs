@@ -448,6 +448,43 @@ fn a_ready_shadow_takes_the_place_of_a_primary_that_has_not_served_yet() {
 }
 
 #[test]
+fn a_call_that_comes_after_the_kick_is_written_once_the_backend_has_it() {
+    check(
+        "
+        ~start
+        ~up 1
+        ~up 2
+        ~vmm connect
+        ~vmm !SET_FEATURES
+        ~vmm !SET_MEM_TABLE 0
+        ~vmm !SET_VRING_NUM 0 8
+        ~vmm !SET_VRING_ADDR 0
+        ~at 0 0
+        ~submit 0 3
+        vmm !SET_VRING_KICK 0
+        complete 0 3
+        vmm !SET_VRING_CALL 0
+        vmm !SET_VRING_CALL 0
+        ",
+        &expect![[r#"
+            > vmm !SET_VRING_KICK 0
+                * RingStarted size=8 pending=1 goes_on=false
+                #1 <- SET_VRING_CALL #1.call, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=0
+                signal kick0
+            > complete 0 3
+            > vmm !SET_VRING_CALL 0
+                #1 <- SET_VRING_CALL! call0
+                #2 <- SET_VRING_CALL call0
+                signal call0
+            > vmm !SET_VRING_CALL 0
+                close call0
+                #1 <- SET_VRING_CALL call0
+                #2 <- SET_VRING_CALL call0
+        "#]],
+    );
+}
+
+#[test]
 fn a_backend_that_does_not_answer_while_it_is_warmed_is_replaced() {
     check(
         "~start\n~up 1\n~up 2\n~mute 2\n~boot 1\nwait 1200ms",

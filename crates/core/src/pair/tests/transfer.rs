@@ -607,7 +607,7 @@ fn a_prediction_is_acted_upon_where_the_state_can_be_moved() {
 #[test]
 fn nothing_is_done_about_a_primary_that_serves_nothing() {
     check_with(
-        super::harness::config(),
+        config(),
         "~start\n~up 1\n~up 2\nalarm 1 harm\nwait 1100ms",
         &expect![[r#"
         > alarm 1 harm

@@ -135,6 +135,54 @@ fn a_silent_backend_cannot_hold_up_the_vmm_beyond_the_bound() {
 }
 
 #[test]
+fn other_memory_at_the_same_place_waits_for_whoever_may_still_have_the_old_one() {
+    check(
+        "
+        ~ready 1
+        ~vmm ADD_MEM_REG 1
+        ~submit 0 3
+        ~mute 1
+        vmm REM_MEM_REG 1
+        wait 4ms
+        vmm ADD_MEM_REG 1
+        wait 4ms
+        vmm GET_FEATURES
+        unmute 1
+        vmm REM_MEM_REG 1
+        vmm ADD_MEM_REG 1
+        ",
+        &expect![[r#"
+            > vmm REM_MEM_REG 1
+                close mem1
+                #1 <- REM_MEM_REG!
+                #2 <- REM_MEM_REG!
+            > wait 4ms
+                * AnsweredFromRecord request="REM_MEM_REG" silent=1
+                vmm <- REM_MEM_REG ok
+            > vmm ADD_MEM_REG 1
+                #1 <- ADD_MEM_REG! mem1
+                #2 <- ADD_MEM_REG! mem1
+            > wait 4ms
+                #1 <- GET_FEATURES
+            > vmm GET_FEATURES
+                (the VMM waits)
+            > unmute 1
+                vmm <- ADD_MEM_REG ok
+                vmm <- GET_FEATURES 0x140002200
+            > vmm REM_MEM_REG 1
+                close mem1
+                #1 <- REM_MEM_REG!
+                #2 <- REM_MEM_REG!
+                vmm <- REM_MEM_REG ok
+            > vmm ADD_MEM_REG 1
+                #1 <- ADD_MEM_REG! mem1
+                #2 <- ADD_MEM_REG! mem1
+                vmm <- ADD_MEM_REG ok
+        "#]],
+    );
+}
+
+#[test]
 fn the_next_request_waits_until_the_last_is_answered() {
     check(
         "~ready 1\n~mute 1\nvmm ADD_MEM_REG 1\nvmm GET_FEATURES\nwait 6ms",
