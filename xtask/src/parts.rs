@@ -12,8 +12,6 @@ use super::{apt, shell};
 const KERNEL: &str = "linux-image-cloud-amd64";
 const OLD_QEMU: [&str; 4] = ["qemu-system-x86", "qemu-system-common", "qemu-system-data", "qemu-utils"];
 const OLD_QEMU_VERSION: &str = "7.2";
-const RNG: &str = "vhost-device-rng";
-const RNG_VERSION: &str = "0.1.0";
 /// The file that says that a part is whole, and which packages it is made of.
 const COMPLETE: &str = ".complete";
 
@@ -29,8 +27,6 @@ pub(crate) enum Part {
     Kernel,
     /// QEMU and its storage daemon as in the stable release.
     OldQemu,
-    /// A backend of another kind of device, which others have written.
-    Rng,
 }
 
 impl Part {
@@ -39,7 +35,6 @@ impl Part {
         match self {
             Self::Kernel => "guest kernel",
             Self::OldQemu => "QEMU 7.2 beside the installed one",
-            Self::Rng => "vhost-device-rng",
         }
     }
 
@@ -48,7 +43,6 @@ impl Part {
         cache().join(match self {
             Self::Kernel => "kernel",
             Self::OldQemu => "qemu-7.2",
-            Self::Rng => "vhost-device-rng",
         })
     }
 
@@ -69,7 +63,6 @@ impl Part {
         let packages = match self {
             Self::Kernel => make_kernel(&unfinished)?,
             Self::OldQemu => make_old_qemu(&unfinished)?,
-            Self::Rng => make_rng(&unfinished)?,
         };
         std::fs::write(unfinished.join(COMPLETE), packages.join("\n") + "\n")?;
         std::fs::rename(&unfinished, &target)?;
@@ -88,15 +81,6 @@ fn make_kernel(target: &Path) -> anyhow::Result<Vec<String>> {
     };
     apt::unpack(std::slice::from_ref(&package), target)?;
     Ok(vec![package])
-}
-
-/// Built here, by cargo, as its README says: Debian has no package of it.
-fn make_rng(target: &Path) -> anyhow::Result<Vec<String>> {
-    let program = format!("{RNG}@{RNG_VERSION}");
-    let mut install = shell::cargo(&["install", "--quiet", "--locked", &program, "--root"]);
-    shell::run(install.arg(target).env("CARGO_TARGET_DIR", target.join("build")))?;
-    std::fs::remove_dir_all(target.join("build"))?;
-    Ok(vec![program])
 }
 
 fn make_old_qemu(target: &Path) -> anyhow::Result<Vec<String>> {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
+use super::broker::Guarded;
 use super::cache::Qemu;
 use super::process::Process;
 use super::workspace::Workspace;
@@ -77,6 +78,15 @@ impl Limits {
             ),
         };
         vec!["--object".into(), group.into(), "--blockdev".into(), node.into()]
+    }
+}
+
+/// A disk on `image`, guarded.
+pub(crate) fn guarded(backends: Backends, qemu: &Qemu, limits: Limits, image: &Path) -> Guarded {
+    Guarded {
+        options: backends.guard().iter().map(|&word| word.to_owned()).collect(),
+        command_line: command_line(backends, qemu, limits, image, "{socket}"),
+        environment: qemu.environment(),
     }
 }
 

@@ -1,7 +1,7 @@
-//! A real broker process around the guest's disk, and what its command line says of it.
+//! A real broker process around the guest's device, and what its command line says of it.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
@@ -14,8 +14,6 @@ use anyhow::Context as _;
 use rustix::process::Pid;
 use serde_json::Value;
 
-use super::backend::{self, Backends, Limits};
-use super::cache::Qemu;
 use super::process::{Process, command_line};
 use super::workspace::Workspace;
 
@@ -26,13 +24,24 @@ const READY_MAX: Duration = Duration::from_secs(20);
 /// How long one word with the broker may take.
 const ANSWER_MAX: Duration = Duration::from_secs(20);
 
-/// A broker that guards one disk.
+/// What is guarded, and how.
+#[derive(Debug, Clone)]
+pub(crate) struct Guarded {
+    /// Options of `guard` beyond those every run gives.
+    pub(crate) options: Vec<String>,
+    /// The backends' command line, with `{socket}`.
+    pub(crate) command_line: Vec<OsString>,
+    /// What the backends' environment must hold.
+    pub(crate) environment: Vec<(&'static str, PathBuf)>,
+}
+
+/// A broker that guards one device.
 #[derive(Debug)]
 pub(crate) struct Broker {
     process: Process,
     control: PathBuf,
     log: PathBuf,
-    image: PathBuf,
+    root: PathBuf,
 }
 
 /// What `warmswap status` says, as far as a campaign needs it.
@@ -119,26 +128,19 @@ impl Status {
 }
 
 impl Broker {
-    /// Starts a broker that guards the image with a pair of backends and listens on `socket`.
-    pub(crate) fn start(
-        backends: Backends,
-        qemu: &Qemu,
-        limits: Limits,
-        workspace: &Workspace,
-        socket: &Path,
-    ) -> anyhow::Result<Self> {
+    /// Starts a broker that guards a pair of backends and listens on `socket`.
+    pub(crate) fn start(guarded: &Guarded, workspace: &Workspace, socket: &Path) -> anyhow::Result<Self> {
         let control = workspace.path("control");
         std::fs::create_dir(&control)?;
         let log = workspace.path("broker.log");
         let mut command = warmswap("guard");
         command.args(["--observe", "--name", NAME, "--socket"]).arg(socket);
         command.arg("--control").arg(&control).arg("--run-dir").arg(&control);
-        command.arg("--journal").arg(workspace.path("journal.log")).args(backends.guard()).arg("--");
-        command.args(backend::command_line(backends, qemu, limits, &workspace.image(), "{socket}"));
-        command.envs(qemu.environment());
+        command.arg("--journal").arg(workspace.path("journal.log")).args(&guarded.options).arg("--");
+        command.args(&guarded.command_line).envs(guarded.environment.iter().cloned());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&log)?);
         let process = Process::start("the broker", &mut command)?;
-        let mut broker = Self { process, control, log, image: workspace.image() };
+        let mut broker = Self { process, control, log, root: workspace.root().to_owned() };
         broker.wait_until_ready()?;
         Ok(broker)
     }
@@ -177,7 +179,7 @@ impl Broker {
         Status::read(&self.ask(&["status", NAME, "--json"])?)
     }
 
-    /// What somebody sees who watches the disk with `warmswap top`, as one frame.
+    /// What somebody sees who watches the device with `warmswap top`, as one frame.
     pub(crate) fn picture(&self) -> anyhow::Result<String> {
         self.ask(&["top", NAME, "--once"])
     }
@@ -194,7 +196,7 @@ impl Broker {
         let pid = status.primary.context("there is no primary")?;
         let line = command_line(pid);
         anyhow::ensure!(
-            line.contains(&*self.image.to_string_lossy()),
+            line.contains(&*self.root.to_string_lossy()),
             "process {pid:?} is no backend of ours: {line:?}"
         );
         Ok(pid)

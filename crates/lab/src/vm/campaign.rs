@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use rustix::process::{Signal, kill_process};
 
-use super::backend::{Backends, Bare, Limits};
+use super::backend::{self, Backends, Bare, Limits};
 use super::broker::{Broker, Failover, Status};
 use super::cache::{Kernel, Qemu};
 use super::checks::{self, Findings};
@@ -111,7 +111,7 @@ struct Campaign<'a> {
     settings: &'a Settings,
     workspace: &'a Workspace,
     machine: Machine,
-    watch: Watch,
+    watch: Watch<Account>,
     disk: Disk,
     injected: Vec<Injected>,
     broker_rss_bytes_max: u64,
@@ -136,12 +136,13 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<Outcome> {
 fn run_in(settings: &Settings, workspace: &Workspace, kernel: &Kernel, began: Instant) -> anyhow::Result<Outcome> {
     let socket = workspace.path("disk.sock");
     let disk = if settings.guard {
-        Disk::Guarded(Broker::start(settings.backends, &settings.qemu, settings.limits, workspace, &socket)?)
+        let guarded = backend::guarded(settings.backends, &settings.qemu, settings.limits, &workspace.image());
+        Disk::Guarded(Broker::start(&guarded, workspace, &socket)?)
     } else {
         Disk::Bare(Bare::start(settings.backends, &settings.qemu, settings.limits, workspace, socket.clone())?)
     };
     let (machine, port) = Machine::start(&settings.qemu, kernel, settings.orders, &socket, workspace)?;
-    let watch = Watch::new(port)?;
+    let watch = Watch::new(port, Account::new())?;
     let mut campaign =
         Campaign { settings, workspace, machine, watch, disk, injected: Vec::new(), broker_rss_bytes_max: 0, began };
     let trouble = campaign.play().err().map(|why| format!("{why:#}"));
@@ -426,7 +427,7 @@ fn bare_signal(kind: Kind) -> Signal {
 }
 
 /// One line on a failover.
-fn describe(failover: &Failover) -> String {
+pub(crate) fn describe(failover: &Failover) -> String {
     let blackout = failover.blackout_us.map_or_else(String::new, |us| format!(" after {:.2} ms", to_ms(us)));
     let Failover { result, recovery, fence, inflight, survivors, message, .. } = failover;
     let why = if message.is_empty() || result == "settled" { String::new() } else { format!(": {message}") };

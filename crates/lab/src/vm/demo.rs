@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::backend::{Backends, Limits};
 use super::cache::{Qemu, QemuVersion};
 use super::campaign::{self, Injected, Outcome, Settings, to_ms};
+use super::device::Device;
 use super::orders::{Load, Orders};
 use super::plan::{Kind, Plan};
 use super::report::Report;
@@ -43,7 +44,7 @@ fn settings(version: QemuVersion, seed: u64, guard: bool) -> anyhow::Result<Sett
         qemu: Qemu::find(version)?,
         limits: Limits::Cloud,
         plan,
-        orders: Orders { seed, load: Load::Steady },
+        orders: Orders { seed, device: Device::Blk, load: Load::Steady },
         cap: Duration::from_secs(90),
         // A request lost for good need not be watched for longer than it takes to be sure.
         patience: Patience {

@@ -1,9 +1,9 @@
-//! The guest's initial file system: busybox, fio with its libraries, the disk's kernel modules, and this program.
+//! The guest's initial file system: busybox, fio with its libraries, the devices' kernel modules, and this program.
 //!
 //! It is two archives in one file. The first changes only with the machine's packages and is cached; the second holds
 //! this program and is made for each run.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -13,13 +13,13 @@ use anyhow::Context as _;
 
 use super::cache::{self, Kernel};
 use super::cpio::Archive;
+use super::device::Device;
 
 const BUSYBOX: &str = "/bin/busybox";
 const FIO: &str = "/usr/bin/fio";
 /// Where this program lies in the guest.
 const LAB: &str = "/lab";
-/// The module whose dependencies, together with those of [`TRANSPORT`], make a virtio disk work.
-const DRIVER: &str = "virtio_blk";
+/// The module of the bus. With a device's driver, and what both depend on, the device works.
 const TRANSPORT: &str = "virtio_pci";
 
 /// The first process of the guest. What it prints goes to the kernel's console.
@@ -28,7 +28,11 @@ busybox=/bin/busybox
 $busybox mount -t proc proc /proc
 $busybox mount -t sysfs sysfs /sys
 $busybox mount -t devtmpfs devtmpfs /dev
-while read -r module; do $busybox insmod /modules/$module.ko; done < /modules/order
+read -r line < /proc/cmdline
+for word in $line; do
+    case $word in lab.device=*) device=${word#lab.device=} ;; esac
+done
+while read -r module; do $busybox insmod /modules/$module.ko; done < /modules/order-$device
 $busybox stty -F /dev/ttyS1 raw -echo 115200
 /lab vm --guest
 status=$?
@@ -47,10 +51,15 @@ pub(crate) fn build(kernel: &Kernel, scratch: &Path, target: &Path) -> anyhow::R
 
 /// The part that depends on packages only, made if it is not there or its inputs changed.
 fn cached_base(kernel: &Kernel) -> anyhow::Result<PathBuf> {
-    let modules = modules_in_order(kernel)?;
+    let mut orders = Vec::new();
+    for device in Device::ALL {
+        orders.push((device, modules_in_order(kernel, device)?));
+    }
+    let modules: BTreeMap<&String, &PathBuf> =
+        orders.iter().flat_map(|(_, order)| order.iter().map(|(name, path)| (name, path))).collect();
     let mut files = vec![PathBuf::from(BUSYBOX), PathBuf::from(FIO)];
     files.extend(libraries(Path::new(FIO))?);
-    let inputs = modules.iter().map(|(_, path)| path).chain(&files);
+    let inputs = modules.values().copied().chain(&files);
     let path = cache::directory().join(format!("initramfs-{:016x}.cpio", fingerprint(inputs)?));
     if path.exists() {
         return Ok(path);
@@ -63,8 +72,10 @@ fn cached_base(kernel: &Kernel) -> anyhow::Result<PathBuf> {
     for file in &files {
         archive.file(&file.to_string_lossy(), &read(file)?);
     }
-    let order: String = modules.iter().map(|(name, _)| format!("{name}\n")).collect();
-    archive.file("modules/order", order.as_bytes());
+    for (device, order) in &orders {
+        let order: String = order.iter().map(|(name, _)| format!("{name}\n")).collect();
+        archive.file(&format!("modules/order-{}", device.name()), order.as_bytes());
+    }
     for (name, file) in &modules {
         archive.file(&format!("modules/{name}.ko"), &read(file)?);
     }
@@ -116,10 +127,10 @@ fn libraries(program: &Path) -> anyhow::Result<BTreeSet<PathBuf>> {
     Ok(text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
 }
 
-/// The modules of the disk, each after those it depends on.
-fn modules_in_order(kernel: &Kernel) -> anyhow::Result<Vec<(String, PathBuf)>> {
+/// The modules of a device, each after those it depends on.
+fn modules_in_order(kernel: &Kernel, device: Device) -> anyhow::Result<Vec<(String, PathBuf)>> {
     let mut order = Vec::new();
-    for name in [TRANSPORT, DRIVER] {
+    for name in std::iter::once(&TRANSPORT).chain(device.drivers()) {
         add_module(kernel, name, &mut order)?;
     }
     Ok(order)

@@ -1,4 +1,4 @@
-//! The virtual machine: an unmodified QEMU with emulated processors, its disk behind a vhost-user socket.
+//! The virtual machine: an unmodified QEMU with emulated processors, one device behind a vhost-user socket.
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 
 use super::cache::{Kernel, Qemu, QemuVersion};
+use super::device::Device;
 use super::initramfs;
 use super::orders::Orders;
 use super::process::Process;
@@ -28,12 +29,12 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Starts the machine; `disk` is the socket of its disk. Returns it with the host's end of the guest's port.
+    /// Starts the machine; `socket` is that of its device, which the orders name. Returns it with the host's end of the guest's port.
     pub(crate) fn start(
         qemu: &Qemu,
         kernel: &Kernel,
         orders: Orders,
-        disk: &Path,
+        socket: &Path,
         workspace: &Workspace,
     ) -> anyhow::Result<(Self, UnixStream)> {
         let initramfs = workspace.path("initramfs");
@@ -55,9 +56,7 @@ impl Machine {
             .arg("-chardev")
             .arg(format!("socket,id=port,path={},server=on,wait=on", port.display()))
             .args(["-serial", "chardev:console", "-serial", "chardev:port"])
-            .arg("-chardev")
-            .arg(format!("socket,id=disk,path={},{}", disk.display(), reconnect(qemu.version)))
-            .args(["-device", &format!("vhost-user-blk-pci,chardev=disk,num-queues={PROCESSORS},queue-size={RING}")])
+            .args(device(orders.device, qemu.version, socket))
             .arg("-kernel")
             .arg(&kernel.image)
             .arg("-initrd")
@@ -92,6 +91,64 @@ impl Machine {
         self.process.obituary()
     }
 }
+
+/// The options that give the machine its device.
+fn device(device: Device, version: QemuVersion, socket: &Path) -> Vec<String> {
+    let chardev = format!("socket,id=device,path={}", socket.display());
+    let reconnecting = format!("{chardev},{}", reconnect(version));
+    match device {
+        Device::Blk => {
+            let disk = format!("vhost-user-blk-pci,chardev=device,num-queues={PROCESSORS},queue-size={RING}");
+            vec!["-chardev", &reconnecting, "-device", &disk].into_iter().map(str::to_owned).collect()
+        }
+        Device::Net => {
+            // No offloads: every packet carries its checksum, so that one which was damaged on its way does not arrive.
+            let offloads = [
+                "csum",
+                "gso",
+                "guest_csum",
+                "guest_tso4",
+                "guest_tso6",
+                "guest_ecn",
+                "guest_ufo",
+                "host_tso4",
+                "host_tso6",
+                "host_ecn",
+                "host_ufo",
+            ];
+            let off: String = offloads.iter().map(|name| format!(",{name}=off")).collect();
+            let card = format!("virtio-net-pci,netdev=net,mac={GUEST_MAC},romfile={off}{}", vectors(version));
+            let netdev = "vhost-user,id=net,chardev=device,queues=1";
+            vec!["-chardev", &reconnecting, "-netdev", netdev, "-device", &card]
+                .into_iter()
+                .map(str::to_owned)
+                .collect()
+        }
+        // Of the others QEMU does not wait for the socket: what connects again is not connected yet when it asks for the first time.
+        Device::Rng => plain(&chardev, "vhost-user-rng-pci,chardev=device"),
+        Device::Scsi => plain(&chardev, "vhost-user-scsi-pci,chardev=device,num_queues=1,param_change=off"),
+        Device::Fs => plain(&chardev, &format!("vhost-user-fs-pci,chardev=device,tag={SHARE_TAG},queue-size={RING}")),
+    }
+}
+
+/// QEMU 7.2.22 of Debian 12 ends with a segmentation fault, in `msix_set_vector_notifiers` called by `vhost_net_start`, when a guest starts a
+/// card with MSI-X vectors whose back-end is another process: with no broker between as well. Such a card works by its interrupt pin.
+fn vectors(version: QemuVersion) -> &'static str {
+    match version {
+        QemuVersion::V10 => "",
+        QemuVersion::V7 => ",vectors=0",
+    }
+}
+
+/// A device that is its chardev and itself.
+fn plain(chardev: &str, device: &str) -> Vec<String> {
+    ["-chardev", chardev, "-device", device].map(str::to_owned).to_vec()
+}
+
+/// The hardware address of the guest's network card.
+pub(crate) const GUEST_MAC: &str = "52:54:00:77:00:01";
+/// The name the guest mounts the shared file system by.
+pub(crate) const SHARE_TAG: &str = "share";
 
 /// Name of the file with the guest's kernel log.
 pub(crate) const CONSOLE: &str = "console.log";

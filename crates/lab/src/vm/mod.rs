@@ -14,12 +14,14 @@ mod campaign;
 mod checks;
 mod cpio;
 mod demo;
+mod device;
 mod guest;
 mod initramfs;
 mod kernel_log;
 mod layout;
 mod machine;
 mod orders;
+mod other;
 mod plan;
 mod process;
 mod report;
@@ -35,6 +37,7 @@ use std::time::Duration;
 use backend::{Backends, Limits};
 use cache::{Qemu, QemuVersion};
 use campaign::Settings;
+use device::Device;
 use orders::{Load, Orders};
 use plan::{Kind, Plan};
 use report::Report;
@@ -44,6 +47,10 @@ use watch::Patience;
 /// Options of `lab vm`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
+    /// The kind of device that is guarded. All but `blk` are served by a backend that others have written, if it is installed
+    /// (`cargo xtask setup --backends`), and take `--failovers`, `--kinds`, `--seed`, `--qemu`, `--minutes`, `--json`, `--live`, `--logs`.
+    #[arg(long, value_enum, default_value = "blk")]
+    device: Device,
     /// How many failovers to inject.
     #[arg(long, default_value_t = 20)]
     failovers: u32,
@@ -100,6 +107,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.demo {
         return demo::run(args.qemu, args.seed);
     }
+    if args.device != Device::Blk {
+        return other::run(&other_settings(args)?);
+    }
     let settings = settings(args)?;
     let report = Report::new(&settings, campaign::run(&settings)?);
     if args.json {
@@ -125,18 +135,39 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
     if args.no_guard {
         kinds.retain(|kind| *kind != Kind::Hang);
     }
-    let minutes = args.minutes.unwrap_or_else(|| 3 + u64::from(args.failovers) / 15);
     Ok(Settings {
         backends: args.backend,
         guard: !args.no_guard,
         qemu: Qemu::find(args.qemu)?,
         limits: args.limits,
         plan: Plan::random(args.seed, args.failovers, &kinds),
-        orders: Orders { seed: args.seed, load: args.load },
-        cap: Duration::from_secs(60 * minutes),
+        orders: Orders { seed: args.seed, device: Device::Blk, load: args.load },
+        cap: Duration::from_secs(60 * minutes(args)),
         patience: PATIENCE,
         live: args.live,
         sabotage: args.sabotage,
+        logs: args.logs.clone(),
+    })
+}
+
+/// The longest time for injecting.
+fn minutes(args: &Args) -> u64 {
+    args.minutes.unwrap_or_else(|| 3 + u64::from(args.failovers) / 15)
+}
+
+/// The settings for a device that is no disk.
+fn other_settings(args: &Args) -> anyhow::Result<other::Settings> {
+    let about_disks = args.no_guard || args.sabotage.is_some() || args.backend != Backends::Qsd;
+    anyhow::ensure!(!about_disks, "--no-guard, --sabotage and --backend are for disks");
+    Ok(other::Settings {
+        device: args.device,
+        qemu: Qemu::find(args.qemu)?,
+        failovers: args.failovers,
+        kinds: args.kinds.clone(),
+        seed: args.seed,
+        cap: Duration::from_secs(60 * minutes(args)),
+        json: args.json,
+        live: args.live,
         logs: args.logs.clone(),
     })
 }

@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write as _};
 
+use super::device::Device;
+
 /// The word every line of the guest begins with.
 const MARK: &str = "LAB";
 /// What the guest writes into its kernel log at the start: a log without it was not read, and cannot count as clean.
@@ -23,7 +25,9 @@ pub(crate) enum Load {
 pub(crate) struct Orders {
     /// Seed of every load.
     pub(crate) seed: u64,
-    /// How to load.
+    /// What is loaded.
+    pub(crate) device: Device,
+    /// How to load a disk.
     pub(crate) load: Load,
 }
 
@@ -34,19 +38,21 @@ impl Orders {
             Load::Rounds => "rounds",
             Load::Steady => "steady",
         };
-        format!("lab.seed={} lab.load={load}", self.seed)
+        format!("lab.seed={} lab.device={} lab.load={load}", self.seed, self.device.name())
     }
 
     /// The orders in a kernel command line.
     pub(crate) fn from_command_line(line: &str) -> anyhow::Result<Self> {
         let find = |key: &str| line.split_whitespace().find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
         let seed = find("lab.seed").ok_or_else(|| anyhow::anyhow!("no lab.seed on the command line"))?.parse()?;
+        let device = find("lab.device").and_then(Device::from_name);
+        let device = device.ok_or_else(|| anyhow::anyhow!("no known lab.device on the command line"))?;
         let load = match find("lab.load") {
             Some("rounds") => Load::Rounds,
             Some("steady") => Load::Steady,
             other => anyhow::bail!("lab.load is {other:?}"),
         };
-        Ok(Self { seed, load })
+        Ok(Self { seed, device, load })
     }
 }
 
@@ -113,7 +119,7 @@ mod tests {
 
     #[test]
     fn orders_survive_the_command_line() {
-        let orders = Orders { seed: 42, load: Load::Steady };
+        let orders = Orders { seed: 42, device: Device::Rng, load: Load::Steady };
         let line = format!("console=ttyS0 {} quiet", orders.to_command_line());
         assert_eq!(Orders::from_command_line(&line).expect("our own line"), orders);
         Orders::from_command_line("console=ttyS0").unwrap_err();

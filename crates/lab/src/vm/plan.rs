@@ -46,6 +46,13 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    /// `count` failovers, each kind in turn, at random distances.
+    pub(crate) fn in_turn(seed: u64, count: u32, kinds: &[Kind]) -> Self {
+        let mut plan = Self::random(seed, count, kinds);
+        plan.steps.iter_mut().zip(kinds.iter().cycle()).for_each(|(step, kind)| step.kind = *kind);
+        plan
+    }
+
     /// `count` failovers of random kinds at random distances.
     pub(crate) fn random(seed: u64, count: u32, kinds: &[Kind]) -> Self {
         const GAP_MS: (u64, u64) = (150, 1500);
@@ -71,5 +78,7 @@ mod tests {
         assert_eq!(plan, Plan::random(5, 50, &kinds));
         assert_ne!(plan, Plan::random(6, 50, &kinds));
         assert!(plan.steps.iter().all(|step| kinds.contains(&step.kind)));
+        let in_turn: Vec<Kind> = Plan::in_turn(5, 3, &kinds).steps.iter().map(|step| step.kind).collect();
+        assert_eq!(in_turn, [Kind::Planned, Kind::Hang, Kind::Planned]);
     }
 }

@@ -23,7 +23,8 @@ pub(crate) struct Times {
 }
 
 impl Times {
-    fn of(mut list: Vec<u64>) -> Self {
+    /// Of a list of times.
+    pub(crate) fn of(mut list: Vec<u64>) -> Self {
         list.sort_unstable();
         let rank = |percent: usize| list.get((list.len() * percent).div_ceil(100).saturating_sub(1)).copied();
         let at = |percent| rank(percent).unwrap_or(0);
@@ -238,11 +239,13 @@ fn mean(values: impl Iterator<Item = u64>) -> u64 {
     sum.checked_div(count).unwrap_or(0)
 }
 
-fn show_times(times: &Times) -> String {
+/// The times in one line.
+pub(crate) fn show_times(times: &Times) -> String {
     format!("p50 {} µs, p99 {} µs, max {} µs ({})", times.p50, times.p99, times.max, times.n)
 }
 
-fn row(name: &str, value: impl std::fmt::Display) {
+/// Prints one row of a verdict.
+pub(crate) fn row(name: &str, value: impl std::fmt::Display) {
     println!("  {name:<24} {value}");
 }
 

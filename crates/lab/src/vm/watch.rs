@@ -85,7 +85,8 @@ pub(crate) struct Account {
 }
 
 impl Account {
-    fn new() -> Self {
+    /// Nothing heard yet.
+    pub(crate) fn new() -> Self {
         let mebibytes = usize::try_from(DISK_BYTES / MIB).expect("a small disk");
         Self {
             boot_ms: None,
@@ -103,7 +104,7 @@ impl Account {
     }
 
     /// Takes in one line.
-    fn hear(&mut self, line: &str) {
+    fn take_in(&mut self, line: &str) {
         let Some(heard) = Heard::parse(line) else { return };
         self.heard_at = Instant::now();
         let number = |key| heard.number(key).unwrap_or(0);
@@ -205,18 +206,32 @@ pub(crate) struct Patience {
     pub(crate) fio: Duration,
 }
 
+/// Somebody who keeps account of what the guest says.
+pub(crate) trait Hear {
+    /// Takes in one line; true if it ends a second of the guest.
+    fn hear(&mut self, line: &str) -> bool;
+}
+
+impl Hear for Account {
+    fn hear(&mut self, line: &str) -> bool {
+        let ticks = self.ticks.len();
+        self.take_in(line);
+        self.ticks.len() > ticks
+    }
+}
+
 /// The host's end of the guest's port.
 #[derive(Debug)]
-pub(crate) struct Watch {
+pub(crate) struct Watch<A> {
     port: UnixStream,
     lines: Receiver<String>,
     /// What was heard.
-    pub(crate) account: Account,
+    pub(crate) account: A,
 }
 
-impl Watch {
+impl<A: Hear> Watch<A> {
     /// Listens on `port`.
-    pub(crate) fn new(port: UnixStream) -> anyhow::Result<Self> {
+    pub(crate) fn new(port: UnixStream, account: A) -> anyhow::Result<Self> {
         let reader = BufReader::new(port.try_clone().context("a second handle of the port")?);
         let (sender, lines) = channel();
         // Ends when the machine does: the port closes with it.
@@ -227,7 +242,7 @@ impl Watch {
                 }
             }
         });
-        Ok(Self { port, lines, account: Account::new() })
+        Ok(Self { port, lines, account })
     }
 
     /// Listens for `span`, or until the next tick; true if that came.
@@ -236,9 +251,7 @@ impl Watch {
         loop {
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
-                    let ticks = self.account.ticks.len();
-                    self.account.hear(&line);
-                    if self.account.ticks.len() > ticks {
+                    if self.account.hear(&line) {
                         return true;
                     }
                 }

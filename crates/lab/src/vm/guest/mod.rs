@@ -6,6 +6,7 @@ mod disk;
 mod files;
 mod fio;
 mod meter;
+mod other;
 mod port;
 mod stamps;
 
@@ -15,6 +16,7 @@ use std::thread;
 
 use anyhow::Context as _;
 
+use super::device::Device;
 use super::orders::{KERNEL_LOG_MARK, Line, Load, Orders};
 use meter::Meter;
 use port::Port;
@@ -38,12 +40,20 @@ impl Shared {
 pub(crate) fn run() -> anyhow::Result<()> {
     let line = std::fs::read_to_string("/proc/cmdline").context("reading the kernel command line")?;
     let orders = Orders::from_command_line(&line)?;
-    let shared =
-        Arc::new(Shared { orders, port: Port::open()?, meter: Meter::default(), stop: AtomicBool::new(false) });
+    let port = Port::open()?;
     std::fs::write("/dev/kmsg", format!("<3>{KERNEL_LOG_MARK}\n")).context("writing to the kernel log")?;
     // A request that never comes back must show in the kernel log long before the run ends.
     let _ = std::fs::write("/proc/sys/kernel/hung_task_timeout_secs", "30");
-    shared.port.say(&Line::new("up").with("uptime_ms", meter::uptime_ms()?));
+    port.say(&Line::new("up").with("uptime_ms", meter::uptime_ms()?));
+    match orders.device {
+        Device::Blk => run_disk(orders, port),
+        device => other::run(device, orders.seed, port),
+    }
+}
+
+/// Loads and checks a disk.
+fn run_disk(orders: Orders, port: Port) -> anyhow::Result<()> {
+    let shared = Arc::new(Shared { orders, port, meter: Meter::default(), stop: AtomicBool::new(false) });
     let loads = start_loads(&shared);
     port::wait_for_stop()?;
     shared.stop.store(true, Ordering::Relaxed);
