@@ -241,6 +241,7 @@ impl World<'_> {
 
     fn carry_out(&mut self, action: Action) {
         match action {
+            Action::OpenState { .. } => unreachable!("a block device is its rings and its image"),
             Action::SendVmm { bytes, fds } => {
                 let fds = self.objects(&fds);
                 let at = self.latency();
@@ -704,6 +705,7 @@ fn in_words(event: &Happened) -> String {
             format!("the operator wants a failover{}", if *now { " now" } else { "" })
         }
         Happened::FailurePredicted(foresight) => format!("alarm: {}", foresight.alarm.name()),
+        Happened::StateOpened { backend, .. } | Happened::StateMoved { backend, .. } => format!("state of {backend}"),
         Happened::Tick => "tick".to_owned(),
     }
 }

@@ -251,7 +251,9 @@ mod tests {
             assert_eq!(device.protocol_features() & protocol, P::empty(), "{}", device.name());
             let tracked = device.link_features(true).contains(P::INFLIGHT_SHMFD);
             assert_eq!(tracked, *device != DeviceType::Fs, "{}", device.name());
-            assert_eq!(device.link_features(false), device.protocol_features());
+            let state = if device.carries_state() { P::DEVICE_STATE } else { P::empty() };
+            assert_eq!(device.link_features(false), device.protocol_features() | state);
+            assert!(!device.protocol_features().contains(P::DEVICE_STATE), "it is the broker's, not the VMM's");
         }
     }
 
