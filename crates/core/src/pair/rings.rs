@@ -1,6 +1,6 @@
 //! Rings: what is known of each, starting them, giving them to backends.
 
-use warmswap_wire::ring::Layout;
+use warmswap_wire::ring::{Layout, UsedElem};
 use warmswap_wire::{Request, VringFd, VringState};
 use warmswap_zoo::{Animal, loose};
 
@@ -216,10 +216,12 @@ impl Pair {
         // it. When the VMM's last session ended, the slots from used.idx on were made to hold exactly that.
         let start = step.memory.used_idx(index);
         let asked = ring.base.unwrap_or(0) as u16;
-        let pending = step.memory.avail_idx(index).wrapping_sub(start);
+        let avail = step.memory.avail_idx(index);
+        let pending = avail.wrapping_sub(start);
         let now = step.now;
         // A driver that sets its ring up anew begins at zero; one that goes on may stand there as well.
-        let goes_on = |it: &Observer| pending > 0 && (start != 0 || it.has_wrapped_to_zero());
+        let used_before = || used_slots_hold_something(index, layout, step);
+        let goes_on = |it: &Observer| pending > 0 && (start != 0 || it.has_wrapped_to_zero(avail) && used_before());
         let abandoned = self.ring_state(index).abandoned.take().filter(goes_on);
         let abandoned = abandoned.filter(|_| !loose(Animal::AbandonedForgotten));
         let goes_on = abandoned.is_some();
@@ -417,6 +419,10 @@ impl Pair {
     ///
     /// `unproved`: its backend may still complete something; what is known of the ring is kept, as it is for a halted one.
     pub(crate) fn release_ring(&mut self, index: u32, unproved: bool, step: &mut Step<'_>) {
+        if unproved {
+            // What is in flight from here on can only be completed.
+            self.observe(index, step);
+        }
         self.unwatch(index, step);
         self.abandon_trials(index);
         step.memory.detach(index);
@@ -427,4 +433,9 @@ impl Pair {
         state.meter.stop();
         self.session.ring_mut(index).started = false;
     }
+}
+
+/// Whether anything was ever completed in a ring: a driver that sets it up anew begins with zeroes.
+fn used_slots_hold_something(index: u32, layout: Layout, step: &Step<'_>) -> bool {
+    (0..layout.size()).any(|slot| step.memory.used_slot(index, slot) != UsedElem { id: 0, len: 0 })
 }

@@ -7,7 +7,8 @@ use super::harness::config;
 use super::{check, check_with};
 use crate::drain::DrainMethod;
 use crate::event::FenceLevel;
-use crate::policy::{PairConfig, Survivors};
+use crate::policy::{Limits, PairConfig, Survivors};
+use crate::time::Nanos;
 
 #[test]
 fn a_planned_failover_diverts_drains_verifies_and_hands_over() {
@@ -1262,4 +1263,25 @@ fn a_kick_that_the_vmm_changes_during_a_drain_does_not_start_the_ring_again() {
         };
         check_with(PairConfig { drain, ..config() }, script, &expected);
     }
+}
+
+#[test]
+fn a_primary_that_does_not_come_to_rest_is_followed_while_it_is_drained() {
+    let busy =
+        "~submit 0 4\n~wait 50us\n~complete 0 3\n~wait 50us\n~submit 0 3\n~wait 50us\n~complete 0 4\n~wait 50us\n";
+    let limits = Limits { drain_max: Nanos::from_millis(20), ..Limits::default() };
+    check_with(
+        PairConfig { limits, ..config() },
+        &format!("~ready 1\n~submit 0 3\n~wait 1ms\n~failover\n{}fenced 1\nring 0", busy.repeat(110)),
+        &expect![[r#"
+            > fenced 1
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=220, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                signal kick0
+            > ring 0
+                avail 221 used 220 owed [3] flags 0 avail_event 0
+        "#]],
+    );
 }
