@@ -290,6 +290,15 @@ impl Observer {
         self.submissions
     }
 
+    /// Whether a `used.idx` of zero is where this ring has got to, and not where another one begins: it stood there at the last look and had
+    /// completed something, or less than a ring before.
+    pub(crate) fn has_wrapped_to_zero(&self) -> bool {
+        match self.used_seen {
+            0 => self.completions > 0,
+            used => 0_u16.wrapping_sub(used) <= self.layout.size(),
+        }
+    }
+
     /// Requests seen completed since the start.
     #[must_use]
     pub fn completions(&self) -> u64 {

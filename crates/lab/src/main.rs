@@ -11,6 +11,7 @@ mod fence;
 mod guest;
 mod rig;
 mod score;
+mod sim;
 mod train;
 mod vm;
 mod vus;
@@ -35,6 +36,8 @@ enum Instrument {
     Rig(rig::Args),
     /// What a failover costs, and what being guarded costs.
     Bench(bench::Args),
+    /// The whole system simulated, one seed a run: real messages, rings and decisions, and every fault at every instant.
+    Sim(sim::Args),
     /// Our own backend alone, killed before every store it makes into shared memory, and what the next one makes of it.
     Crash(crash::Args),
     /// The main job in three minutes: faults that are foreseen, and what would have been.
@@ -81,6 +84,7 @@ fn main() -> std::process::ExitCode {
         Instrument::Vm(args) => vm::run(&args),
         Instrument::Rig(args) => rig::run(&args),
         Instrument::Bench(args) => bench::run(&args),
+        Instrument::Sim(args) => sim::run(&args),
         Instrument::Crash(args) => crash::run(&args),
         Instrument::Demo(args) => campaign::end_to_end::demo::run(&args),
         Instrument::Campaign(args) => campaign::run(&args),

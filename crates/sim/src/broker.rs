@@ -7,8 +7,8 @@
 use std::collections::VecDeque;
 
 use warmswap_core::{
-    Action, Actions, BackendId, Entry, Event as Happened, FenceLevel, Kind, LinkState, Nanos, Outcome, PRIVATE_ADDR,
-    Pair, PairConfig, PairState, PrivateEvents, Report, Value,
+    Action, Actions, BackendId, Entry, Event as Happened, FenceLevel, Kind, Nanos, Outcome, PRIVATE_ADDR, Pair,
+    PairConfig, PairState, PrivateEvents, Report, Value,
 };
 use warmswap_wire::{HEADER_SIZE, Header, Request, VringFd};
 
@@ -655,11 +655,6 @@ impl World<'_> {
             words.push_str(", a command has no answer");
         }
         words
-    }
-
-    /// Whether the shadow could take over now.
-    pub(crate) fn shadow_is_ready(&self) -> bool {
-        self.broker.pair.status(self.now).shadow.is_some_and(|it| it.state == LinkState::Ready)
     }
 
     /// Everybody leaves: nothing may be left open, and what was flushed must be on the medium.

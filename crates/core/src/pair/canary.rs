@@ -161,7 +161,7 @@ impl Pair {
         match was {
             LinkState::Warming => self.ready(backend, step),
             LinkState::Ready if self.primary == Some(backend) => self.serve_waiting_rings(step),
-            LinkState::Ready => self.shadow_became_ready(backend, step),
+            LinkState::Ready => self.shadow_became_ready(step),
             _ => {}
         }
     }

@@ -270,7 +270,7 @@ impl Pair {
         }
     }
 
-    pub(crate) fn shadow_became_ready(&mut self, backend: BackendId, step: &mut Step<'_>) {
+    pub(crate) fn shadow_became_ready(&mut self, step: &mut Step<'_>) {
         let Some(failover) = &self.failover else { return };
         if failover.phase == Phase::Handing && failover.target.is_none() {
             self.hand_over(step);

@@ -253,7 +253,7 @@ impl Pair {
                 // Made now, not when every microsecond counts.
                 self.has_region(backend, step);
             }
-            self.shadow_became_ready(backend, step);
+            self.shadow_became_ready(step);
             self.promote_instead_of_waiting(step);
         }
         if self.primary == Some(backend) {

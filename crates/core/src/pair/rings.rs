@@ -216,7 +216,9 @@ impl Pair {
         let asked = ring.base.unwrap_or(0) as u16;
         let pending = step.memory.avail_idx(index).wrapping_sub(start);
         let now = step.now;
-        let abandoned = self.ring_state(index).abandoned.take().filter(|_| pending > 0 && start != 0);
+        // A driver that sets its ring up anew begins at zero; one that goes on may stand there as well.
+        let goes_on = |it: &Observer| pending > 0 && (start != 0 || it.has_wrapped_to_zero());
+        let abandoned = self.ring_state(index).abandoned.take().filter(goes_on);
         let abandoned = abandoned.filter(|_| !loose(Animal::AbandonedForgotten));
         let goes_on = abandoned.is_some();
         let observer = match abandoned {
