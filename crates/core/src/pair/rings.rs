@@ -100,7 +100,7 @@ impl Pair {
             }
             Request::SetVringBase(_) | Request::SetVringAddr(_) => Ok(()),
             // Call and error descriptors start nothing: every backend has them, so that a failover need not send them.
-            Request::SetVringCall(_) if !had_call => {
+            Request::SetVringCall(_) if !had_call && !loose(Animal::FirstCallLost) => {
                 self.give_first_call(index, request, step);
                 Ok(())
             }
@@ -217,7 +217,8 @@ impl Pair {
         let pending = step.memory.avail_idx(index).wrapping_sub(start);
         let now = step.now;
         // A driver that sets its ring up anew begins at zero; one that goes on may stand there as well.
-        let goes_on = |it: &Observer| pending > 0 && (start != 0 || it.has_wrapped_to_zero());
+        let turned = |it: &Observer| it.has_wrapped_to_zero() && !loose(Animal::FullTurnForgotten);
+        let goes_on = |it: &Observer| pending > 0 && (start != 0 || turned(it));
         let abandoned = self.ring_state(index).abandoned.take().filter(goes_on);
         let abandoned = abandoned.filter(|_| !loose(Animal::AbandonedForgotten));
         let goes_on = abandoned.is_some();
