@@ -290,13 +290,14 @@ impl Observer {
         self.submissions
     }
 
-    /// Whether a `used.idx` of zero is where this ring has got to, and not where another one begins: it stood there at the last look and had
-    /// completed something, or less than a ring before.
-    pub(crate) fn has_wrapped_to_zero(&self) -> bool {
-        match self.used_seen {
+    /// Whether a `used.idx` of zero is where this ring has got to since the last look, and not where another one begins. Nothing can have
+    /// been completed but what was in flight then, for nobody submits to a ring that is stopped; and `avail.idx` has gone on, if at all.
+    pub(crate) fn has_wrapped_to_zero(&self, avail: u16) -> bool {
+        let got_there = match self.used_seen {
             0 => self.completions > 0,
-            used => 0_u16.wrapping_sub(used) <= self.layout.size(),
-        }
+            used => 0_u16.wrapping_sub(used) <= self.outstanding(),
+        };
+        got_there && avail.wrapping_sub(self.avail_seen) <= self.layout.size()
     }
 
     /// Requests seen completed since the start.

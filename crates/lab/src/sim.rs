@@ -4,8 +4,10 @@
 //! run on every machine; a run that fails is printed with its options and the command that tells it step by step.
 
 use std::collections::BTreeMap;
+use std::fs::OpenOptions;
 use std::io::{IsTerminal, Write};
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -43,6 +45,9 @@ pub(crate) struct Args {
     /// Go on after a failure.
     #[arg(long)]
     keep_going: bool,
+    /// Append the counts as one line of JSON to this file.
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
 }
 
 fn range(text: &str) -> anyhow::Result<Range<u64>> {
@@ -135,6 +140,23 @@ impl Tally {
     }
 }
 
+/// A line of a record: what many nights add up.
+#[derive(Debug, Serialize)]
+struct Line<'a> {
+    commit: &'a str,
+    first_seed: u64,
+    end_seed: u64,
+    seeds: u64,
+    failed: u64,
+    failed_seeds: Vec<u64>,
+    failovers: u64,
+    failovers_inflight: u64,
+    requests: u64,
+    seconds: f64,
+    seeds_per_second: f64,
+    trace_hash: &'a str,
+}
+
 /// The report.
 #[derive(Debug, Serialize)]
 struct Report {
@@ -220,6 +242,27 @@ impl Report {
         }
     }
 
+    fn record(&self, file: &Path) -> anyhow::Result<()> {
+        let line = Line {
+            commit: &self.commit,
+            first_seed: self.first_seed,
+            end_seed: self.end_seed,
+            seeds: self.seeds,
+            failed: self.failed,
+            failed_seeds: self.failures.iter().map(|failed| failed.seed).collect(),
+            failovers: self.failovers,
+            failovers_inflight: self.failovers_inflight,
+            requests: self.requests,
+            seconds: self.seconds,
+            seeds_per_second: self.seeds_per_second,
+            trace_hash: &self.trace_hash,
+        };
+        let line = serde_json::to_string(&line)? + "\n";
+        let mut out =
+            OpenOptions::new().create(true).append(true).open(file).with_context(|| file.display().to_string())?;
+        out.write_all(line.as_bytes()).with_context(|| file.display().to_string())
+    }
+
     fn print(&self) {
         println!("commit {}, seeds {}..{}", self.commit, self.first_seed, self.end_seed);
         println!(
@@ -274,6 +317,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let began = Instant::now();
     let tally = run_all(&seeds, jobs, args.keep_going);
     let report = Report::new(tally, &seeds, jobs, began.elapsed());
+    // A range that was not finished is no count.
+    if let Some(file) = args.record.as_ref().filter(|_| !interrupt::is_asked()) {
+        report.record(file)?;
+    }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {

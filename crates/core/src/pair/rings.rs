@@ -214,10 +214,11 @@ impl Pair {
         // it. When the VMM's last session ended, the slots from used.idx on were made to hold exactly that.
         let start = step.memory.used_idx(index);
         let asked = ring.base.unwrap_or(0) as u16;
-        let pending = step.memory.avail_idx(index).wrapping_sub(start);
+        let avail = step.memory.avail_idx(index);
+        let pending = avail.wrapping_sub(start);
         let now = step.now;
         // A driver that sets its ring up anew begins at zero; one that goes on may stand there as well.
-        let turned = |it: &Observer| it.has_wrapped_to_zero() && !loose(Animal::FullTurnForgotten);
+        let turned = |it: &Observer| it.has_wrapped_to_zero(avail) && !loose(Animal::FullTurnForgotten);
         let goes_on = |it: &Observer| pending > 0 && (start != 0 || turned(it));
         let abandoned = self.ring_state(index).abandoned.take().filter(goes_on);
         let abandoned = abandoned.filter(|_| !loose(Animal::AbandonedForgotten));
@@ -415,6 +416,10 @@ impl Pair {
     ///
     /// `unproved`: its backend may still complete something; what is known of the ring is kept, as it is for a halted one.
     pub(crate) fn release_ring(&mut self, index: u32, unproved: bool, step: &mut Step<'_>) {
+        if unproved {
+            // What is in flight from here on can only be completed.
+            self.observe(index, step);
+        }
         self.unwatch(index, step);
         self.abandon_trials(index);
         step.memory.detach(index);
