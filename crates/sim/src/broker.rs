@@ -18,7 +18,7 @@ use crate::options::{Keeping, Sabotage};
 use crate::world::{Event, World};
 
 /// So long after the last fault everybody works again.
-const CALM: Nanos = Nanos::from_millis(10);
+const CALM: Nanos = Nanos::from_millis(20);
 
 /// The control thread.
 pub(crate) struct Broker {
@@ -609,10 +609,11 @@ impl World<'_> {
         }
     }
 
-    /// Where nothing goes wrong any more nobody hangs. A failover that is made for a hang all the same has helped over something that was
+    /// Where nothing goes wrong any more nobody stalls. A failover that is made for it all the same has helped over something that was
     /// lost: a kick, a descriptor, a mode of notification.
     fn judge_failover(&mut self, kind: &str, cause: &str) {
-        if kind == "hang" && self.now > self.options.safety + CALM {
+        let stalls = kind == "hang" && cause.contains("has completed nothing");
+        if stalls && self.now > self.options.safety + CALM {
             self.fail("needless failover", format!("every backend works, and one is failed over: {cause}"));
         }
     }
