@@ -38,7 +38,7 @@ impl World<'_> {
     }
 
     pub(crate) fn forget_pace(&mut self, ring: u16) {
-        self.paces[usize::from(ring)] = Pace::default();
+        self.paces[usize::from(ring)].fast = false;
     }
 
     /// Whether some ring went faster than the broker can be expected to follow.

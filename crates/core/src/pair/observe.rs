@@ -121,12 +121,6 @@ impl Pair {
             ring.counted = 0;
             ring.counting_since = now;
         }
-        // Looking often takes time from the backend that is waited for, where the two share a processor. Only rest has to be looked for;
-        // everything else a failover waits for makes itself heard.
-        if let Some(drain) = ring.drain.filter(|drain| drain.state == DrainState::Settling) {
-            ring.observe_at = now + limits.poll_interval(now.since(drain.began));
-            return;
-        }
         let size = f64::from(ring.size().map_or(1, Layout::size));
         let period = Nanos((size / RING_PART / ring.rate.max(BURST_RATE) * 1e9) as u64);
         let mut period = period.clamp(limits.observe_min, limits.observe_max);
@@ -134,6 +128,14 @@ impl Pair {
             // Counting off what was open at the cut goes wrong, harmlessly, for heads that come round twice between two looks.
             let mean = f64::from(seen.outstanding) / ring.rate.max(1.0);
             period = period.min(Nanos((mean / 4.0 * 1e9) as u64).max(RESYNC_MIN));
+        }
+        if let Some(drain) = ring.drain.filter(|drain| drain.state == DrainState::Settling) {
+            // Looking often takes time from the backend that is waited for, where the two share a processor. Only rest has to be looked for;
+            // everything else a failover waits for makes itself heard. But one that does not come to rest is followed: it may have to be
+            // fenced.
+            let rest = limits.poll_interval(now.since(drain.began));
+            ring.observe_at = now + if moved > 0 { rest.min(period) } else { rest };
+            return;
         }
         let quiet = moved == 0 && seen.outstanding == 0;
         if !quiet {

@@ -1,6 +1,6 @@
 //! Rings: what is known of each, starting them, giving them to backends.
 
-use warmswap_wire::ring::Layout;
+use warmswap_wire::ring::{Layout, UsedElem};
 use warmswap_wire::{Request, VringFd, VringState};
 use warmswap_zoo::{Animal, loose};
 
@@ -218,8 +218,8 @@ impl Pair {
         let pending = avail.wrapping_sub(start);
         let now = step.now;
         // A driver that sets its ring up anew begins at zero; one that goes on may stand there as well.
-        let turned = |it: &Observer| it.has_wrapped_to_zero(avail) && !loose(Animal::FullTurnForgotten);
-        let goes_on = |it: &Observer| pending > 0 && (start != 0 || turned(it));
+        let used_before = || used_slots_hold_something(index, layout, step) && !loose(Animal::FullTurnForgotten);
+        let goes_on = |it: &Observer| pending > 0 && (start != 0 || it.has_wrapped_to_zero(avail) && used_before());
         let abandoned = self.ring_state(index).abandoned.take().filter(goes_on);
         let abandoned = abandoned.filter(|_| !loose(Animal::AbandonedForgotten));
         let goes_on = abandoned.is_some();
@@ -430,4 +430,9 @@ impl Pair {
         state.meter.stop();
         self.session.ring_mut(index).started = false;
     }
+}
+
+/// Whether anything was ever completed in a ring: a driver that sets it up anew begins with zeroes.
+fn used_slots_hold_something(index: u32, layout: Layout, step: &Step<'_>) -> bool {
+    (0..layout.size()).any(|slot| step.memory.used_slot(index, slot) != UsedElem { id: 0, len: 0 })
 }

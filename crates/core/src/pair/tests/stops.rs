@@ -615,3 +615,37 @@ fn a_ring_whose_index_stands_at_zero_after_a_full_turn_goes_on() {
         "#]],
     );
 }
+
+#[test]
+fn a_ring_that_is_set_up_anew_begins_at_zero_whatever_was_in_flight_before() {
+    check(
+        "
+        ~at 0 65535
+        ~ready 1
+        ~submit 0 3 4 5
+        ~wait 1ms
+        ~complete 0 4
+        ~wait 1ms
+        ~exit 1
+        ~vmm GET_VRING_BASE 0
+        ~wait 6ms
+        ~fenced 1
+        ~at 0 0
+        ~submit 0 7 6
+        vmm SET_VRING_KICK 0
+        ring 0
+        ",
+        &expect![[r#"
+            > vmm SET_VRING_KICK 0
+                close kick0
+                * RingStarted size=8 pending=2 goes_on=false
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                vmm <- SET_VRING_KICK ok
+                signal kick0
+            > ring 0
+                avail 2 used 0 owed [7 6] flags 0 avail_event 0
+        "#]],
+    );
+}
