@@ -315,7 +315,7 @@ impl Observer {
 
     /// Slots that may be written ahead of the index.
     fn ahead(&self) -> u16 {
-        (self.layout.size() / 4).max(1)
+        (self.layout.size() / if loose(Animal::WrittenAheadIgnored) { 16 } else { 4 }).max(1)
     }
 
     /// Whether a slot from `avail_from` or `used_from` on may have been overwritten, by indices that were read after the slots.

@@ -17,6 +17,9 @@ use crate::memory::{Obj, Object, Owner, Thread};
 use crate::options::{Keeping, Sabotage};
 use crate::world::{Event, World};
 
+/// So long after the last fault everybody works again.
+const CALM: Nanos = Nanos::from_millis(20);
+
 /// The control thread.
 pub(crate) struct Broker {
     pub(crate) pair: Pair,
@@ -544,7 +547,10 @@ impl World<'_> {
             })
         };
         match entry.event {
-            "FailoverStarted" => self.broker.running = number("id"),
+            "FailoverStarted" => {
+                self.broker.running = number("id");
+                self.judge_failover(text("kind").unwrap_or_default(), text("cause").unwrap_or_default());
+            }
             "FailoverSettled" => {
                 self.broker.running = None;
                 let kind = text("kind").unwrap_or_default();
@@ -601,6 +607,15 @@ impl World<'_> {
     fn refused(&mut self, report: &Report) {
         if report.kind != Kind::Planned && report.kind != Kind::Crash {
             self.fail("report", format!("a {} failover was refused to an asker", report.kind.name()));
+        }
+    }
+
+    /// Where nothing goes wrong any more nobody stalls. A failover that is made for it all the same has helped over something that was
+    /// lost: a kick, a descriptor, a mode of notification.
+    fn judge_failover(&mut self, kind: &str, cause: &str) {
+        let stalls = kind == "hang" && cause.contains("has completed nothing");
+        if stalls && self.now > self.options.safety + CALM {
+            self.fail("needless failover", format!("every backend works, and one is failed over: {cause}"));
         }
     }
 

@@ -351,8 +351,10 @@ impl World<'_> {
             }
             Step::Call(ring) => {
                 let call = event(self, ring);
-                // What still comes on the old one counts.
-                self.guest.rings[usize::from(ring)].calls.push(call.fd.expect("just made").0);
+                // What still comes on the one before counts, but not for ever.
+                let calls = &mut self.guest.rings[usize::from(ring)].calls;
+                calls.drain(..calls.len().saturating_sub(1));
+                calls.push(call.fd.expect("just made").0);
                 self.say(Request::SetVringCall(call), self.vmm.rule != VmmRule::Qemu, false);
             }
             Step::Run => {

@@ -55,12 +55,16 @@ animals! {
     ClaimByIndexAlone = "claim-by-index-alone", "core/pair/stop.rs",
         "SPDK answers late, with an index of the past",
         "a stop is believed if its base equals used.idx, though something older is owed";
+    LateStopBelieved = "late-stop-believed", "core/pair/stop.rs", "mended in 94baf31: SPDK answers after four seconds",
+        "the answer to a stop of a backend that has given up waiting is believed";
     StopAnsweredWhileServed = "stop-answered-while-served", "core/pair/stop.rs", "mended in 99dc84b",
         "the VMM's stop is answered from the record while a new primary serves the ring";
     RestartedWhileDrained = "restarted-while-drained", "core/pair/rings.rs", "mended in 8cfbeaa",
         "a kick descriptor of the VMM reaches a backend that is being drained, and starts its ring again";
     AbandonedForgotten = "abandoned-ring-forgotten", "core/pair/rings.rs", "mended in 3795d91",
         "a ring that was stopped without proof is started again at used.idx as if it owed nothing out of order";
+    FullTurnForgotten = "full-turn-forgotten", "core/pair/rings.rs", "mended in 3910941",
+        "a ring whose used.idx stands at zero after a full turn is taken for one that was set up anew";
     // Fencing.
     FenceSkipped = "fence-skipped", "core/pair/failover.rs", "cloud-hypervisor issue 8613: hang-up precedes death",
         "a backend whose connection has ended is taken for dead";
@@ -82,6 +86,8 @@ animals! {
         "survivors beyond index 65535 are all written to one slot";
     OverrunIgnored = "overrun-ignored", "core/observer.rs", "written for the zoo",
         "slots that may have been overwritten since the last look are believed";
+    WrittenAheadIgnored = "written-ahead-ignored", "core/observer.rs", "mended in 799b998: DPDK fills 32 slots at once",
+        "slots that a driver or backend has filled ahead of its index are taken for what was there";
     SilenceIgnored = "silence-ignored", "core/observer.rs", "written for the zoo",
         "indices that may have gone all the way round are believed";
     InexactBelieved = "inexact-taken-for-exact", "core/observer.rs", "the rule `count agrees` proves nothing",
@@ -93,6 +99,8 @@ animals! {
         "a ring is kicked before its backend knows that it is enabled, and not again";
     CallLost = "call-lost", "core/pair/rings.rs", "cloud-hypervisor issue 7851",
         "a completion whose interrupt the old backend still owed is never told to the driver";
+    FirstCallLost = "first-call-lost", "core/pair/rings.rs", "mended in 8465f50: QEMU gives the call after the kick",
+        "what was completed before a ring had a call descriptor interrupts nobody";
     CallStale = "call-on-stale-descriptor", "core/pair/rings.rs", "QEMU masks interrupts by other descriptors",
         "a call descriptor that the VMM replaces is told to the primary alone";
     CallForgotten = "call-forgotten-after-stop", "core/link.rs", "mended in ff1d808",
@@ -118,6 +126,8 @@ animals! {
         "what the VMM changes while a shadow is being warmed never reaches it";
     MemoryAckedEarly = "memory-acknowledged-early", "core/pair/vmm.rs", "mended in 9c36038",
         "a change of memory without acknowledgement is called done before the backends have it";
+    OldMemoryUsed = "old-memory-used", "core/pair/vmm.rs", "mended in 167618d",
+        "other memory at the same place is called there before the primary has heard of it";
     FeaturesDiffer = "features-differ", "core/pair/links.rs", "written for the zoo",
         "a shadow that lacks features of the guest's is taken";
     CapacityDiffers = "capacity-differs", "core/pair/links.rs", "written for the zoo",
@@ -139,6 +149,10 @@ animals! {
         "a hanging primary is killed although it is not known what it owes";
     BusyTakenForHung = "busy-taken-for-hung", "core/pair/links.rs", "mended in 18ae9da",
         "a primary that completes requests is killed because its control channel is silent";
+    NobodySuspected = "nobody-suspected", "core/pair/isolate.rs", "mended in 66a3ec1",
+        "whoever dies of a request after a planned failover began is taken for killed by the operator";
+    RoleKept = "role-of-the-lost-kept", "core/pair/links.rs", "mended in 0f7fdf1",
+        "a primary that is lost in its first read keeps the role, and nobody serves";
     TrialOutlivesStop = "trial-outlives-stop", "core/pair/isolate.rs", "mended in ff1d808",
         "a request on trial runs on in a ring that the VMM was told is stopped";
     PingPong = "ping-pong", "core/foresight.rs", "written for the zoo",

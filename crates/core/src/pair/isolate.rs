@@ -60,7 +60,8 @@ impl Pair {
     pub(crate) fn suspect(&mut self, rings: &[u32]) {
         // A backend that was drained, or killed because an operator asked, did not die of anything it was doing. That is the first one of a
         // failover: whoever was to take over after it has died by itself.
-        let asked = |report: &Report| report.kind == Kind::Planned && report.attempts == 0;
+        let first = |report: &Report| report.attempts == 0 || loose(Animal::NobodySuspected);
+        let asked = |report: &Report| report.kind == Kind::Planned && first(report);
         let innocent = |report: &Report| report.recovery == Recovery::Drained || asked(report);
         if self.failover.as_ref().is_some_and(|it| innocent(&it.report)) {
             return;

@@ -322,7 +322,7 @@ impl Pair {
     fn lose_shadow_because(&mut self, backend: BackendId, reason: &str, early: bool, step: &mut Step<'_>) {
         step.out.push(Action::Retire { backend });
         self.forget_backend(backend, step.out);
-        if self.primary == Some(backend) && self.failover.is_none() {
+        if self.primary == Some(backend) && self.failover.is_none() && !loose(Animal::RoleKept) {
             // It was the shadow when it began to read, and has served nothing since: the role is free.
             self.primary = None;
             let entry = Entry::warning("PrimaryLost").with("backend", backend.0).with("reason", reason);

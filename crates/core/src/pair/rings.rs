@@ -102,7 +102,7 @@ impl Pair {
             }
             Request::SetVringBase(_) | Request::SetVringAddr(_) => Ok(()),
             // Call and error descriptors start nothing: every backend has them, so that a failover need not send them.
-            Request::SetVringCall(_) if !had_call => {
+            Request::SetVringCall(_) if !had_call && !loose(Animal::FirstCallLost) => {
                 self.give_first_call(index, request, step);
                 Ok(())
             }
@@ -220,7 +220,7 @@ impl Pair {
         let pending = avail.wrapping_sub(start);
         let now = step.now;
         // A driver that sets its ring up anew begins at zero; one that goes on may stand there as well.
-        let used_before = || used_slots_hold_something(index, layout, step);
+        let used_before = || used_slots_hold_something(index, layout, step) && !loose(Animal::FullTurnForgotten);
         let goes_on = |it: &Observer| pending > 0 && (start != 0 || it.has_wrapped_to_zero(avail) && used_before());
         let abandoned = self.ring_state(index).abandoned.take().filter(goes_on);
         let abandoned = abandoned.filter(|_| !loose(Animal::AbandonedForgotten));

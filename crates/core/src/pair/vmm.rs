@@ -334,7 +334,7 @@ impl Pair {
             _ if loose(Animal::LogAckedEarly) => false,
             Request::SetLogBase { .. } => true,
             Request::SetFeatures(_) => self.session.log.is_some(),
-            _ => self.replaces_what_is_leaving(request),
+            _ => self.replaces_what_is_leaving(request) && !loose(Animal::OldMemoryUsed),
         }
     }
 

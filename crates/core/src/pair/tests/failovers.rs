@@ -3,7 +3,7 @@
 use expect_test::expect;
 use warmswap_wire::DeviceType;
 
-use super::harness::config;
+use super::harness::{Harness, config};
 use super::{check, check_with};
 use crate::drain::DrainMethod;
 use crate::event::FenceLevel;
@@ -464,6 +464,45 @@ fn flags_the_dead_backend_left_behind_are_cleared() {
             avail 0 used 0 owed [] flags 0 avail_event 0
     "#]],
     );
+}
+
+#[test]
+fn a_position_the_dead_backend_left_behind_is_moved_to_what_is_submitted_next() {
+    // EVENT_IDX among them.
+    let features = "features=160002200";
+    let mut harness = Harness::new(config());
+    for line in ["start", &format!("up 1 {features}"), &format!("up 2 {features}"), "vmm connect"] {
+        harness.line(line);
+    }
+    for line in ["SET_FEATURES 160002200", "SET_MEM_TABLE 0", "SET_VRING_NUM 0 8", "SET_VRING_ADDR 0"] {
+        harness.line(&format!("vmm !{line}"));
+    }
+    for line in ["SET_VRING_CALL 0", "SET_VRING_KICK 0", "SET_VRING_ENABLE 0 1"] {
+        harness.line(&format!("vmm !{line}"));
+    }
+    harness.line("submit 0 3 5");
+    // The driver would not kick for the next 32,767 requests.
+    harness.memory.ring(0).avail_event = 2 + 0x7fff;
+    harness.line("exit 1");
+    harness.line("fenced 1");
+    let ring = harness.memory.ring(0);
+    assert_eq!((ring.avail_idx, ring.avail_event), (2, 2), "{}", harness.shown());
+    harness.finish();
+}
+
+#[test]
+fn a_base_that_is_the_used_index_by_chance_is_not_believed_while_something_older_is_owed() {
+    let mut harness = Harness::new(PairConfig { drain: DrainMethod::Stop, ..config() });
+    for line in ["ready 1", "submit 0 1 2 3", "complete 0 2", "claims 1 1", "failover"] {
+        harness.line(line);
+    }
+    assert!(harness.journal.contains(&"DrainUnverified"), "{}", harness.shown());
+    // Whoever takes over finds the two that are owed: the harness checks that.
+    harness.line("fenced 1");
+    harness.line("complete 0 1");
+    harness.line("wait 1ms");
+    assert!(harness.journal.contains(&"FailoverSettled"), "{}", harness.shown());
+    harness.finish();
 }
 
 #[test]
