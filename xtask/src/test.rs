@@ -56,6 +56,17 @@ pub(crate) fn run() -> anyhow::Result<bool> {
         tally.tests(shell::cargo(&words).envs(rng))?;
     }
     tally.tests(&mut shell::cargo(&["test", "--workspace", "--doc", "--quiet"]))?;
+    // Known bugs, set loose: a checker that notices none of them is none.
+    let zoo = ["warmswap-core/zoo", "warmswap-sim/zoo"].join(",");
+    let words = ["test", "--quiet", "--package", "warmswap-core", "--package", "warmswap-sim", "--features", &zoo];
+    tally.tests(shell::cargo(&words).args([
+        "--lib",
+        "--test",
+        "zoo",
+        "--",
+        "known_bugs",
+        "bugs_that_were_caught_soon",
+    ]))?;
     for words in INSTRUMENTS {
         let mut command = shell::cargo(&["run", "--release", "--quiet", "--package", "lab", "--"]);
         tally.step(command.args(words))?;

@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 
 use warmswap_telemetry::{Kind, QueueWriter};
 use warmswap_wire::inflight::{RegionMemory, Tracker};
+use warmswap_zoo::{Animal, loose};
 
 use crate::chain::{Chain, Malformed, total};
 use crate::clock::now_ns;
@@ -201,7 +202,7 @@ impl Queue {
             call: start.call,
             err: start.err,
             // Nobody knows what the last back-end has told the driver.
-            call_due: true,
+            call_due: !loose(Animal::OwedCallForgotten),
             broken: None,
             meter,
             taken_kinds: Vec::with_capacity(usize::from(TAKEN_PER_TURN)),
@@ -212,7 +213,7 @@ impl Queue {
         };
         // The last back-end may have published and died before it called. It may also be the only thing the driver
         // waits for.
-        if queue.call.is_some() {
+        if queue.call.is_some() && queue.call_due {
             queue.send_call();
         }
         Ok(queue)
@@ -237,7 +238,7 @@ impl Queue {
 
     /// Whether nothing is in flight and nothing waits to be published.
     pub(crate) fn is_at_rest(&self) -> bool {
-        self.in_flight == 0 && self.batch.is_empty()
+        (self.in_flight == 0 && self.batch.is_empty()) || loose(Animal::StopUndrained)
     }
 
     /// Takes requests and starts them. Returns how many.
@@ -510,6 +511,9 @@ impl Queue {
             return;
         }
         self.heads.clear();
+        if loose(Animal::PublishedBeforeWritten) {
+            self.ring.publish(self.ring.unpublished().wrapping_add(self.batch.len() as u16));
+        }
         for answered in &self.batch {
             self.ring.write_used(answered.head, answered.written);
             self.heads.push(answered.head);

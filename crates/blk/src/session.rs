@@ -24,6 +24,10 @@ use crate::request::Limits;
 use crate::ring::Place;
 use crate::worker::{Command, Reply as WorkerReply};
 
+/// Flags of a SET_CONFIG that is a wish of the driver. The specification and QEMU say 1 for a migration; rust-vmm's `vhost` says 1 for the
+/// driver and 2 for a migration, so anything else may be one.
+const CONFIG_OF_DRIVER: u32 = 0;
+
 /// A ring as the front-end described it.
 #[derive(Debug, Default)]
 struct RingSetup {
@@ -317,7 +321,13 @@ impl<'a> Session<'a> {
         if at + config.bytes.len() > CONFIG_BYTES {
             return Err(format!("{} bytes at {at} lie beyond the {CONFIG_BYTES} there are", config.bytes.len()));
         }
-        // Everything else is read-only to a driver; a migration may write it all, with what is there.
+        // Everything else is read-only to a driver: "back-ends MUST NOT accept SET_CONFIG for read-only configuration space fields unless
+        // the live migration bit is set" (SET_CONFIG). What is there already may be written by anybody.
+        let whole = self.shape.config(self.write_cache);
+        let differs = |(index, byte): (usize, &u8)| at + index != WRITEBACK_AT && whole[at + index] != *byte;
+        if config.flags == CONFIG_OF_DRIVER && config.bytes.iter().enumerate().any(differs) {
+            return Err(format!("{} bytes at {at} would change what a driver may only read", config.bytes.len()));
+        }
         if let Some(byte) = WRITEBACK_AT.checked_sub(at).and_then(|at| config.bytes.get(at)) {
             self.write_cache = *byte != 0;
             self.tell_limits()?;

@@ -11,6 +11,7 @@
 use std::fmt;
 
 use warmswap_predict::{Alarm, Feature, Law};
+use warmswap_zoo::{Animal, loose};
 
 use crate::event::BackendId;
 use crate::policy::{Limits, OnPrediction};
@@ -34,6 +35,8 @@ const HOUR: Nanos = Nanos::from_millis(3_600_000);
 const HELPED_AFTER: u64 = 6;
 /// The same reason is said again after this.
 const SAID_AGAIN: Nanos = Nanos::from_millis(60_000);
+/// What a kick that was given once more did is not seen sooner: a tick of the profile, and a half.
+const LOOKED_AGAIN: Nanos = Nanos::from_millis(150);
 /// What a swap costs the guest, until one was seen.
 const SWAP_COST: Nanos = Nanos::from_millis(2);
 /// What is usual is not learnt from reads so soon after an alarm.
@@ -89,6 +92,8 @@ pub enum Withheld {
     },
     /// The guest was given its interrupts once more, which is all that is needed if one was lost.
     GivenAgain,
+    /// The backend was given the guest's kicks once more, which is all that is needed if one was lost.
+    KickedAgain,
     /// The guest takes no interrupts: it does not run.
     GuestAbsent,
     /// What it would cost is more than what it would save.
@@ -112,6 +117,7 @@ impl Withheld {
             Withheld::Budget { .. } => "budget",
             Withheld::CommonCause { .. } => "common-cause",
             Withheld::GivenAgain => "given-again",
+            Withheld::KickedAgain => "kicked-again",
             Withheld::GuestAbsent => "guest-absent",
             Withheld::NotWorth { .. } => "not-worth",
             Withheld::Refused(_) => "refused",
@@ -129,7 +135,9 @@ impl Withheld {
                 "look at the device: one that alarms again after a swap has its fault elsewhere"
             }
             Withheld::CommonCause { .. } => "look at the storage: the fault lies below both backends",
-            Withheld::GivenAgain => "nothing: if the next one is lost as well the shadow takes over",
+            Withheld::GivenAgain | Withheld::KickedAgain => {
+                "nothing: if the next one is lost as well the shadow takes over"
+            }
             Withheld::GuestAbsent => "look at the guest: it has stopped, or hangs",
             Withheld::NotWorth { .. } => "nothing: it is watched on",
             Withheld::Refused(_) => "it is tried again at the next alarm",
@@ -156,6 +164,7 @@ impl fmt::Display for Withheld {
                 write!(f, "the shadow's reads are not completed either, usually they take {usual}")
             }
             Withheld::GivenAgain => f.write_str("an interrupt seems to be lost: the guest is given it once more"),
+            Withheld::KickedAgain => f.write_str("a kick seems to be lost: the backend is given it once more"),
             Withheld::GuestAbsent => f.write_str("the guest takes no interrupts, given again or not"),
             Withheld::NotWorth { risk } => {
                 write!(f, "a failure is not likely enough ({:.1} %) for what a swap costs", risk * 100.0)
@@ -268,6 +277,8 @@ pub(crate) struct Policy {
     unhelped: bool,
     /// When the guest was given its interrupts once more, and what had been submitted by then.
     nudged: Option<(u64, Nanos)>,
+    /// When the backend was last given the guest's kicks once more.
+    kicked: Option<Nanos>,
     /// The reason that was said last, and when.
     said: Option<(&'static str, Nanos)>,
     last_withheld: Option<Withheld>,
@@ -309,7 +320,7 @@ impl Policy {
         if let Some(left) = self.cooling(limits, now) {
             return Some(Withheld::Cooling { left });
         }
-        if self.left_this_hour(limits, now) == 0 {
+        if self.left_this_hour(limits, now) == 0 && !loose(Animal::PingPong) {
             return Some(Withheld::Budget { per_hour: limits.predicted_per_hour });
         }
         None
@@ -342,7 +353,7 @@ impl Policy {
         if self.usual.value().is_none() && waiting.is_some() {
             return Some(Withheld::Refused("the shadow has not completed any read yet".to_owned()));
         }
-        if let Some(usual) = self.usual.value() {
+        if let Some(usual) = self.usual.value().filter(|_| !loose(Animal::CommonCauseIgnored)) {
             let most = slow_beyond(alarm, usual);
             if waiting.is_some_and(|waiting| self.is_slow(waiting)) {
                 return Some(Withheld::CommonCause { took: None, usual });
@@ -374,6 +385,20 @@ impl Policy {
             Some((before, _)) if before == submitted => Some(Withheld::GuestAbsent),
             Some((_, at)) if now.since(at) < SAID_AGAIN => None,
             _ => Some(Withheld::GivenAgain),
+        }
+    }
+
+    /// A kick seems to be lost: the backend is given it once more. None: another one was given a while ago, and that did not help, or not for
+    /// long.
+    pub(crate) fn kick_lost(&mut self, now: Nanos) -> Option<Withheld> {
+        match self.kicked {
+            // Whether it helped is seen at the next look.
+            Some(at) if now.since(at) < LOOKED_AGAIN => Some(Withheld::KickedAgain),
+            Some(at) if now.since(at) < SAID_AGAIN => None,
+            _ => {
+                self.kicked = Some(now);
+                Some(Withheld::KickedAgain)
+            }
         }
     }
 
@@ -409,6 +434,9 @@ impl Policy {
     }
 
     fn cooling(&self, limits: &Limits, now: Nanos) -> Option<Nanos> {
+        if loose(Animal::PingPong) {
+            return None;
+        }
         let rest = self.rest.unwrap_or(limits.cool_down_min);
         let over = *self.made.last()? + rest;
         (now < over).then(|| over.since(now))
@@ -583,6 +611,16 @@ mod tests {
         assert_eq!(policy.interrupt_lost(7, after(300)), Some(Withheld::GuestAbsent));
         assert_eq!(policy.interrupt_lost(9, after(302)), None, "it went on, and lost another one");
         assert_eq!(policy.interrupt_lost(10, after(900)), Some(Withheld::GivenAgain));
+    }
+
+    #[test]
+    fn a_kick_is_given_once_more_before_anybody_else_is() {
+        let mut policy = Policy::default();
+        let soon = |nanos: Nanos| Nanos(nanos.0 + 100_000_000);
+        assert_eq!(policy.kick_lost(after(1)), Some(Withheld::KickedAgain));
+        assert_eq!(policy.kick_lost(soon(after(1))), Some(Withheld::KickedAgain), "it is not seen yet what that did");
+        assert_eq!(policy.kick_lost(after(2)), None, "it is deaf, or loses one after the other");
+        assert_eq!(policy.kick_lost(after(62)), Some(Withheld::KickedAgain));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use warmswap_wire::{
     ConfigSpace, DeviceType, Error, FdSlot, Header, HeaderFlags, InflightDescription, ProtocolFeatures, Reply,
     ReplyKind, Request, RequestCode, VirtioFeatures, VringFd, VringState,
 };
+use warmswap_zoo::{Animal, loose};
 
 use crate::canary::Canary;
 use crate::event::{Action, Actions, BackendId, PrivateEvents};
@@ -142,8 +143,9 @@ pub(crate) struct Link {
     pub(crate) region: Region,
     /// Rings have been given to it with that region.
     pub(crate) region_used: bool,
-    /// Entries of a ring it was asked to have room for.
+    /// Entries of a ring it was asked to have room for, and rings.
     region_size: u16,
+    region_queues: u16,
     /// One of its own for the canary, where the backend needs one.
     pub(crate) canary_region: Region,
     /// Memory of the broker's own that the backend has, or is about to have, as one more region.
@@ -165,6 +167,17 @@ pub(crate) enum Region {
     None,
     Asked,
     Set { description: InflightDescription, fd: FdSlot },
+}
+
+/// A region for as many rings, of as many entries, as it was asked for, where its maker does not say it again (yc-libvhost-server). QEMU
+/// goes by its own numbers as well.
+pub(crate) fn named(made: InflightDescription, num_queues: u16, queue_size: u16) -> InflightDescription {
+    let or = |said: u16, asked: u16| if said == 0 { asked } else { said };
+    InflightDescription {
+        num_queues: or(made.num_queues, num_queues),
+        queue_size: or(made.queue_size, queue_size),
+        ..made
+    }
 }
 
 /// What a message from a backend meant.
@@ -196,6 +209,7 @@ impl Link {
             region: Region::None,
             region_used: false,
             region_size: 0,
+            region_queues: 0,
             canary_region: Region::None,
             private_memory: None,
             warmed: false,
@@ -215,7 +229,8 @@ impl Link {
 
     /// Whether it has been told of the session and must hear of every change.
     pub(crate) fn mirrors(&self) -> bool {
-        matches!(self.state, LinkState::Warming | LinkState::Ready | LinkState::Active)
+        let warming = self.state == LinkState::Warming && !loose(Animal::WarmingMissesChanges);
+        warming || matches!(self.state, LinkState::Ready | LinkState::Active)
     }
 
     pub(crate) fn connected(
@@ -266,7 +281,7 @@ impl Link {
         }
         if self.region == Region::None {
             self.region = Region::Asked;
-            self.region_size = queue_size;
+            (self.region_size, self.region_queues) = (queue_size, queues);
             let wanted = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: queues, queue_size };
             self.ask(&Request::GetInflightFd(wanted), Purpose::Inflight, out);
         }
@@ -278,7 +293,8 @@ impl Link {
     pub(crate) fn renew_region(&mut self, queue_size: u16, out: &mut Actions) {
         let Region::Set { fd, .. } = self.region else { return };
         // What was asked for counts, not what the backend calls it: nobody is asked for the same twice.
-        if self.region_used || self.region_size < queue_size {
+        let fits = loose(Animal::RegionNotRenewed) || (!self.region_used && self.region_size >= queue_size);
+        if !fits {
             self.region = Region::None;
             self.region_used = false;
             out.push(Action::Close(fd));
@@ -286,9 +302,10 @@ impl Link {
     }
 
     /// The backend has made a region: it gets it back, fresh, unless a canary reads with its own. Then it gets it behind that.
-    pub(crate) fn region_made(&mut self, description: InflightDescription, fd: FdSlot, out: &mut Actions) {
+    pub(crate) fn region_made(&mut self, made: InflightDescription, fd: FdSlot, out: &mut Actions) {
+        let description = named(made, self.region_queues, self.region_size);
         self.region = Region::Set { description, fd };
-        if self.is_free() {
+        if self.is_free() || loose(Animal::RegionSwappedInCanary) {
             self.tell(&Request::SetInflightFd { region: description, fd }, out);
         }
     }
@@ -327,6 +344,7 @@ impl Link {
     fn transmit(&mut self, request: &Request, flags: HeaderFlags, out: &mut Actions) {
         match request {
             Request::SetVringCall(call) if call.fd.is_some() => _ = self.calls.insert(call.index),
+            Request::GetVringBase(_) if loose(Animal::CallForgotten) => {}
             Request::SetVringCall(VringFd { index, .. }) | Request::GetVringBase(VringState { index, .. }) => {
                 self.calls.remove(index);
             }
@@ -357,7 +375,8 @@ impl Link {
         out: &mut Actions,
     ) -> Result<Answered, Error> {
         let name = RequestCode::from_id(header.request).map_or("an unknown message", RequestCode::name);
-        let Some(pending) = self.pending.pop_front() else {
+        let oldest = if loose(Animal::ReplyMismatched) { self.pending.pop_back() } else { self.pending.pop_front() };
+        let Some(pending) = oldest else {
             return Err(Error::Direction { request: name, expected: false, found: header.is_reply() });
         };
         let code = pending.code;

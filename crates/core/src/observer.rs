@@ -20,6 +20,7 @@
 //! again after `avail.idx`, the observation is a *cut*: every head then has a balance of 0 or 1.
 
 use warmswap_wire::ring::Layout;
+use warmswap_zoo::{Animal, loose};
 
 use crate::memory::GuestMemory;
 use crate::time::Nanos;
@@ -254,8 +255,8 @@ impl Observer {
     pub fn knowledge(&self) -> Knowledge {
         match (self.violation, self.gap) {
             (Some(violation), _) => Knowledge::Violated(violation),
-            (None, Some(gap)) => Knowledge::Inexact(gap),
-            (None, None) => Knowledge::Exact,
+            (None, Some(gap)) if !loose(Animal::InexactBelieved) => Knowledge::Inexact(gap),
+            (None, _) => Knowledge::Exact,
         }
     }
 
@@ -289,6 +290,15 @@ impl Observer {
         self.submissions
     }
 
+    /// Whether a `used.idx` of zero is where this ring has got to, and not where another one begins: it stood there at the last look and had
+    /// completed something, or less than a ring before.
+    pub(crate) fn has_wrapped_to_zero(&self) -> bool {
+        match self.used_seen {
+            0 => self.completions > 0,
+            used => 0_u16.wrapping_sub(used) <= self.layout.size(),
+        }
+    }
+
     /// Requests seen completed since the start.
     #[must_use]
     pub fn completions(&self) -> u64 {
@@ -316,7 +326,9 @@ impl Observer {
         let submitted = avail.wrapping_sub(avail_from);
         let all_owed = submitted <= avail.wrapping_sub(used);
         let none_ahead = avail.wrapping_sub(used_from) <= self.layout.size();
-        (submitted > self.reach() && !all_owed) || (used.wrapping_sub(used_from) > self.reach() && !none_ahead)
+        let overtaken =
+            (submitted > self.reach() && !all_owed) || (used.wrapping_sub(used_from) > self.reach() && !none_ahead);
+        overtaken && !loose(Animal::OverrunIgnored)
     }
 
     /// Whether somebody who writes half a ring ahead may have overwritten a slot that was read. One that holds what cannot be is no proof
@@ -339,7 +351,7 @@ impl Observer {
         seen.submitted = avail.wrapping_sub(self.avail_seen);
         seen.completed = used.wrapping_sub(self.used_seen);
         seen.outstanding = avail.wrapping_sub(used);
-        let silent = now.since(self.observed_at) > SILENCE_MAX;
+        let silent = now.since(self.observed_at) > SILENCE_MAX && !loose(Animal::SilenceIgnored);
         self.observed_at = now;
         (self.times.from, self.times.to) = (self.times.to, now);
         if seen.outstanding > self.layout.size() {
@@ -699,7 +711,9 @@ impl Observer {
         }
         let mut heads: Vec<u16> =
             (0..self.layout.size()).filter(|head| self.balance[usize::from(*head)] == 1).collect();
-        heads.sort_unstable_by_key(|head| self.submission[usize::from(*head)]);
+        if !loose(Animal::SurvivorsByHead) {
+            heads.sort_unstable_by_key(|head| self.submission[usize::from(*head)]);
+        }
         Ok(heads)
     }
 

@@ -11,6 +11,7 @@ use warmswap_wire::{
     ConfigSpace, FdSlot, LogRegion, MemoryRegion, MemoryTable, Request, VirtioFeatures, VringAddr, VringState,
 };
 use warmswap_wire::{RINGS_MAX, VringFd};
+use warmswap_zoo::{Animal, loose};
 
 use crate::event::{Action, Actions};
 
@@ -210,7 +211,9 @@ impl Session {
 
     fn remove_region(&mut self, region: &MemoryRegion, out: &mut Actions) {
         if let Some(at) = self.find_region(region) {
-            out.push(Action::Close(self.memory.remove(at).1));
+            let (_, fd) = self.memory.remove(at);
+            let times = if loose(Animal::DoubleClose) { 2 } else { usize::from(!loose(Animal::DescriptorLeak)) };
+            (0..times).for_each(|_| out.push(Action::Close(fd)));
         }
     }
 

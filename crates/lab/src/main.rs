@@ -5,15 +5,18 @@
 mod bench;
 mod campaign;
 mod common;
+mod conform;
 mod crash;
 mod eval;
 mod fence;
 mod guest;
 mod rig;
 mod score;
+mod sim;
 mod train;
 mod vm;
 mod vus;
+mod zoo;
 
 use clap::{Parser, Subcommand};
 
@@ -34,12 +37,16 @@ enum Instrument {
     Rig(rig::Args),
     /// What a failover costs, and what being guarded costs.
     Bench(bench::Args),
+    /// The whole system simulated, one seed a run: real messages, rings and decisions, and every fault at every instant.
+    Sim(sim::Args),
     /// Our own backend alone, killed before every store it makes into shared memory, and what the next one makes of it.
     Crash(crash::Args),
     /// The main job in three minutes: faults that are foreseen, and what would have been.
     Demo(campaign::end_to_end::demo::Args),
     /// Fault campaigns: real backends driven into failure, and healthy ones, with labels and profiles.
     Campaign(campaign::Args),
+    /// Any vhost-user back-end, checked against what the specification asks for and a failover depends on.
+    Conform(conform::Args),
     /// The late write of a killed backend, and the fence that holds it off.
     Fence(fence::Args),
     /// How unusual each row of a series is: the detector of the failure model on any table.
@@ -50,6 +57,8 @@ enum Instrument {
     Eval(eval::Args),
     /// How well the scores of a detector agree with labels: VUS-PR.
     Vus(vus::Args),
+    /// Known-bad variants of our own code, and what catches each.
+    Zoo(zoo::Args),
 }
 
 fn main() -> std::process::ExitCode {
@@ -69,18 +78,26 @@ fn main() -> std::process::ExitCode {
     if std::env::args_os().nth(1).is_some_and(|verb| verb == campaign::end_to_end::TURN) {
         return campaign::end_to_end::turn(std::env::args_os().skip(2));
     }
+    // One known bug in the simulator, until a seed fails.
+    #[cfg(feature = "zoo")]
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == zoo::HUNT) {
+        return zoo::child(std::env::args_os().skip(2));
+    }
     let outcome = match Args::parse().instrument {
         Instrument::Vm(args) => vm::run(&args),
         Instrument::Rig(args) => rig::run(&args),
         Instrument::Bench(args) => bench::run(&args),
+        Instrument::Sim(args) => sim::run(&args),
         Instrument::Crash(args) => crash::run(&args),
         Instrument::Demo(args) => campaign::end_to_end::demo::run(&args),
         Instrument::Campaign(args) => campaign::run(&args),
+        Instrument::Conform(args) => conform::run(&args),
         Instrument::Fence(args) => fence::run(&args),
         Instrument::Score(args) => score::run(&args),
         Instrument::Train(args) => train::run(&args),
         Instrument::Eval(args) => eval::run(&args),
         Instrument::Vus(args) => vus::run(&args),
+        Instrument::Zoo(args) => zoo::run(&args),
     };
     match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,

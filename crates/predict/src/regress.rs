@@ -4,6 +4,8 @@
 //! forgetting: R. Kulhavý, Restricted exponential forgetting in real-time identification, Automatica 23(5), 1987): a guest that asks for one
 //! thing for hours does not unlearn what another load costs. In information form R <- R + (rho - (1 - rho)/zeta) x x', zeta = x'Px.
 
+use warmswap_zoo::{Animal, loose};
+
 /// Part of the old information that remains along a direction that is seen again.
 const FORGETTING: f32 = 0.999;
 /// Along what is excited less than this nothing is learnt.
@@ -69,7 +71,7 @@ impl<const IN: usize, const OUT: usize> Regression<IN, OUT> {
     pub fn excite(&mut self, context: &[f32; IN]) -> Option<Gain<IN>> {
         let direction: [f32; IN] = core::array::from_fn(|at| dot(&self.covariance[at], context));
         let zeta = dot(&direction, context);
-        if !zeta.is_finite() || zeta < EXCITED_MIN {
+        if (!zeta.is_finite() && !loose(Animal::NanInModel)) || zeta < EXCITED_MIN {
             return None;
         }
         let gain = direction.map(|part| part / (1.0 + zeta));
@@ -85,7 +87,7 @@ impl<const IN: usize, const OUT: usize> Regression<IN, OUT> {
 
     /// Learns an outcome of the context that gave `gain`: `error` is how far it was from what was expected, clipped by the caller.
     pub fn learn(&mut self, outcome: usize, error: f32, gain: &Gain<IN>) {
-        if error.is_finite() {
+        if error.is_finite() || loose(Animal::NanInModel) {
             self.weights[outcome].iter_mut().zip(gain.0).for_each(|(weight, part)| *weight += error * part);
         }
     }

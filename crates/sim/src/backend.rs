@@ -492,7 +492,7 @@ impl World<'_> {
 
     /// Ends stops that were waited for. True: the control path waits.
     fn finish_stops(&mut self, id: u64) -> bool {
-        let now = self.now;
+        let (now, drain_max) = (self.now, self.options.limits.drain_max);
         for index in 0..RINGS {
             let backend = self.backend(id);
             let class = backend.class;
@@ -501,8 +501,8 @@ impl World<'_> {
             let Some((code, since)) = ring.stopping else { continue };
             let idle = ring.taken.is_empty() && ring.done.is_empty() && ring.again.is_empty();
             let stored = self.mem.threads.borrow()[thread].queue.is_empty();
-            // SPDK gives up and answers all the same.
-            let bored = class == Class::Spdk && now.since(since) > Nanos::from_millis(4);
+            // SPDK gives up after three seconds and answers all the same: three times what a drain may take by default.
+            let bored = class == Class::Spdk && now.since(since).0 > 3 * drain_max.0;
             if !(bored || idle && stored) {
                 self.wake_control(id, now + Nanos::from_micros(5));
                 return true;

@@ -7,8 +7,8 @@
 use std::collections::VecDeque;
 
 use warmswap_core::{
-    Action, Actions, BackendId, Entry, Event as Happened, FenceLevel, Kind, LinkState, Nanos, Outcome, PRIVATE_ADDR,
-    Pair, PairConfig, PairState, PrivateEvents, Report, Value,
+    Action, Actions, BackendId, Entry, Event as Happened, FenceLevel, Kind, Nanos, Outcome, PRIVATE_ADDR, Pair,
+    PairConfig, PairState, PrivateEvents, Report, Value,
 };
 use warmswap_wire::{HEADER_SIZE, Header, Request, VringFd};
 
@@ -241,6 +241,7 @@ impl World<'_> {
 
     fn carry_out(&mut self, action: Action) {
         match action {
+            Action::OpenState { .. } => unreachable!("a block device is its rings and its image"),
             Action::SendVmm { bytes, fds } => {
                 let fds = self.objects(&fds);
                 let at = self.latency();
@@ -657,11 +658,6 @@ impl World<'_> {
         words
     }
 
-    /// Whether the shadow could take over now.
-    pub(crate) fn shadow_is_ready(&self) -> bool {
-        self.broker.pair.status(self.now).shadow.is_some_and(|it| it.state == LinkState::Ready)
-    }
-
     /// Everybody leaves: nothing may be left open, and what was flushed must be on the medium.
     pub(crate) fn end(&mut self) {
         self.broker.pair.end();
@@ -709,6 +705,7 @@ fn in_words(event: &Happened) -> String {
             format!("the operator wants a failover{}", if *now { " now" } else { "" })
         }
         Happened::FailurePredicted(foresight) => format!("alarm: {}", foresight.alarm.name()),
+        Happened::StateOpened { backend, .. } | Happened::StateMoved { backend, .. } => format!("state of {backend}"),
         Happened::Tick => "tick".to_owned(),
     }
 }

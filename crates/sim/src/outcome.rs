@@ -74,9 +74,9 @@ pub struct Stats {
 }
 
 impl Stats {
-    /// Adds the counts of another run.
+    /// Adds the counts of another run. In which order does not matter.
     pub fn add(&mut self, other: &Stats) {
-        self.trace_hash = self.trace_hash.rotate_left(5) ^ other.trace_hash;
+        self.trace_hash ^= other.trace_hash;
         self.steps += other.steps;
         self.elapsed = self.elapsed + other.elapsed;
         self.requests += other.requests;

@@ -55,8 +55,6 @@ pub(crate) enum Step {
     Unplug,
     /// Waits until no request lies in it.
     Unused,
-    /// Closes the connection.
-    HangUp,
     /// A message without the descriptor it needs.
     Bare(Request),
     /// A message nobody knows.
@@ -382,7 +380,6 @@ impl World<'_> {
                     self.vmm.script.push_front(Step::Memory);
                 }
             }
-            Step::HangUp => self.vmm_disconnects(0),
             Step::Unknown => {
                 let (mut bytes, flags) = (Vec::new(), HeaderFlags::NEED_REPLY);
                 warmswap_wire::Header { request: 77, flags, size: 0 }.encode(&mut bytes);

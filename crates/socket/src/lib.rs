@@ -18,6 +18,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 use warmswap_wire::{FDS_MAX, HEADER_SIZE, Header};
+use warmswap_zoo::{Animal, loose};
 
 /// Most bytes that may wait for a peer that does not read.
 const UNSENT_MAX: usize = 1 << 20;
@@ -106,6 +107,9 @@ impl Connection {
                 let Some(count) = self.read(&mut head[from..])? else { return Ok(None) };
                 self.head = head;
                 self.head_len += count;
+                if loose(Animal::PartialHeader) {
+                    break;
+                }
             }
             let header = Header::decode(&self.head)?;
             self.payload = vec![0; header.size as usize];
@@ -262,3 +266,6 @@ pub fn listen(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
     rustix::net::listen(&listener, backlog).map_err(named)?;
     Ok(listener)
 }
+
+#[cfg(test)]
+mod tests;

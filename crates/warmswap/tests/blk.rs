@@ -154,6 +154,32 @@ fn a_stop_names_where_the_ring_goes_on_and_a_start_there_does() {
 }
 
 #[test]
+fn a_stop_is_answered_when_everything_that_was_taken_is_completed() {
+    let scratch = Scratch::new("blk-drain");
+    let blk = Blk::start(&scratch, &["--engine", "uring", "--write-cache", "off"]);
+    let mut taken = 0;
+    for round in 0..60_u64 {
+        let mut vmm = Vmm::connect(&blk.socket);
+        let mut disk = vmm.boot();
+        disk.submit(1, 1, 0);
+        // Now and then the stop comes before the request is taken, and now and then behind its end.
+        std::thread::sleep(Duration::from_micros(5 * (round % 30)));
+        let stop = Request::GetVringBase(VringState { index: 0, value: 0 });
+        let Ok(Reply::VringState(state)) = vmm.ask(&stop, &[]) else { panic!("a base") };
+        let used = disk.used_idx();
+        assert_eq!(
+            state.value,
+            u32::from(used),
+            "round {round}: it goes on behind a request that it has not completed"
+        );
+        taken += used;
+        std::thread::sleep(Duration::from_millis(1));
+        assert_eq!(disk.used_idx(), used, "round {round}: a stopped ring is written to");
+    }
+    assert!(taken > 0, "no stop has met a request");
+}
+
+#[test]
 fn sockets_can_be_inherited_listening_or_connected() {
     let scratch = Scratch::new("blk-fd");
     let image = scratch.image();

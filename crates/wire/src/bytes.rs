@@ -1,5 +1,7 @@
 //! Reading and writing fields in the machine's byte order, as the specification asks.
 
+use warmswap_zoo::{Animal, loose};
+
 use crate::Error;
 
 /// A cursor over one payload.
@@ -16,7 +18,7 @@ impl<'a> Reader<'a> {
 
     /// Requires the payload to be exactly `expected` bytes long.
     pub(crate) fn exactly(request: &'static str, payload: &'a [u8], expected: usize) -> Result<Self, Error> {
-        if payload.len() == expected {
+        if payload.len() == expected || (payload.len() > expected && loose(Animal::LengthUnchecked)) {
             Ok(Reader::new(request, payload))
         } else {
             Err(Error::Length { request, expected, found: payload.len() })

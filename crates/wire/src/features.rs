@@ -1,5 +1,7 @@
 //! Virtio and vhost-user feature bits, and what of them may pass a broker, per device type.
 
+use warmswap_zoo::{Animal, loose};
+
 bitflags::bitflags! {
     /// Virtio feature bits that have a meaning below the device type (virtio 1.3 §6), plus vhost's own.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -174,6 +176,7 @@ impl DeviceType {
             | VirtioFeatures::PROTOCOL_FEATURES
             | VirtioFeatures::VERSION_1
             | VirtioFeatures::ORDER_PLATFORM;
+        let packed = if loose(Animal::PackedOffered) { VirtioFeatures::RING_PACKED.bits() } else { 0 };
         // Bits 0 to 23 and 50 to 63 belong to the device type.
         let device: u64 = match self {
             // virtio 1.3 §5.2.3: size_max, seg_max, geometry, ro, blk_size, flush, topology, config_wce, mq, discard,
@@ -190,7 +193,7 @@ impl DeviceType {
             DeviceType::Console => 0b111,
             DeviceType::Input => 0,
         };
-        transport.bits() | device
+        transport.bits() | device | packed
     }
 
     /// Protocol features that may be offered to the VMM, if both backends have them. RESET_DEVICE is not among them: a VMM without
@@ -216,5 +219,64 @@ impl DeviceType {
         let region = if tracked { ProtocolFeatures::INFLIGHT_SHMFD } else { ProtocolFeatures::empty() };
         let state = if self.carries_state() { ProtocolFeatures::DEVICE_STATE } else { ProtocolFeatures::empty() };
         self.protocol_features() | region | state
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What comes of each device, in the order of [`DeviceType::ALL`].
+    fn of_each<T>(of: impl Fn(DeviceType) -> T) -> Vec<T> {
+        DeviceType::ALL.iter().map(|device| of(*device)).collect()
+    }
+
+    #[test]
+    fn what_no_broker_could_hand_over_is_masked_for_every_device() {
+        use ProtocolFeatures as P;
+        let virtio = VirtioFeatures::RING_PACKED | VirtioFeatures::IN_ORDER | VirtioFeatures::ACCESS_PLATFORM;
+        let protocol = P::CRYPTO_SESSION
+            | P::PAGEFAULT
+            | P::BACKEND_SEND_FD
+            | P::HOST_NOTIFIER
+            | P::RESET_DEVICE
+            | P::INBAND_NOTIFICATIONS
+            | P::SHARED_OBJECT
+            | P::GET_VRING_BASE_INFLIGHT
+            | P::GPA_ADDRESSES
+            | P::SHMEM
+            | P::GET_VRING_BASE_SKIP_DRAIN;
+        for device in DeviceType::ALL {
+            assert_eq!(device.virtio_features() & virtio.bits(), 0, "{}", device.name());
+            assert_eq!(device.protocol_features() & protocol, P::empty(), "{}", device.name());
+            let tracked = device.link_features(true).contains(P::INFLIGHT_SHMFD);
+            assert_eq!(tracked, *device != DeviceType::Fs, "{}", device.name());
+            let state = if device.carries_state() { P::DEVICE_STATE } else { P::empty() };
+            assert_eq!(device.link_features(false), device.protocol_features() | state);
+            assert!(!device.protocol_features().contains(P::DEVICE_STATE), "it is the broker's, not the VMM's");
+        }
+    }
+
+    #[test]
+    fn every_device_has_its_bits() {
+        const TRANSPORT: u64 = 0x11_7d00_0000;
+        let bits = of_each(DeviceType::virtio_features);
+        assert_eq!(bits, [0xfe76, 0xf, 0xff_ffff, 0x1, 0, 0x7, 0].map(|device| device | TRANSPORT));
+        let bits = of_each(|device| device.protocol_features().bits());
+        assert_eq!(bits, [0x822b, 0x802b, 0x803f, 0x800b, 0x820b, 0x820b, 0x820b]);
+    }
+
+    #[test]
+    fn only_what_is_idempotent_is_replayed_and_only_requests_are_waited_for() {
+        let replayed = of_each(DeviceType::may_replay);
+        assert_eq!(replayed, [true, false, true, false, true, false, false]);
+        let carry = |ring| of_each(|device| device.carries_requests(ring));
+        assert_eq!(carry(0), [true, true, false, true, true, false, false]);
+        assert_eq!(carry(1), [true, false, true, true, true, true, true]);
+        assert_eq!(carry(2), [true, true, false, true, true, false, false]);
+        for device in DeviceType::ALL {
+            assert_eq!(DeviceType::from_name(device.name()), Some(*device));
+        }
+        assert_eq!(DeviceType::from_name("vsock"), None);
     }
 }

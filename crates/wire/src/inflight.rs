@@ -8,6 +8,8 @@
 
 mod track;
 
+use warmswap_zoo::{Animal, loose};
+
 pub use track::{RegionMemory, Start, Tracker};
 
 use crate::ring::SIZE_MAX;
@@ -90,12 +92,15 @@ pub fn read_split(bytes: &[u8], queue_size: u16, used_idx: u16) -> Result<Inflig
     }
     let region_used = u16_at(bytes, 14);
     let batch = used_idx.wrapping_sub(region_used);
+    let batch = if loose(Animal::BatchHalfRepaired) { batch.min(1) } else { batch };
     let repaired = last_batch(bytes, queue_size, u16_at(bytes, 12), batch)?;
     let mut marked: Vec<(u64, u16)> = (0..queue_size)
         .filter(|head| bytes[entry(*head)] == 1 && !repaired.contains(head))
         .map(|head| (u64_at(bytes, entry(head) + 8), head))
         .collect();
-    marked.sort_unstable();
+    if !loose(Animal::ResubmittedByHead) {
+        marked.sort_unstable();
+    }
     Ok(InflightRing { heads: marked.into_iter().map(|(_, head)| head).collect(), used_idx: region_used, repaired })
 }
 

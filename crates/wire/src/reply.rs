@@ -59,6 +59,14 @@ pub enum Reply {
     },
 }
 
+/// A part of the configuration space without what follows it: yc-libvhost-server answers with as many bytes as were asked for, and says in
+/// `size` how many of them it has.
+fn without_padding(payload: &[u8]) -> &[u8] {
+    const HEAD: usize = 12;
+    let size = payload.get(4..8).map(|size| u32::from_ne_bytes(size.try_into().expect("four bytes")) as usize);
+    size.and_then(|size| payload.get(..HEAD.saturating_add(size))).unwrap_or(payload)
+}
+
 impl Reply {
     /// Decodes the reply to the request called `name`, whose id is `request`.
     ///
@@ -91,7 +99,7 @@ impl Reply {
             ReplyKind::Config if payload.is_empty() => Ok(Reply::Config(None)),
             // rust-vmm's `vhost` says that it failed with a description of no bytes.
             ReplyKind::Config => {
-                let config = ConfigSpace::decode(name, payload)?;
+                let config = ConfigSpace::decode(name, without_padding(payload))?;
                 Ok(Reply::Config(Some(config).filter(|config| !config.bytes.is_empty())))
             }
             ReplyKind::Inflight => Ok(Reply::Inflight {
@@ -122,5 +130,27 @@ impl Reply {
             Reply::Inflight { fd, .. } | Reply::Fd { fd, .. } => fds.extend(fd),
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(size: u32, payload: usize) -> Result<Reply, Error> {
+        let header = Header { request: 24, flags: HeaderFlags::REPLY, size: 12 + payload as u32 };
+        let mut bytes = Vec::new();
+        [0, size, 0].iter().for_each(|word: &u32| bytes.put_u32(*word));
+        bytes.resize(12 + payload, 7);
+        Reply::decode(24, "GET_CONFIG", ReplyKind::Config, &header, &bytes, &[])
+    }
+
+    #[test]
+    fn configuration_that_is_padded_to_what_was_asked_for_is_what_its_size_says() {
+        let part = ConfigSpace { offset: 0, flags: 0, bytes: vec![7; 60] };
+        assert_eq!(config(60, 256), Ok(Reply::Config(Some(part))));
+        assert_eq!(config(0, 56), Ok(Reply::Config(None)));
+        config(60, 59).expect_err("a byte is missing");
+        config(u32::MAX, 256).expect_err("it does not say how many there are");
     }
 }

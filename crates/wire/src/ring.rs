@@ -1,5 +1,7 @@
 //! Layout of split virtqueues (virtio 1.3 §2.7): offsets and index arithmetic, no memory.
 
+use warmswap_zoo::{Animal, loose};
+
 /// `VIRTQ_USED_F_NO_NOTIFY`: the device does not want kicks.
 pub const USED_F_NO_NOTIFY: u16 = 1;
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`: the driver does not want interrupts.
@@ -138,6 +140,9 @@ pub const IDX: u64 = 2;
 /// Whether moving an index from `old` to `new` crosses `event` (virtio 1.3 §2.7.10, `vring_need_event`).
 #[must_use]
 pub fn crosses_event(event: u16, new: u16, old: u16) -> bool {
+    if loose(Animal::EventWithoutWrap) {
+        return (old..new).contains(&event);
+    }
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 

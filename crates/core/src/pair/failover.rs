@@ -1,6 +1,7 @@
 //! The phases of a failover.
 
 use warmswap_wire::ring::Layout;
+use warmswap_zoo::{Animal, loose};
 
 use super::vmm::Ticket;
 use super::{Pair, Step};
@@ -90,7 +91,7 @@ impl Pair {
         }
         failover.report.fence = FenceLevel::Reaped;
         failover.enter(Phase::Fencing, step.now);
-        let harmless = self.link(victim).is_some_and(|link| !link.touched);
+        let harmless = self.link(victim).is_some_and(|link| !link.touched) || loose(Animal::FenceSkipped);
         step.out.push(if harmless { Action::Retire { backend: victim } } else { Action::Fence { backend: victim } });
         if let Some(link) = self.link_mut(victim) {
             link.end(step.out);
@@ -201,7 +202,7 @@ impl Pair {
                 "the drained primary left completions out of order, which a drained ring cannot have".to_owned()
             );
         }
-        if !slots_hold(index, layout, used, &heads, step) {
+        if !slots_hold(index, layout, used, &heads, step) && !loose(Animal::ReplayFromUsed) {
             if self.config.survivors == Survivors::Refuse {
                 return Err(
                     "survivors would have to be written to the available ring, which is switched off".to_owned()
@@ -351,6 +352,9 @@ impl Pair {
                 self.drain_overdue(&note, step);
             }
             Phase::Transferring => self.poll_transfer(step),
+            Phase::Fencing if loose(Animal::FenceByTimeout) && failover.spent(step.now) > limits.answer_max => {
+                self.collect(step);
+            }
             Phase::Handing if failover.target.is_none() => self.hand_over(step),
             Phase::Isolating => self.poll_isolation(step),
             Phase::Confirming => self.confirm(step),
@@ -411,8 +415,7 @@ impl Pair {
         if !confirmed {
             failover.report.message = "the new primary answers, but has not completed anything yet".to_owned();
         }
-        step.out.push(Action::Retire { backend: failover.victim });
-        self.forget_backend(failover.victim, step.out);
+        self.retire_victim(failover.victim, step);
         self.primary = Some(target);
         self.shadow = None;
         self.restart_at = None;
@@ -430,6 +433,13 @@ impl Pair {
         } else {
             self.resume_vmm_stop(step);
         }
+    }
+
+    /// The victim has been stopped or fenced: nothing more comes from it.
+    fn retire_victim(&mut self, victim: BackendId, step: &mut Step<'_>) {
+        step.out.push(Action::Retire { backend: victim });
+        self.forget_backend(victim, step.out);
+        self.stop_waiting_for(victim, step);
     }
 
     fn close_after_failover(&mut self, step: &mut Step<'_>) {
@@ -453,8 +463,7 @@ impl Pair {
             self.rings[index as usize].halted = true;
         }
         self.halted = Some(reason.to_owned());
-        step.out.push(Action::Retire { backend: failover.victim });
-        self.forget_backend(failover.victim, step.out);
+        self.retire_victim(failover.victim, step);
         if self.primary == Some(failover.victim) {
             self.primary = None;
         }
@@ -473,8 +482,7 @@ impl Pair {
         failover.enter(Phase::Settled, step.now);
         failover.report.outcome = Outcome::Refused;
         failover.report.message = format!("not handed over: {why}");
-        step.out.push(Action::Retire { backend: failover.victim });
-        self.forget_backend(failover.victim, step.out);
+        self.retire_victim(failover.victim, step);
         if self.primary == Some(failover.victim) {
             self.primary = None;
         }
@@ -545,6 +553,6 @@ pub(super) fn place(index: u32, layout: Layout, used: u16, heads: &[u16], step: 
     let mut at = used;
     for head in heads {
         step.memory.set_avail_slot(index, layout.slot(at), *head);
-        at = at.wrapping_add(1);
+        at = if loose(Animal::PlacedWithoutWrap) { at.saturating_add(1) } else { at.wrapping_add(1) };
     }
 }

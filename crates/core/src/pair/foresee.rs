@@ -29,8 +29,7 @@ impl Pair {
         }
         let limits = self.config.limits;
         if self.config.on_prediction == OnPrediction::Act
-            && matches!(foresight.alarm, Alarm::Law(Law::InterruptIsTaken))
-            && let Some(why) = self.interrupt_lost(step)
+            && let Some(why) = self.nudge(foresight.alarm, step)
         {
             return self.withhold(&foresight, &why, step);
         }
@@ -71,14 +70,24 @@ impl Pair {
         self.act_on_prediction(step);
     }
 
-    /// Gives the guest its interrupts once more. One too many is nothing to a driver.
-    fn interrupt_lost(&mut self, step: &mut Step<'_>) -> Option<Withheld> {
-        let submitted = self.rings.iter().filter_map(|ring| ring.observer.as_ref()).map(Observer::submissions).sum();
-        let why = self.policy.interrupt_lost(submitted, step.now)?;
-        let served = self.served_rings();
-        let calls = served.iter().filter_map(|index| self.session.ring(*index)?.call);
-        calls.for_each(|call| step.out.push(Action::Signal(call)));
-        Some(why)
+    /// What was lost between driver and device is given once more: an interrupt or a kick too many is nothing to either. None: that is not
+    /// what the alarm is about, or it does not help.
+    fn nudge(&mut self, alarm: Alarm, step: &mut Step<'_>) -> Option<Withheld> {
+        let (why, interrupts) = match alarm {
+            Alarm::Law(Law::InterruptIsTaken) => {
+                let rings = self.rings.iter().filter_map(|ring| ring.observer.as_ref());
+                let submitted = rings.map(Observer::submissions).sum();
+                (self.policy.interrupt_lost(submitted, step.now), true)
+            }
+            Alarm::Law(Law::KickIsSeen) => (self.policy.kick_lost(step.now), false),
+            _ => return None,
+        };
+        for index in self.served_rings() {
+            let ring = self.session.ring(index);
+            let fd = ring.and_then(|ring| if interrupts { ring.call } else { ring.kick });
+            fd.into_iter().for_each(|fd| step.out.push(Action::Signal(fd)));
+        }
+        why
     }
 
     fn act_on_prediction(&mut self, step: &mut Step<'_>) {

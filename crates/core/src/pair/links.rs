@@ -3,6 +3,7 @@
 use warmswap_wire::{
     BackendRequest, FdSlot, Header, HeaderFlags, ProtocolFeatures, Reply, Request, VringFd, VringState,
 };
+use warmswap_zoo::{Animal, loose};
 
 use super::{Pair, Step};
 use crate::canary::CanaryState;
@@ -132,7 +133,7 @@ impl Pair {
         let device = self.config.device;
         // One that presents another device is refused below; it must not shrink what is offered.
         for (_, other) in offers[1..].iter().filter(|(_, other)| is_same_config(&other.config, &offers[0].1.config)) {
-            offer.features &= other.features;
+            offer.features &= if loose(Animal::FeaturesDiffer) { u64::MAX } else { other.features };
             offer.protocol &= other.protocol;
             offer.queues = offer.queues.min(other.queues);
             offer.mem_slots = offer.mem_slots.min(other.mem_slots);
@@ -194,13 +195,16 @@ impl Pair {
         }
         script.extend(self.session.log.map(|(region, fd)| Request::SetLogBase { region, fd: Some(fd) }));
         script.extend(self.session.log_fd.map(Request::SetLogFd));
-        script.extend(self.session.config_writes.iter().cloned().map(Request::SetConfig));
+        let written = self.session.config_writes.iter().filter(|_| !loose(Animal::WriteCacheForgotten));
+        script.extend(written.cloned().map(Request::SetConfig));
         script.extend(self.session.mtu.map(Request::NetSetMtu));
         for (index, ring) in (0_u32..).zip(&self.session.rings) {
             let fd = |fd| VringFd { index, fd: Some(fd) };
             script.extend(ring.size.map(|value| Request::SetVringNum(VringState { index, value })));
             script.extend(ring.call.map(|call| Request::SetVringCall(fd(call))));
             script.extend(ring.err.map(|err| Request::SetVringErr(fd(err))));
+            script.extend(ring.addr.filter(|_| loose(Animal::AddressEarly)).map(Request::SetVringAddr));
+            script.extend(ring.kick.filter(|_| loose(Animal::EarlyKick)).map(|kick| Request::SetVringKick(fd(kick))));
         }
         let now = step.now;
         let Some(link) = self.link_mut(backend) else { return };
@@ -318,6 +322,12 @@ impl Pair {
     fn lose_shadow_because(&mut self, backend: BackendId, reason: &str, early: bool, step: &mut Step<'_>) {
         step.out.push(Action::Retire { backend });
         self.forget_backend(backend, step.out);
+        if self.primary == Some(backend) && self.failover.is_none() {
+            // It was the shadow when it began to read, and has served nothing since: the role is free.
+            self.primary = None;
+            let entry = Entry::warning("PrimaryLost").with("backend", backend.0).with("reason", reason);
+            step.out.journal(entry.with("next", "another one takes its place"));
+        }
         if self.shadow != Some(backend) {
             return;
         }
@@ -533,7 +543,7 @@ impl Pair {
         }
         offer.config = config;
         step.out.journal(Entry::info("ConfigChanged").with("backend", backend.0));
-        if let Some(channel) = self.session.backend_req {
+        if let Some(channel) = self.session.backend_req.filter(|_| !loose(Animal::ConfigChangeSwallowed)) {
             notify_config_change(channel, step.out);
         }
         if let Some(shadow) = self.shadow.and_then(|id| self.link_mut(id)) {
@@ -579,7 +589,7 @@ fn difference(wanted: &Offer, other: &Offer) -> Option<String> {
         return Some(format!("it takes {} memory regions, {} were offered", other.mem_slots, wanted.mem_slots));
     }
     let missing = wanted.features & !other.features;
-    if missing != 0 {
+    if missing != 0 && !loose(Animal::FeaturesDiffer) {
         return Some(format!("features {missing:#x} were offered to the VMM and it lacks them"));
     }
     let missing = wanted.protocol & !other.protocol;
@@ -594,7 +604,7 @@ fn difference(wanted: &Offer, other: &Offer) -> Option<String> {
 fn is_same_config(one: &[u8], other: &[u8]) -> bool {
     let common = one.len().min(other.len());
     let (same, rest) = (one[..common] == other[..common], one[common..].iter().chain(&other[common..]));
-    same && rest.copied().all(|byte| byte == 0)
+    (same && rest.copied().all(|byte| byte == 0)) || loose(Animal::CapacityDiffers)
 }
 
 fn difference_of_config(wanted: &[u8], other: &[u8]) -> String {
@@ -612,6 +622,7 @@ const SILENT_HANGS: u64 = 10;
 
 /// When a backend that was asked for a sign of life is taken for hung. Completions are signs of life, for a while.
 fn silent_at(asked: Nanos, completed_at: Option<Nanos>, limits: &Limits) -> Nanos {
+    let completed_at = completed_at.filter(|_| !loose(Animal::BusyTakenForHung));
     let alive = completed_at.map_or(asked, |at| at.max(asked));
     let patience = Nanos(limits.hang.0.saturating_mul(SILENT_HANGS)).min(limits.stall).max(limits.hang);
     (alive + limits.hang).min(asked + patience)

@@ -1,6 +1,7 @@
 //! When rings are looked at, and what follows from what is seen.
 
 use warmswap_wire::ring::{Layout, USED_F_NO_NOTIFY};
+use warmswap_zoo::{Animal, loose};
 
 use super::{Pair, Step};
 use crate::drain::DrainState;
@@ -243,7 +244,7 @@ impl Pair {
         let patience = Nanos(self.config.limits.hang.0.saturating_mul(PUT_OFF)).min(self.config.limits.stall);
         let patient = step.now.since(since) < patience;
         // One that was never given a ring owes nothing.
-        let patient = patient && self.link(primary).is_some_and(|link| link.touched);
+        let patient = patient && self.link(primary).is_some_and(|link| link.touched) && !loose(Animal::HangKilledBlind);
         let reason = self.exactness_refusal().filter(|_| patient);
         let Some(reason) = self.state_is_at_stake().or(reason) else {
             self.put_off_since = None;

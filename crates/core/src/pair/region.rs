@@ -11,7 +11,7 @@ use super::{Pair, Step};
 use crate::canary;
 use crate::event::BackendId;
 use crate::journal::Entry;
-use crate::link::{Link, LinkState, Purpose, Region};
+use crate::link::{Link, LinkState, Purpose, Region, named};
 use crate::observer::Observer;
 use crate::policy::RegionUse;
 
@@ -126,7 +126,8 @@ impl Pair {
             return self.backend_lost(backend, "it offers in-flight tracking and makes no region", step);
         };
         let Some(link) = self.link_mut(backend) else { return };
-        link.canary_region = Region::Set { description: *region, fd: *fd };
+        let description = named(*region, 1, canary::RING_SIZE);
+        link.canary_region = Region::Set { description, fd: *fd };
         if link.state == LinkState::Warming {
             self.warmed(backend, step);
         }

@@ -2,13 +2,14 @@
 
 use warmswap_wire::ring::Layout;
 use warmswap_wire::{Request, VringFd, VringState};
+use warmswap_zoo::{Animal, loose};
 
 use super::{Pair, Step};
 use crate::drain::Drain;
 use crate::event::{Action, BackendId};
 use crate::failover::Phase;
 use crate::journal::Entry;
-use crate::link::{LinkState, Purpose};
+use crate::link::{Link, LinkState, Purpose};
 use crate::memory::RingPlace;
 use crate::meter::RingMeter;
 use crate::observer::{Knowledge, Observer};
@@ -83,6 +84,10 @@ impl Pair {
         let was_started = self.session.ring(index).is_some_and(|ring| ring.started);
         let had_call = self.session.ring(index).is_some_and(|ring| ring.call.is_some());
         self.session.record(request, step.out);
+        if let (true, Request::SetVringAddr(_)) = (loose(Animal::AddressEarly), request) {
+            let shadows = self.links.iter_mut().filter(|link| link.mirrors() && !link.touched);
+            shadows.for_each(|link| link.tell(request, step.out));
+        }
         let result = match request {
             Request::SetVringKick(_) if !was_started => self.start_ring(index, step),
             Request::SetVringKick(_) => {
@@ -102,7 +107,9 @@ impl Pair {
                 Ok(())
             }
             Request::SetVringCall(_) | Request::SetVringErr(_) => {
-                self.links.iter_mut().filter(|link| link.mirrors()).for_each(|link| link.tell(request, step.out));
+                let hears = |link: &Link| link.state == LinkState::Active || !loose(Animal::CallStale);
+                let links = self.links.iter_mut().filter(|link| link.mirrors() && hears(link));
+                links.for_each(|link| link.tell(request, step.out));
                 Ok(())
             }
             _ => {
@@ -143,6 +150,7 @@ impl Pair {
     /// again by that: a kick, or that the ring is enabled, is told to whoever gets the ring next.
     fn forward_ring_request(&mut self, index: u32, request: &Request, step: &mut Step<'_>) {
         let starts = matches!(request, Request::SetVringKick(_) | Request::SetVringEnable(_));
+        let starts = starts && !loose(Animal::RestartedWhileDrained);
         let takes = |ring: &RingState| ring.served && !(starts && ring.drain.is_some());
         if !self.rings.get(index as usize).is_some_and(takes) {
             return;
@@ -166,6 +174,9 @@ impl Pair {
         if value != 0 {
             let entry = Entry::warning("RingRefused").with("backend", backend.0);
             step.out.journal(entry.with("next", "what its rings do decides"));
+        }
+        if loose(Animal::KickBeforeEnableLost) || loose(Animal::KickLost) {
+            return;
         }
         for index in self.served_rings().into_iter().filter(|index| self.session.ring_enabled(*index)) {
             if let Some(kick) = self.session.ring(index).and_then(|ring| ring.kick) {
@@ -207,7 +218,10 @@ impl Pair {
         let asked = ring.base.unwrap_or(0) as u16;
         let pending = step.memory.avail_idx(index).wrapping_sub(start);
         let now = step.now;
-        let abandoned = self.ring_state(index).abandoned.take().filter(|_| pending > 0 && start != 0);
+        // A driver that sets its ring up anew begins at zero; one that goes on may stand there as well.
+        let goes_on = |it: &Observer| pending > 0 && (start != 0 || it.has_wrapped_to_zero());
+        let abandoned = self.ring_state(index).abandoned.take().filter(goes_on);
+        let abandoned = abandoned.filter(|_| !loose(Animal::AbandonedForgotten));
         let goes_on = abandoned.is_some();
         let observer = match abandoned {
             Some(observer) => self.resume_observer(index, observer, layout, step)?,
@@ -327,8 +341,8 @@ impl Pair {
             let last = at + 1 == rings.len();
             self.hand_ring(target, *index, if last { purpose } else { Purpose::Nobody }, step);
             let ring = self.session.ring_mut(*index);
-            signals.extend(ring.kick);
-            signals.extend(ring.call);
+            signals.extend(ring.kick.filter(|_| !loose(Animal::KickLost)));
+            signals.extend(ring.call.filter(|_| !loose(Animal::CallLost)));
             let now = step.now;
             let state = self.ring_state(*index);
             state.served = true;
@@ -348,14 +362,22 @@ impl Pair {
     fn hand_ring(&mut self, target: BackendId, index: u32, purpose: Purpose, step: &mut Step<'_>) {
         let own = self.ring_state(index).goes_on_at.take();
         let base = own.unwrap_or_else(|| step.memory.used_idx(index));
+        let base = if loose(Animal::ReplayFromAvail) { step.memory.avail_idx(index) } else { base };
         // A polling backend leaves NO_NOTIFY behind, any backend a position that may suppress kicks for thousands of requests.
-        step.memory.set_used_flags(index, 0);
-        if self.session.has_event_idx() {
+        if !loose(Animal::NoNotifyLeft) {
+            step.memory.set_used_flags(index, 0);
+        }
+        if self.session.has_event_idx() && !loose(Animal::EventIdxLeft) {
             let avail = step.memory.avail_idx(index);
             step.memory.set_avail_event(index, avail);
         }
-        let enabled = u32::from(self.session.ring_enabled(index));
-        let ring = self.session.ring_mut(index).clone();
+        let takes_over = self.failover.is_some();
+        let enabled = u32::from(self.session.ring_enabled(index) && !loose(Animal::EnableForgotten));
+        let mut ring = self.session.ring_mut(index).clone();
+        if loose(Animal::KicksSwapped) {
+            let neighbour = self.session.ring(index ^ 1).cloned().unwrap_or_default();
+            (ring.kick, ring.call) = (neighbour.kick.or(ring.kick), neighbour.call.or(ring.call));
+        }
         let Some(link) = self.link_mut(target) else { return };
         let fd = |fd| VringFd { index, fd };
         if !link.calls.contains(&index) {
@@ -364,7 +386,8 @@ impl Pair {
             link.tell(&Request::SetVringCall(fd(call)), step.out);
         }
         link.tell(&Request::SetVringBase(VringState { index, value: u32::from(base) }), step.out);
-        if let Some(addr) = ring.addr {
+        let told = loose(Animal::AddressEarly) && takes_over;
+        if let Some(addr) = ring.addr.filter(|_| !told) {
             link.tell(&Request::SetVringAddr(addr), step.out);
         }
         link.tell(&Request::SetVringKick(fd(ring.kick)), step.out);

@@ -18,6 +18,8 @@ mod start;
 mod stops;
 mod transfer;
 mod vmm;
+#[cfg(feature = "zoo")]
+mod zoo;
 
 use expect_test::Expect;
 

@@ -8,6 +8,7 @@ use warmswap_wire::{
     ConfigSpace, InflightDescription, MemoryRegion, ProtocolFeatures, Reply, Request, RequestCode, VirtioFeatures,
     VringState,
 };
+use warmswap_zoo::{Animal, loose};
 
 use super::{Pair, Step};
 use crate::event::{Action, BackendId};
@@ -297,10 +298,14 @@ impl Pair {
         // A VMM without acknowledgements takes the answer to its next question for one, and lets the guest use the memory.
         let waits =
             need_reply || matches!(code, RequestCode::SetMemTable | RequestCode::AddMemReg | RequestCode::RemMemReg);
+        let waits = if loose(Animal::MemoryAckedEarly) { need_reply } else { waits };
+        let primary_only = is_told_the_primary_alone(request);
         let mut waiting = Vec::new();
         // The size of a ring that a canary has borrowed is told when the canary gives it back.
         let borrowed = |link: &crate::link::Link| matches!(request, Request::SetVringNum(_)) && !link.is_free();
-        for link in self.links.iter_mut().filter(|link| link.mirrors() && !borrowed(link)) {
+        let primary = self.primary;
+        let hears = |link: &crate::link::Link| !primary_only || Some(link.id) == primary;
+        for link in self.links.iter_mut().filter(|link| link.mirrors() && !borrowed(link) && hears(link)) {
             let (adapted, then) = link.adapted(request);
             let request = adapted.as_ref().unwrap_or(request);
             if waits {
@@ -326,6 +331,7 @@ impl Pair {
     /// memory now, is lost. It is bounded all the same: a backend that stays silent is fenced.
     fn must_be_applied(&self, request: &Request) -> bool {
         match request {
+            _ if loose(Animal::LogAckedEarly) => false,
             Request::SetLogBase { .. } => true,
             Request::SetFeatures(_) => self.session.log.is_some(),
             _ => self.replaces_what_is_leaving(request),
@@ -540,6 +546,15 @@ impl Pair {
         let _cleared = step.memory.set_log(None);
         self.session.clear(step.out);
         self.recycle_backends(step);
+    }
+}
+
+/// Whether a change reaches the primary alone: never, but for the zoo.
+fn is_told_the_primary_alone(request: &Request) -> bool {
+    match request {
+        Request::SetMemTable(_) | Request::AddMemReg { .. } | Request::RemMemReg(_) => loose(Animal::MemoryStale),
+        Request::SetFeatures(_) | Request::SetLogBase { .. } => loose(Animal::LogOnOneLeg),
+        _ => false,
     }
 }
 

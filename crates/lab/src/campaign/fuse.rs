@@ -30,17 +30,17 @@ const NODE: u64 = 2;
 
 /// What the store does to requests. Shared by its threads and by whoever makes it worse.
 #[derive(Debug, Default)]
-pub(super) struct Faults {
+pub(crate) struct Faults {
     /// Reads and writes take so much longer, in nanoseconds.
-    pub(super) delay_ns: AtomicU64,
+    pub(crate) delay_ns: AtomicU64,
     /// Flushes take so much longer, in nanoseconds.
-    pub(super) flush_ns: AtomicU64,
+    pub(crate) flush_ns: AtomicU64,
     /// So many reads of a million come back short.
-    pub(super) short: AtomicU64,
+    pub(crate) short: AtomicU64,
     /// So many reads and writes of a million fail with EIO.
-    pub(super) errors: AtomicU64,
+    pub(crate) errors: AtomicU64,
     /// Nothing is answered.
-    pub(super) stopped: AtomicBool,
+    pub(crate) stopped: AtomicBool,
     ended: AtomicBool,
     turn: AtomicU64,
 }
@@ -66,7 +66,7 @@ impl Faults {
 
 /// The store. Unmounted on drop.
 #[derive(Debug)]
-pub(super) struct Store {
+pub(crate) struct Store {
     mount: PathBuf,
     faults: Arc<Faults>,
     threads: Vec<JoinHandle<()>>,
@@ -74,7 +74,7 @@ pub(super) struct Store {
 
 impl Store {
     /// Mounts a store at `mount`, an empty directory, whose file is `backing`.
-    pub(super) fn mount(backing: &Path, mount: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn mount(backing: &Path, mount: &Path) -> anyhow::Result<Self> {
         let file = File::options().read(true).write(true).open(backing)?;
         let device = File::options().read(true).write(true).open("/dev/fuse").context("/dev/fuse")?;
         let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_fd().as_raw_fd());
@@ -93,12 +93,12 @@ impl Store {
     }
 
     /// Its file.
-    pub(super) fn image(&self) -> PathBuf {
+    pub(crate) fn image(&self) -> PathBuf {
         self.mount.join(FILE)
     }
 
     /// What it does.
-    pub(super) fn faults(&self) -> Arc<Faults> {
+    pub(crate) fn faults(&self) -> Arc<Faults> {
         Arc::clone(&self.faults)
     }
 }

@@ -19,7 +19,7 @@ mod astray;
 mod demand;
 pub(crate) mod end_to_end;
 mod form;
-mod fuse;
+pub(crate) mod fuse;
 mod guest;
 mod harmless;
 mod hooks;

@@ -1,6 +1,6 @@
 //! Processes: children that die with us, and any process by a name that stays its own.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -16,6 +16,17 @@ pub(crate) fn die_with_parent(command: &mut Command) -> &mut Command {
 pub(crate) fn signal_with_parent(command: &mut Command, signal: Signal) -> &mut Command {
     // SAFETY: between fork and exec the closure makes one system call and touches no memory but its own.
     unsafe { command.pre_exec(move || Ok(rustix::process::set_parent_process_death_signal(Some(signal))?)) }
+}
+
+/// Has the child inherit a descriptor under the number it has here.
+pub(crate) fn inherit<'a>(command: &'a mut Command, fd: BorrowedFd<'_>) -> &'a mut Command {
+    let number = fd.as_raw_fd();
+    let keep = move || {
+        // SAFETY: the call takes numbers alone, and fails on one that is not open.
+        if unsafe { libc::fcntl(number, libc::F_SETFD, 0) } < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: between fork and exec the closure makes one system call and touches no memory but its own.
+    unsafe { command.pre_exec(keep) }
 }
 
 /// A process that cannot be mistaken for another, whatever happens to its number.

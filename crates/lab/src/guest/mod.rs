@@ -53,5 +53,6 @@ pub(crate) use clock::now_ns;
 pub(crate) use device::{Guest, Options};
 pub(crate) use map::Mapping;
 pub(crate) use memory::{GuestMemory, Window};
+pub(crate) use notify::EventFd;
 pub(crate) use stats::Latencies;
 pub(crate) use vring::VringFault;

@@ -9,6 +9,7 @@ use std::io;
 use std::process::{Child, Command, Stdio};
 
 use warmswap_core::{BackendId, FenceLevel, Nanos};
+use warmswap_zoo::{Animal, loose};
 
 use crate::process::Process;
 use crate::storage::{FenceBasis, Mark, Storage};
@@ -148,6 +149,7 @@ impl Fence {
             FenceBasis::Marks if std::env::var_os("WARMSWAP_LAB_TRUST_EXIT").is_some() => {
                 Ok((FenceLevel::Reaped, format!("{exit}; SABOTAGED: its storage descriptions were not looked at")))
             }
+            FenceBasis::Marks if loose(Animal::ExitTakenForQuiet) => Ok((FenceLevel::Reaped, exit)),
             FenceBasis::Marks => {
                 storage.is_closed().map_err(|missing| match &self.holder {
                     Some(holder) => format!("{missing}; {holder}"),

@@ -9,6 +9,8 @@
 //! marked, less the last batch if `used.idx` has gone on without `used_idx`. The marks of that batch may be stale; the list that
 //! starts at `last_batch_head` names it whole.
 
+use warmswap_zoo::{Animal, loose};
+
 use super::{ENTRY_BYTES, HEADER_BYTES, InflightRing, RegionError, read_split, u16_at, u64_at};
 
 /// Offsets in a ring's header.
@@ -80,7 +82,11 @@ impl<M: RegionMemory> Tracker<M> {
         tracker.last_batch_head = u16_at(&bytes, LAST_BATCH_HEAD_AT as usize);
         tracker.counter = ring.heads.last().map_or(1, |newest| counter_of(&bytes, *newest).wrapping_add(1));
         let in_flight = u16::try_from(ring.heads.len()).expect("at most as many as the ring has entries");
-        let next_available = used_idx.wrapping_add(in_flight);
+        let next_available = match in_flight {
+            0 if loose(Animal::BaseOverRegion) => base,
+            _ if loose(Animal::ResubmittedTwice) => used_idx,
+            _ => used_idx.wrapping_add(in_flight),
+        };
         let start = Start { recovered: true, resubmit: ring.heads, next_available, repaired: ring.repaired };
         Ok((tracker, start))
     }
@@ -90,7 +96,7 @@ impl<M: RegionMemory> Tracker<M> {
         (0..self.size).for_each(|head| self.memory.store_u8(entry(head), 0));
         self.memory.store_u16(DESC_NUM_AT, self.size);
         self.memory.store_u16(LAST_BATCH_HEAD_AT, 0);
-        self.memory.store_u16(USED_IDX_AT, used_idx);
+        self.memory.store_u16(USED_IDX_AT, if loose(Animal::RegionAtZero) { 0 } else { used_idx });
         self.memory.store_u16(VERSION_AT, VERSION);
     }
 
@@ -106,6 +112,9 @@ impl<M: RegionMemory> Tracker<M> {
     /// A request was taken from the available ring. Its head must be below the ring's size and not in flight.
     pub fn taken(&mut self, head: u16) {
         assert!(head < self.size, "heads are checked when they are taken");
+        if loose(Animal::MarkedBeforeCounted) {
+            self.memory.store_u8(entry(head), 1);
+        }
         self.memory.store_u64(entry(head) + 8, self.counter);
         self.counter = self.counter.wrapping_add(1);
         self.memory.store_u8(entry(head), 1);
@@ -119,8 +128,11 @@ impl<M: RegionMemory> Tracker<M> {
             self.last_batch_head = *head;
             self.memory.store_u16(LAST_BATCH_HEAD_AT, *head);
         }
+        if loose(Animal::ClearedBeforePublished) {
+            batch.iter().for_each(|head| self.memory.store_u8(entry(*head), 0));
+        }
         publish(used_idx);
-        for head in batch {
+        for head in batch.iter().filter(|_| !loose(Animal::MarksNeverCleared)) {
             self.memory.store_u8(entry(*head), 0);
         }
         self.memory.store_u16(USED_IDX_AT, used_idx);

@@ -313,3 +313,44 @@ fn the_size_of_a_ring_is_not_changed_in_the_middle_of_a_read() {
         "#]],
     );
 }
+
+#[test]
+fn one_that_became_primary_during_its_read_and_is_lost_leaves_the_role_to_another() {
+    check(
+        "
+            ~ready 1
+            ~wait 1ms
+            ~exit 2
+            ~up 3 no-canary
+            ~break 0 900
+            ~wait 1ms
+            ~exit 1
+            fenced 1
+            vmm SET_MEM_TABLE 0
+            status
+            ",
+        &expect![[r#"
+            > fenced 1
+                retire #1
+                close private-ring
+                * FailoverHalted kind="crash" cause="killed by signal 9" recovery="refused" fence="reaped" message="ring 0: avail.idx 900 is further ahead of used.idx 0 than the ring is long"
+                #3 is primary
+                start #4
+                #4 is shadow
+            > vmm SET_MEM_TABLE 0
+                retire #3
+                close #3.kick
+                close #3.call
+                close #3.probe
+                close private-ring
+                * PrimaryLost backend=3 reason="the VMM replaced its memory during a canary read" next="another one takes its place"
+                close mem0
+                vmm <- SET_MEM_TABLE ok
+                #4 is primary
+                start #5
+                #5 is shadow
+            > status
+                halted Halted; primary #4 starting, shadow #5 starting; recovery refused; ring 0 waiting violated inflight 0; halted: ring 0: avail.idx 900 is further ahead of used.idx 0 than the ring is long
+        "#]],
+    );
+}

@@ -355,9 +355,26 @@ fn a_lost_interrupt_is_given_again_and_only_a_guest_that_goes_on_has_its_backend
                 signal call0
                 * FailoverWithheld backend=1 alarm="law" why="guest-absent" reason="the guest takes no interrupts, given again or not" next="look at the guest: it has stopped, or hangs"
             > alarm 1 interrupt
+                signal call0
                 #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
                 signal #2.probe
         "#]],
+    );
+}
+
+#[test]
+fn a_lost_kick_is_given_again_and_only_a_backend_that_goes_on_losing_them_is_looked_into() {
+    check(
+        "~ready 1\n~wait 11000ms\n~submit 0 3\nalarm 1 kick\n~wait 300ms\nalarm 1 kick",
+        &expect![[r#"
+        > alarm 1 kick
+            signal kick0
+            * FailoverWithheld backend=1 alarm="law" why="kicked-again" reason="a kick seems to be lost: the backend is given it once more" next="nothing: if the next one is lost as well the shadow takes over"
+        > alarm 1 kick
+            signal kick0
+            #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
+            signal #2.probe
+    "#]],
     );
 }
 

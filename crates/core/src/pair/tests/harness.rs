@@ -21,7 +21,7 @@
 //! publish 0 3 4                   as `complete`, and its backend gets no further than that: it does not clear the marks in its region
 //! spoil 1 0 version 7             what its region says of ring 0 is damaged (also size, used, marks HEAD COUNTER, gone)
 //! failover · failover now         the operator asks for one
-//! alarm 1 harm                    the failure model has an alarm of backend 1 (also law, interrupt, full, store)
+//! alarm 1 harm                    the failure model has an alarm of backend 1 (also law, interrupt, kick, full, store)
 //! moved 1 4096 · moved 1 fails    that backend's state was received, or sent, whole, or was not
 //! unwhole 1                       it says of the next check of its state that it is not whole
 //! wait 25ms                       time passes, ticks come when they are due
@@ -316,6 +316,7 @@ impl Harness {
                 let alarm = match args[1] {
                     "law" => Alarm::Law(Law::RequestIsCompleted),
                     "interrupt" => Alarm::Law(Law::InterruptIsTaken),
+                    "kick" => Alarm::Law(Law::KickIsSeen),
                     "full" => Alarm::Exhaustion(Feature::DescriptorShare),
                     "store" => Alarm::Exhaustion(Feature::StoreShare),
                     _ => Alarm::Harm,
@@ -646,8 +647,9 @@ impl Harness {
             }
             Request::GetInflightFd(wanted) => {
                 let mmap_size = ring_bytes(wanted.queue_size) * u64::from(wanted.num_queues);
-                let queue_size = if backend.odd_region { 0 } else { wanted.queue_size };
-                let region = InflightDescription { mmap_size, queue_size, ..*wanted };
+                // Some do not say for what it is.
+                let said = if backend.odd_region { (0, 0) } else { (wanted.num_queues, wanted.queue_size) };
+                let region = InflightDescription { mmap_size, mmap_offset: 0, num_queues: said.0, queue_size: said.1 };
                 Some(Reply::Inflight { region, fd: None })
             }
             // Bit 8: no descriptor of its own.
@@ -850,7 +852,7 @@ impl Harness {
     fn carried(&mut self, id: u64, header: &Header, payload: &[u8]) -> Vec<FdSlot> {
         let kind = ReplyKind::Inflight;
         match Reply::decode(RequestCode::GetInflightFd as u32, "", kind, header, payload, &[]) {
-            Ok(Reply::Inflight { region, .. }) if region.num_queues > 0 => vec![self.make_region(id, &region)],
+            Ok(Reply::Inflight { region, .. }) if region.mmap_size > 0 => vec![self.make_region(id, &region)],
             _ => Vec::new(),
         }
     }

@@ -113,6 +113,8 @@ impl Harness {
         let reading = backend.reading;
         match request {
             Request::SetInflightFd { region, fd } => {
+                let what = region.num_queues > 0 && region.queue_size > 0;
+                assert!(what, "#{id} is given a region for no ring\n{}", self.shown());
                 let bytes = Rc::clone(&self.memory.in_flight[fd]);
                 let region = InForce { description: *region, bytes };
                 assert!(!reading, "#{id} is given another region in the middle of a canary read\n{}", self.shown());

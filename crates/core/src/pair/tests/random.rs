@@ -195,22 +195,28 @@ fn world_step(harness: &mut Harness, random: &mut Random) {
     }
 }
 
+/// A history in which the VMM and the driver keep the rules.
+pub(super) fn orderly_history(seed: u64) -> Harness {
+    let mut random = random(seed);
+    let mut harness = Harness::new(random_config(&mut random));
+    let mut vmm = Vmm { connected: false, running: [false; 2], stopping: None };
+    harness.quietly("start");
+    for _ in 0..300 {
+        if random.below(6) == 0 {
+            vmm.step(&mut harness, &mut random);
+        } else {
+            world_step(&mut harness, &mut random);
+        }
+    }
+    harness
+}
+
 #[test]
 fn nothing_is_lost_or_repeated_in_random_histories_of_a_vmm_that_keeps_the_rules() {
     let (mut handed, mut settled, mut believed, mut moved) = (0, 0, 0, 0);
     for seed in seeds(200) {
         println!("seed {seed}");
-        let mut random = random(seed);
-        let mut harness = Harness::new(random_config(&mut random));
-        let mut vmm = Vmm { connected: false, running: [false; 2], stopping: None };
-        harness.quietly("start");
-        for _ in 0..300 {
-            if random.below(6) == 0 {
-                vmm.step(&mut harness, &mut random);
-            } else {
-                world_step(&mut harness, &mut random);
-            }
-        }
+        let harness = orderly_history(seed);
         handed += harness.handed;
         settled += harness.journal.iter().filter(|event| **event == "FailoverSettled").count();
         believed += harness.journal.iter().filter(|event| **event == "RegionBelieved").count();
@@ -361,21 +367,26 @@ fn nonsense_step(harness: &mut Harness, vmm: &mut bool, random: &mut Random) {
     }
 }
 
+/// A history in which nobody keeps any rule.
+pub(super) fn nonsense_history(seed: u64) -> Harness {
+    let mut random = random(seed);
+    let config = random_config(&mut random);
+    let survivors = [Survivors::Place, Survivors::Refuse][random.below(2) as usize];
+    let mut harness = Harness::new(PairConfig { survivors, ..config });
+    harness.anything_goes = true;
+    let mut vmm = false;
+    harness.quietly("start");
+    for _ in 0..200 {
+        nonsense_step(&mut harness, &mut vmm, &mut random);
+    }
+    harness.wait(Nanos::from_millis(50));
+    harness
+}
+
 #[test]
 fn nonsense_from_everybody_never_breaks_an_invariant() {
     for seed in seeds(250) {
         println!("seed {seed}");
-        let mut random = random(seed);
-        let config = random_config(&mut random);
-        let survivors = [Survivors::Place, Survivors::Refuse][random.below(2) as usize];
-        let mut harness = Harness::new(PairConfig { survivors, ..config });
-        harness.anything_goes = true;
-        let mut vmm = false;
-        harness.quietly("start");
-        for _ in 0..200 {
-            nonsense_step(&mut harness, &mut vmm, &mut random);
-        }
-        harness.wait(Nanos::from_millis(50));
-        harness.finish();
+        nonsense_history(seed).finish();
     }
 }

@@ -5,7 +5,8 @@ use expect_test::expect;
 use super::harness::config;
 use super::{check, check_with};
 use crate::drain::DrainMethod;
-use crate::policy::PairConfig;
+use crate::policy::{Limits, PairConfig};
+use crate::time::Nanos;
 
 #[test]
 fn a_stop_is_answered_when_the_ring_is_proved_quiet() {
@@ -504,6 +505,113 @@ fn a_stop_is_never_answered_while_a_living_backend_may_still_serve_the_ring() {
                 start #3
                 #3 is shadow
                 watch kick0
+        "#]],
+    );
+}
+
+#[test]
+fn a_stop_that_is_answered_too_late_proves_nothing() {
+    let limits = Limits { drain_max: Nanos::from_millis(100), ..Limits::default() };
+    check_with(
+        PairConfig { drain: DrainMethod::Stop, limits, ..config() },
+        "
+        ~start
+        ~up 1 inflight
+        ~up 2 inflight
+        ~boot 1
+        ~submit 0 3
+        ~wait 1ms
+        ~mute 1
+        vmm gone
+        wait 150ms
+        unmute 1
+        ",
+        &expect![[r#"
+            > vmm gone
+                * VmmGone reason="the connection was closed"
+                #1 <- GET_VRING_BASE 0
+            > wait 150ms
+            > unmute 1
+                * DrainUnverified next="the primary is fenced and treated as crashed"
+                * FailoverStarted kind="crash" cause="it answered the stop of ring 0 only after 150ms" backend=1
+                fence #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+        "#]],
+    );
+}
+
+#[test]
+fn a_primary_that_was_drained_holds_up_no_change_it_has_not_acknowledged() {
+    check_with(
+        PairConfig { drain: DrainMethod::Stop, ..config() },
+        "
+        ~ready 1
+        ~mute 1
+        failover
+        vmm SET_MEM_TABLE 0
+        unmute 1
+        ",
+        &expect![[r#"
+            > failover
+                * FailoverStarted kind="planned" cause="operator: test" backend=1
+                #1 <- GET_VRING_BASE 0
+            > vmm SET_MEM_TABLE 0
+                close mem0
+                #1 <- SET_MEM_TABLE! mem0
+                #2 <- SET_MEM_TABLE! mem0
+            > unmute 1
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                vmm <- SET_MEM_TABLE ok
+                signal kick0
+                retire #1
+                close #1.kick
+                close #1.call
+                close #1.probe
+                * FailoverSettled kind="planned" cause="operator: test" recovery="drained" fence="stopped"
+                answer: settled drained
+                start #3
+                #3 is shadow
+        "#]],
+    );
+}
+
+#[test]
+fn a_ring_whose_index_stands_at_zero_after_a_full_turn_goes_on() {
+    check(
+        "
+        ~at 0 65535
+        ~ready 1
+        ~submit 0 3 4 5
+        ~wait 1ms
+        ~complete 0 4
+        ~wait 1ms
+        ~exit 1
+        ~vmm GET_VRING_BASE 0
+        wait 6ms
+        ~fenced 1
+        vmm SET_VRING_KICK 0
+        ring 0
+        ",
+        &expect![[r#"
+            > wait 6ms
+                * AnsweredFromRecord request="GET_VRING_BASE" reason="the backend that had the ring is not proved quiet yet; the ring is abandoned"
+                * RingStopped
+                vmm <- GET_VRING_BASE 0=0
+            > vmm SET_VRING_KICK 0
+                close kick0
+                * RingStarted size=8 pending=2 goes_on=true
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                vmm <- SET_VRING_KICK ok
+                signal kick0
+            > ring 0
+                avail 2 used 0 owed [3 5] flags 0 avail_event 65535
         "#]],
     );
 }
