@@ -26,7 +26,7 @@ enum Chore {
         #[arg(long)]
         backends: bool,
     },
-    /// Check everything: format, lints, tests, and short runs of the instruments with real processes. About seven minutes
+    /// Check everything: format, lints, tests, and short runs of the instruments with real processes. About ten minutes
     /// on two cores.
     Test,
     /// Show the main job: a disk under load whose backend fails in six ways, most of them foreseen. About three minutes, and two more to

@@ -20,7 +20,8 @@ pub(super) struct Demand {
 pub(super) enum Death {
     /// The other one takes over.
     Settles,
-    /// What the device is lies in the process that is dead: it stands still, and says why. The run ends there.
+    /// What the device is lies in the process that is dead: it stands still, and says why. The run ends there. One that hangs is left
+    /// alone, so there is nothing to be seen.
     Halts,
     /// The other one takes over if nothing was owed: requests must not be executed twice. Else it halts, and the run ends there.
     HaltsIfOwed,
@@ -43,9 +44,14 @@ impl Demand {
 
     /// The plan, so that what ends a run comes last.
     pub(super) fn plan(&self, mut plan: Plan) -> Plan {
+        let ends = |kind: Kind| match self.death {
+            Death::Settles => false,
+            Death::Halts => kind == Kind::Crash,
+            Death::HaltsIfOwed => kind != Kind::Planned,
+        };
         if self.death != Death::Settles {
             let planned = plan.steps.iter().filter(|step| step.kind == Kind::Planned).copied();
-            let last = plan.steps.iter().find(|step| step.kind != Kind::Planned).copied();
+            let last = plan.steps.iter().find(|step| ends(step.kind)).copied();
             plan.steps = planned.chain(last).collect::<Vec<Step>>();
         }
         plan
@@ -66,5 +72,8 @@ mod tests {
         let halting = Demand::of(Device::Fs).plan(plan.clone());
         assert_eq!(kinds_of(&halting), [Kind::Planned, Kind::Planned, Kind::Crash]);
         assert_eq!(Demand::of(Device::Net).plan(plan.clone()), plan);
+        let hangs = Plan::steady(&[Kind::Planned, Kind::Hang], Duration::from_secs(1), Duration::from_secs(1));
+        assert_eq!(kinds_of(&Demand::of(Device::Fs).plan(hangs.clone())), [Kind::Planned]);
+        assert_eq!(Demand::of(Device::Scsi).plan(hangs.clone()), hangs);
     }
 }
