@@ -70,13 +70,19 @@ impl Report {
 
     /// Whether nothing is wrong with the back-end, and it can be drained.
     pub(super) fn is_good(&self) -> bool {
-        let can_be_drained = self.passes(STOP).is_none() || self.drain().is_some();
+        let can_be_drained = !self.knows_drains() || self.drain().is_some();
         can_be_drained && self.findings.iter().all(|finding| finding.verdict.is_good())
     }
 
     fn passes(&self, id: &str) -> Option<bool> {
         let finding = self.findings.iter().find(|finding| finding.check.id == id)?;
         (finding.verdict != Verdict::NotApplicable).then_some(finding.verdict == Verdict::Pass)
+    }
+
+    /// Whether it was found out how the back-end is drained, or that it is not.
+    fn knows_drains(&self) -> bool {
+        let made = |id: &str| self.findings.iter().any(|finding| finding.check.id == id);
+        self.passes(STOP).is_some() && [STOP, DISABLE, PRIVATE_KICK].into_iter().all(made)
     }
 
     /// The gentlest way of draining that holds, by the words of `warmswap guard --drain`.
@@ -94,7 +100,7 @@ impl Report {
             .map(|(verdict, count)| format!("{count} {}", verdict.word()))
             .collect();
         let mut text = format!("{} checks: {}", self.findings.len(), counts.join(", "));
-        if self.passes(STOP).is_some() {
+        if self.knows_drains() {
             let drain = self.drain().unwrap_or("none of the three: it is fenced");
             text.push_str(&format!("\ndrained by: {drain}"));
         }

@@ -1,9 +1,12 @@
 //! How a ring is stopped: the base, and whether what was taken from the ring is over.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use warmswap_wire::{Request, VringState};
 
 use super::{Check, For, TAKEOVER};
 use crate::conform::job::Jobs;
+use crate::conform::link::Heard;
 use crate::conform::outcome::{Checked, Miss, expect, failed, lacks, passed};
 use crate::conform::ring::Ring;
 use crate::conform::stage::{Bench, QUIET, Stage};
@@ -38,6 +41,13 @@ pub(super) const CHECKS: &[Check] = &[
         clause: "Suspended device state: the device must not write to any guest memory regions; needed for takeover: used.idx equals the base",
         devices: For::Slow,
         run: stop_drains,
+    },
+    Check {
+        id: "stop-stalled",
+        name: "a stop is not claimed while a request is stuck for ten seconds",
+        clause: "Suspended device state: the device must not write to any guest memory regions; needed for takeover: used.idx equals the base",
+        devices: For::Slow,
+        run: stop_stalled,
     },
     Check {
         id: PRIVATE_KICK,
@@ -184,6 +194,38 @@ fn stop_drains(stage: &mut Stage<'_>) -> Checked {
     Ok(format!("{} of {HELD} were completed before", base.wrapping_sub(1)))
 }
 
+/// Some wait for a few seconds and then claim what is not so.
+fn stop_stalled(stage: &mut Stage<'_>) -> Checked {
+    const STUCK: Duration = Duration::from_secs(10);
+    let (bench, mut ring, jobs) = set_up(stage, 0)?;
+    bench.serve(&mut ring, &jobs, 0..1)?;
+    stage.subject.slow(STUCK);
+    bench.offer(&mut ring, &jobs, 1..2);
+    ring.kick.signal();
+    std::thread::sleep(SLOW);
+    stage.subject.slow(Duration::ZERO);
+    if ring.used_idx() != 1 {
+        return lacks("no request is held back by a slow image");
+    }
+    let request = Request::GetVringBase(VringState { index: ring.index, value: 0 });
+    bench.link.send(&request, &[], false)?;
+    let began = Instant::now();
+    match bench.link.hear_within(STUCK * 2)? {
+        Heard::Message { payload, .. } => {
+            let (after, used) = (began.elapsed().as_secs_f64(), ring.used_idx());
+            let base = payload.get(4..6).map_or(0, |it| u16::from_ne_bytes([it[0], it[1]]));
+            let later = !ring.reaches(2, STUCK) || used == 2;
+            expect(used == 2 && base == 2, || {
+                let end = if later { "it is never completed" } else { "it is completed later" };
+                format!("after {after:.1} s the base is {base}, used.idx {used} with a request in flight; {end}")
+            })?;
+            Ok(format!("it is answered after {after:.1} s"))
+        }
+        Heard::Closed => Err(Miss::Closed("instead of an answer to GET_VRING_BASE".to_owned())),
+        Heard::Silence => Err(Miss::Timeout("GET_VRING_BASE is not answered when the request is done".to_owned())),
+    }
+}
+
 /// Lets a ring that gets no new work come to rest, stops it and starts it again.
 fn drains(
     stage: &mut Stage<'_>,
@@ -229,7 +271,7 @@ fn disable_drains(stage: &mut Stage<'_>) -> Checked {
 
 fn answers_loaded(stage: &mut Stage<'_>) -> Checked {
     let (bench, ring, _) = loaded(stage)?;
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     bench.settle()?;
     let took = began.elapsed();
     let left = HELD - ring.used_idx().wrapping_sub(1).min(HELD);
