@@ -14,6 +14,8 @@ const EXCITED_MIN: f32 = 1e-6;
 const KNOWN_START: f32 = 1.0;
 /// Greatest trace of the covariance, per dimension.
 const TRACE_MAX: f32 = 2.0 * KNOWN_START;
+/// Weights beyond this are none: what is expected with them, and how far it was off, have to be numbers.
+pub(crate) const WEIGHT_MAX: f32 = 1e15;
 
 /// `OUT` outcomes as linear functions of `IN` terms of context, of which one is to be the constant 1.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,12 +49,11 @@ impl<const IN: usize, const OUT: usize> Regression<IN, OUT> {
         (&self.covariance, &self.weights)
     }
 
-    /// Of its covariance and its weights. None if these cannot be: a number is none, or a variance is not positive.
+    /// Of its covariance and its weights. None if these cannot be: a number is none or beyond all, or a variance is not positive.
     #[must_use]
     pub fn from_parts(covariance: [[f32; IN]; IN], weights: [[f32; IN]; OUT]) -> Option<Self> {
-        let numbers = covariance.iter().flatten().chain(weights.iter().flatten()).all(|value| value.is_finite());
-        let known = (0..IN).all(|at| covariance[at][at] > 0.0);
-        (numbers && known).then_some(Regression { covariance, weights })
+        let weighs = weights.iter().flatten().all(|weight| weight.abs() <= WEIGHT_MAX);
+        (weighs && is_covariance(&covariance)).then_some(Regression { covariance, weights })
     }
 
     /// Keeps a weight within bounds.
@@ -88,20 +89,29 @@ impl<const IN: usize, const OUT: usize> Regression<IN, OUT> {
     /// Learns an outcome of the context that gave `gain`: `error` is how far it was from what was expected, clipped by the caller.
     pub fn learn(&mut self, outcome: usize, error: f32, gain: &Gain<IN>) {
         if error.is_finite() || loose(Animal::NanInModel) {
-            self.weights[outcome].iter_mut().zip(gain.0).for_each(|(weight, part)| *weight += error * part);
+            let learns = |(weight, part): (&mut f32, f32)| {
+                *weight = (*weight + error * part).clamp(-WEIGHT_MAX, WEIGHT_MAX);
+            };
+            self.weights[outcome].iter_mut().zip(gain.0).for_each(learns);
         }
     }
 
     /// What is not excited for long would be forgotten without bound, by rounding alone.
     fn bound(&mut self) {
         let trace: f32 = (0..IN).map(|at| self.covariance[at][at]).sum();
-        if !trace.is_finite() || (0..IN).any(|at| self.covariance[at][at] <= 0.0) {
+        if !is_covariance(&self.covariance) {
             self.covariance = Self::default().covariance;
         } else if trace > TRACE_MAX * IN as f32 {
             let down = TRACE_MAX * IN as f32 / trace;
             self.covariance.iter_mut().flatten().for_each(|cell| *cell *= down);
         }
     }
+}
+
+/// Every variance is positive, and no cell is beyond what a trace within bounds allows for, with room for one step and rounding.
+fn is_covariance<const N: usize>(cells: &[[f32; N]; N]) -> bool {
+    let most = 4.0 * TRACE_MAX * N as f32;
+    (0..N).all(|at| cells[at][at] > 0.0) && cells.iter().flatten().all(|cell| cell.abs() <= most)
 }
 
 fn dot<const N: usize>(one: &[f32; N], other: &[f32; N]) -> f32 {

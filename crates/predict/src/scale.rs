@@ -8,6 +8,10 @@
 const CLIP: f32 = 3.0;
 /// Beyond so many values f32 cannot count one more.
 const COUNT_MAX: f32 = 1e6;
+/// Values beyond this are none: the squares of what lies between two of them have to be numbers.
+const VALUE_MAX: f32 = 1e15;
+/// Variances of values within that, with room for rounding.
+const VARIANCE_MAX: f32 = 8.0 * VALUE_MAX * VALUE_MAX;
 /// Scores beyond this count as this: their sixth powers have to be numbers.
 pub const Z_MAX: f32 = 1e5;
 
@@ -54,7 +58,7 @@ impl Scale {
     /// Learns a value, which weighs as one of `memory`, or as one of all there were if that is infinite. Before anything was learnt it
     /// should be.
     pub fn learn(&mut self, value: f32, memory: f32, floor: f32) {
-        if !value.is_finite() {
+        if value.is_nan() || value.abs() > VALUE_MAX {
             return;
         }
         self.count = (self.count + 1.0).min(memory.max(1.0)).min(COUNT_MAX);
@@ -78,7 +82,8 @@ impl Scale {
     /// Of its three numbers; what cannot be is nothing learnt.
     #[must_use]
     pub fn from_parts([mean, variance, count]: [f32; 3]) -> Self {
-        if mean.is_finite() && variance.is_finite() && variance >= 0.0 && count.is_finite() && count >= 0.0 {
+        let is_mean = mean.abs() <= 2.0 * VALUE_MAX;
+        if is_mean && (0.0..=VARIANCE_MAX).contains(&variance) && (0.0..=COUNT_MAX).contains(&count) {
             Scale { mean, variance, count }
         } else {
             Scale::default()

@@ -9,6 +9,7 @@ use crate::hazard::{BINS, HORIZON_COUNT, Hazard};
 use crate::inputs::{INPUT_COUNT, INPUTS, Input};
 use crate::outcomes::{CONTEXT_COUNT, DEPTH, Kind, MISSES, OUTCOME_COUNT, OUTCOMES};
 use crate::record::SCHEMA_VERSION;
+use crate::regress::WEIGHT_MAX;
 use crate::schema::Unit;
 
 /// First bytes of the file.
@@ -203,7 +204,7 @@ impl Trained {
     fn is_valid(&self) -> bool {
         self.hazard.is_monotone()
             && self.floors.iter().all(|floor| floor.is_finite() && *floor > 0.0)
-            && self.weights.iter().flatten().all(|weight| weight.is_finite())
+            && self.weights.iter().flatten().all(|weight| weight.abs() <= WEIGHT_MAX)
             && self.tolerances.iter().all(|borne| (0.0..1.0).contains(borne))
     }
 
