@@ -132,7 +132,7 @@ impl LogRegion {
 pub struct ConfigSpace {
     /// First byte.
     pub offset: u32,
-    /// Zero, 1 = write, 2 = migration (`VHOST_SET_CONFIG_TYPE_*`).
+    /// Of SET_CONFIG: 0 = a write of the guest, 1 = a migration (specification, QEMU); rust-vmm's `vhost` says 1 and 2.
     pub flags: u32,
     /// The bytes. In a request for reading they only carry the length.
     pub bytes: Vec<u8>,
