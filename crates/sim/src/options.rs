@@ -83,8 +83,8 @@ pub enum Keeping {
     NoOrder,
 }
 
-/// Something a backend, a fence or a disk does on purpose that warmswap cannot survive: shows that the checks notice. Never drawn
-/// from a seed.
+/// Something a backend, a fence or a disk does on purpose that warmswap cannot survive, one excepted: shows that the checks notice. Never
+/// drawn from a seed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sabotage {
     /// Nothing.
@@ -95,7 +95,7 @@ pub enum Sabotage {
     LosesWrite,
     /// A flush is acknowledged and not made.
     LosesFlush,
-    /// A request is taken and never completed.
+    /// A request is taken and never completed. Another backend carries it out.
     LosesRequest,
     /// A completion's interrupt is left out now and then.
     LosesCall,
