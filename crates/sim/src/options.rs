@@ -255,7 +255,7 @@ impl Options {
     /// The options of a seed.
     #[must_use]
     pub fn from_seed(seed: u64) -> Options {
-        let random = &mut Random::new(seed ^ 0x6f70_7469_6f6e_73);
+        let random = &mut Random::new(seed ^ 0x006f_7074_696f_6e73);
         let ring_size = 2_u16 << random.below(8);
         let vmm = random.pick(&[
             VmmRule::Qemu,
