@@ -286,7 +286,7 @@ impl Options {
         let trusted = keeping == Keeping::Correct && primary.may_keep_region() && shadow.may_keep_region();
         let depth = random.between(1, u64::from(ring_size).min(32)) as u16;
         let service = random.span(Nanos::from_micros(3), Nanos::from_micros(400));
-        let pause = random.span(Nanos::from_micros(5), Nanos::from_micros(1_000));
+        let pause = random.span(Nanos::from_micros(12), Nanos::from_micros(1_500));
         Options {
             rings: random.between(1, 3) as u16,
             ring_size,
@@ -325,7 +325,7 @@ impl Options {
             on_prediction: if random.percent(90) { OnPrediction::Act } else { OnPrediction::Observe },
             limits: limits(random),
             faults: faults(random),
-            fault_every: random.span(Nanos::from_millis(1), Nanos::from_millis(12)),
+            fault_every: random.span(Nanos::from_micros(400), Nanos::from_millis(4)),
             safety: Nanos::from_millis(random.between(10, 60)),
             liveness: Nanos::from_millis(4_000),
             sabotage: Sabotage::None,
