@@ -44,6 +44,10 @@ const fn wire(name: &'static str) -> Checker {
 const EVERY_DEATH: Checker =
     wire("inflight::track::tests::a_death_after_any_store_of_any_short_history_loses_and_repeats_nothing");
 
+/// What is written when rings are handed over, and once they are known to be enabled.
+const EVERY_SIGNAL: Checker =
+    core("pair::tests::failovers::every_ring_is_kicked_and_called_and_kicked_again_once_it_is_known_to_be_enabled");
+
 /// The checker that is to catch an animal if the simulator does not.
 pub(super) fn named(animal: Animal) -> Option<Checker> {
     CHECKERS.iter().find(|(known, _)| *known == animal).map(|(_, checker)| *checker)
@@ -56,6 +60,55 @@ pub(super) fn is_beyond_the_simulator(animal: Animal) -> bool {
 
 /// At least one for each that the simulator may miss.
 const CHECKERS: &[(Animal, Checker)] = &[
+    (
+        Animal::ClaimByIndexAlone,
+        core(
+            "pair::tests::failovers::a_base_that_is_the_used_index_by_chance_is_not_believed_while_something_older_is_owed",
+        ),
+    ),
+    (Animal::LateStopBelieved, core("pair::tests::stops::a_stop_that_is_answered_too_late_proves_nothing")),
+    (
+        Animal::FullTurnForgotten,
+        core("pair::tests::stops::a_ring_whose_index_stands_at_zero_after_a_full_turn_goes_on"),
+    ),
+    (
+        Animal::WrittenAheadIgnored,
+        core("observer::tests::what_is_written_ahead_of_the_index_leaves_no_wrong_exact_set"),
+    ),
+    (Animal::KickLost, EVERY_SIGNAL),
+    (Animal::KickBeforeEnableLost, EVERY_SIGNAL),
+    (Animal::CallLost, EVERY_SIGNAL),
+    (
+        Animal::FirstCallLost,
+        core("pair::tests::start::a_call_that_comes_after_the_kick_is_written_once_the_backend_has_it"),
+    ),
+    (
+        Animal::EventIdxLeft,
+        core("pair::tests::failovers::a_position_the_dead_backend_left_behind_is_moved_to_what_is_submitted_next"),
+    ),
+    (
+        Animal::WarmingMissesChanges,
+        core("pair::tests::start::a_ready_shadow_takes_the_place_of_a_primary_that_has_not_served_yet"),
+    ),
+    (
+        Animal::OldMemoryUsed,
+        core("pair::tests::vmm::other_memory_at_the_same_place_waits_for_whoever_may_still_have_the_old_one"),
+    ),
+    (
+        Animal::NobodySuspected,
+        core(
+            "pair::tests::isolation::whoever_dies_after_the_one_an_operator_had_killed_speaks_against_what_was_in_flight",
+        ),
+    ),
+    (
+        Animal::RoleKept,
+        core("pair::tests::canaries::one_that_became_primary_during_its_read_and_is_lost_leaves_the_role_to_another"),
+    ),
+    (
+        Animal::RegionSwappedInCanary,
+        core("pair::tests::regions::a_ring_that_starts_during_a_canary_read_does_not_take_its_region_away"),
+    ),
+    (Animal::RegionNotRenewed, core("pair::tests::regions::a_ring_of_another_driver_has_a_fresh_region")),
     (Animal::StopTakenForDrain, core("pair::tests::failovers::a_stop_that_is_not_verified_is_a_crash")),
     (
         Animal::StopAnsweredWhileServed,
