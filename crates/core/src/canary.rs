@@ -163,7 +163,7 @@ pub(crate) fn status(memory: &dyn GuestMemory, private: FdSlot, number: u64) -> 
 }
 
 /// What a backend writes when it completes the reads: for the models of backends in tests.
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn complete(memory: &mut dyn GuestMemory, private: FdSlot, result: u8) {
     let reads = memory.read_region(private, AVAILABLE + 2, 2).expect("it is there");
     memory.write_private(private, STATUS, &[result; READS_FIRST as usize]);
@@ -171,7 +171,7 @@ pub(crate) fn complete(memory: &mut dyn GuestMemory, private: FdSlot, result: u8
 }
 
 /// Whether everything that was asked for is completed: for the models of backends in tests.
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn is_complete(memory: &dyn GuestMemory, private: FdSlot) -> bool {
     memory.read_region(private, AVAILABLE + 2, 2) == memory.read_region(private, USED + 2, 2)
 }

@@ -22,12 +22,14 @@ mod pair;
 mod policy;
 mod probe;
 mod session;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 mod testing;
 mod time;
 
 pub use drain::DrainMethod;
 pub use event::{Action, Actions, BackendId, CommandId, Event, FenceLevel, PrivateEvents, StateDirection};
+#[cfg(any(test, feature = "fuzzing"))]
+pub use pair::run as fuzz_pair;
 pub use failover::{Kind, Outcome, Phase, Recovery, Report};
 pub use foresight::{Foresight, PolicyStatus, Withheld};
 pub use journal::{Entry, Severity, Value};

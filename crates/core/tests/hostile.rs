@@ -2,10 +2,53 @@
 
 #[path = "../../../fuzz/src/observer.rs"]
 mod observer;
+#[path = "../../../fuzz/src/seeds.rs"]
+mod seeds;
 #[path = "../../../fuzz/src/session.rs"]
 mod session;
 
 use proptest::prelude::*;
+use warmswap_core::{Ring, Session};
+use warmswap_wire::{ConfigSpace, FdSlot, LogRegion, MemoryRegion, VringAddr};
+
+#[test]
+fn the_seeds_of_session_are_those_of_our_encoder() {
+    let fd = Some(FdSlot(1));
+    let region = MemoryRegion { guest_addr: 4096, size: 8192, user_addr: 1 << 40, mmap_offset: 0 };
+    let addr = VringAddr { index: 0, flags: 0, descriptor: 4096, used: 8192, available: 6144, log: 0 };
+    let ring = Ring {
+        size: Some(8),
+        addr: Some(addr),
+        base: Some(7),
+        kick: fd,
+        call: fd,
+        err: None,
+        enabled: Some(true),
+        started: true,
+    };
+    let whole = Session {
+        features: Some(1 << 30),
+        protocol_features: Some(3),
+        memory: vec![(region, FdSlot(2))],
+        memory_set: true,
+        log: Some((LogRegion { size: 4096, offset: 0 }, FdSlot(3))),
+        log_fd: fd,
+        backend_req: fd,
+        config_writes: vec![ConfigSpace { offset: 32, flags: 0, bytes: vec![1] }],
+        mtu: Some(1500),
+        rings: vec![ring, Ring::default()],
+    };
+    let made = [("whole", whole.encode()), ("empty", Session::default().encode())];
+    seeds::check("session", &made, session::run);
+}
+
+#[test]
+fn the_seeds_of_observer_are_rings_that_move() {
+    // Size and start; then by looks: time, used.idx, avail.idx, slots, and both indices again.
+    let words = |words: &[u16]| [&[2, 0, 0][..], &words.iter().flat_map(|it| it.to_le_bytes()).collect::<Vec<_>>()].concat();
+    let one = [1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 1, 0, 1, 1];
+    seeds::check("observer", &[("one", words(&one)), ("many", words(&one.repeat(4)))], observer::run);
+}
 
 /// Bytes that start like a session, for random ones never would.
 fn nearly_a_session() -> impl Strategy<Value = Vec<u8>> {

@@ -1,5 +1,10 @@
 //! Files that are no pages, or nearly. A reader refuses them with a sentence, and never panics.
 
+#[path = "../../../fuzz/src/seeds.rs"]
+mod seeds;
+#[path = "../../../fuzz/src/telemetry.rs"]
+mod telemetry;
+
 use std::os::fd::{AsFd, OwnedFd};
 
 use proptest::prelude::*;
@@ -143,8 +148,34 @@ fn exercise(bytes: &[u8]) -> Option<u16> {
     Some(queues)
 }
 
+#[test]
+fn the_seeds_of_telemetry_are_words_of_a_page() {
+    // The file, where, and the words.
+    let laid = |what: u8, at: u16, words: &[u64]| {
+        let words: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        [&[what][..], &at.to_le_bytes(), &words].concat()
+    };
+    let header = good(1)[..HEADER_BYTES].to_vec();
+    let made = [
+        ("header", [&[8, 0, 0][..], &header].concat()),
+        ("queues", laid(0, 24, &[3])),
+        ("odd", laid(0, HEADER_BYTES as u16, &[5, 6])),
+        ("counts", laid(0, HEADER_BYTES as u16 + 128, &[u64::MAX; 20])),
+        ("short", laid(5, 0, &[])),
+    ];
+    seeds::check("telemetry", &made, telemetry::run);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn words_laid_over_a_page_are_read_as_the_table_says(
+        what in 0..16_u8, at in 0..2_000_u16, words in proptest::collection::vec(any_word(), 0..6)
+    ) {
+        let words: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        telemetry::run(&[&[what][..], &(8 * at).to_le_bytes(), &words].concat());
+    }
 
     #[test]
     fn random_files_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..9_000)) {

@@ -342,3 +342,73 @@ fn a_request_that_wakes_a_ring_is_timed_from_its_kick() {
     assert_eq!((long.count(), woken.collect::<Vec<_>>()), (0, vec![Nanos::from_micros(155)]));
     assert_eq!(observer.oldest_age(), Some(Nanos(0)), "its head is in flight again, since this look");
 }
+
+/// A driver that uses every head and a device that completes in the other order, from every index there is.
+#[test]
+fn from_every_start_the_indices_run_over_their_end_and_the_set_stays_exact() {
+    for size in [1_u16, 2, 4] {
+        for start in 0..=u16::MAX {
+            let mut memory = memory_with(PlainRing::new(size, start));
+            let mut observer = Observer::new(Layout::new(size).expect("a power of two"), start, Nanos(0));
+            let mut look = 0;
+            let mut survivors = |memory: &mut PlainMemory| {
+                look += 1;
+                observer.observe(Nanos::from_micros(look), 0, memory);
+                observer.survivors().unwrap_or_else(|known| panic!("ring of {size} from {start}: {known:?}"))
+            };
+            let heads: Vec<u16> = (0..size).rev().collect();
+            for turn in 0..2 {
+                heads.iter().for_each(|head| memory.ring(0).submit(*head));
+                assert_eq!(survivors(&mut memory), heads, "ring of {size} from {start}, turn {turn}");
+                for owed in (0..heads.len()).rev() {
+                    memory.ring(0).complete(heads[owed]);
+                    assert_eq!(survivors(&mut memory), heads[..owed], "ring of {size} from {start}, turn {turn}");
+                }
+            }
+        }
+    }
+}
+
+/// Every history of so many steps (submit, complete the oldest, complete the newest, look) across the end of the indices: what is called exact
+/// is right.
+#[test]
+fn every_short_history_across_the_end_of_the_indices_leaves_no_wrong_exact_set() {
+    const STEPS: u32 = 9;
+    let (mut exact, mut inexact) = (0, 0);
+    for (size, start) in [(1_u16, 65_535_u16), (2, 65_534), (2, 65_533), (4, 65_533)] {
+        for history in 0..4_u32.pow(STEPS) {
+            let mut memory = memory_with(PlainRing::new(size, start));
+            let mut observer = Observer::new(Layout::new(size).expect("a power of two"), start, Nanos(0));
+            let (mut free, mut inflight): (Vec<u16>, Vec<u16>) = ((0..size).collect(), Vec::new());
+            for step in 0..STEPS {
+                match history >> (2 * step) & 3 {
+                    0 if !free.is_empty() => {
+                        let head = free.remove(0);
+                        inflight.push(head);
+                        memory.ring(0).submit(head);
+                    }
+                    1 | 2 if !inflight.is_empty() => {
+                        let at = if history >> (2 * step) & 3 == 1 { 0 } else { inflight.len() - 1 };
+                        let head = inflight.remove(at);
+                        free.push(head);
+                        memory.ring(0).complete(head);
+                    }
+                    3 => {
+                        observer.observe(Nanos::from_micros(u64::from(step) + 1), 0, &mut memory);
+                    }
+                    _ => {}
+                }
+            }
+            observer.observe(Nanos::from_micros(100), 0, &mut memory);
+            match observer.survivors() {
+                Ok(heads) => {
+                    exact += 1;
+                    assert_eq!(heads, inflight, "ring of {size} from {start}, history {history:#x}");
+                }
+                Err(Knowledge::Violated(violation)) => panic!("history {history:#x}: {violation}"),
+                Err(_) => inexact += 1,
+            }
+        }
+    }
+    assert!(exact > 500_000 && inexact > 1_000, "both happen: {exact} exact, {inexact} inexact");
+}

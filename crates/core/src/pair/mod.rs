@@ -25,10 +25,13 @@ mod region;
 mod rings;
 mod status;
 mod stop;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 mod tests;
 mod transfer;
 mod vmm;
+
+#[cfg(any(test, feature = "fuzzing"))]
+pub use tests::run;
 
 pub use status::{BackendStatus, Counters, PairState, RingStatus, Status};
 

@@ -28,6 +28,8 @@ mod writer;
 
 #[cfg(test)]
 mod costs;
+#[cfg(test)]
+mod hostile;
 
 /// Keeps the calling thread to these processors, if any are named. Where that is not allowed it goes on where it is.
 fn keep_to(cpus: &[usize]) {

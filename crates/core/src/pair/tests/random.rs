@@ -14,6 +14,59 @@ use crate::testing::{PlainRing, Random};
 use crate::time::Nanos;
 
 const RINGS: u32 = 2;
+/// Most steps of a history that a fuzzer writes.
+const STEPS_MAX: usize = 400;
+
+/// Whoever decides what happens next.
+trait Draw {
+    /// A number below `bound`.
+    fn below(&mut self, bound: u64) -> u64;
+}
+
+impl Draw for Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        Random::below(self, bound)
+    }
+}
+
+/// Decisions as bytes, as few as each needs. At the end everything is zero.
+struct Script<'a>(&'a [u8]);
+
+impl Draw for Script<'_> {
+    fn below(&mut self, bound: u64) -> u64 {
+        let mut number = 0;
+        let mut range = bound - 1;
+        while range > 0 {
+            let Some((byte, rest)) = self.0.split_first() else { break };
+            self.0 = rest;
+            number = number << 8 | u64::from(*byte);
+            range >>= 8;
+        }
+        number % bound
+    }
+}
+
+/// Plays the history that these bytes are, in which nobody keeps any rule.
+///
+/// # Panics
+/// If the pair breaks one of the invariants that the harness checks.
+pub fn run(data: &[u8]) {
+    let mut script = Script(data);
+    let config = random_config(&mut script);
+    let survivors = [Survivors::Place, Survivors::Refuse][script.below(2) as usize];
+    let mut harness = Harness::new(PairConfig { survivors, ..config });
+    harness.anything_goes = true;
+    let mut vmm = false;
+    harness.quietly("start");
+    for _ in 0..STEPS_MAX {
+        if script.0.is_empty() {
+            break;
+        }
+        nonsense_step(&mut harness, &mut vmm, &mut script);
+    }
+    harness.wait(Nanos::from_millis(50));
+    harness.finish();
+}
 
 /// Seeds `1..count`, or up to `WARMSWAP_TEST_SEEDS`; or the one that is asked for with `WARMSWAP_TEST_SEED`, whose history is then shown
 /// whole when it fails.
@@ -26,7 +79,7 @@ fn random(seed: u64) -> Random {
     Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
 }
 
-fn random_config(random: &mut Random) -> PairConfig {
+fn random_config(random: &mut dyn Draw) -> PairConfig {
     PairConfig {
         drain: DrainMethod::ALL[random.below(3) as usize],
         shadow: random.below(5) > 0,
@@ -39,7 +92,7 @@ fn random_config(random: &mut Random) -> PairConfig {
 }
 
 /// One of a set, if it has any.
-fn pick<T: Copy>(from: impl Iterator<Item = T>, random: &mut Random) -> Option<T> {
+fn pick<T: Copy>(from: impl Iterator<Item = T>, random: &mut dyn Draw) -> Option<T> {
     let all: Vec<T> = from.collect();
     (!all.is_empty()).then(|| all[random.below(all.len() as u64) as usize])
 }
@@ -54,7 +107,7 @@ struct Vmm {
 }
 
 impl Vmm {
-    fn step(&mut self, harness: &mut Harness, random: &mut Random) {
+    fn step(&mut self, harness: &mut Harness, random: &mut dyn Draw) {
         if !harness.pair.is_open() {
             return;
         }
@@ -103,7 +156,7 @@ impl Vmm {
 
     /// A ring about which the broker said that it knows nothing is set up afresh by the driver, as after a reset; and now and then all
     /// of them are.
-    fn set_up_again(&self, ring: u32, harness: &mut Harness, random: &mut Random) {
+    fn set_up_again(&self, ring: u32, harness: &mut Harness, random: &mut dyn Draw) {
         let reset = self.running == [false; 2] && random.below(2) == 0;
         let Some(driver) = harness.drivers.get_mut(&ring).filter(|driver| driver.broken || reset) else { return };
         *driver = Driver::default();
@@ -111,7 +164,7 @@ impl Vmm {
     }
 }
 
-fn world_step(harness: &mut Harness, random: &mut Random) {
+fn world_step(harness: &mut Harness, random: &mut dyn Draw) {
     // What has been asked for comes, mostly. Where rings are drained by stopping them, backends track what is in flight.
     if random.below(6) == 0
         && let Some(id) = pick(harness.starting.iter().copied(), random)
@@ -231,17 +284,17 @@ fn nothing_is_lost_or_repeated_in_random_histories_of_a_vmm_that_keeps_the_rules
 }
 
 /// Any request that the codec would let through.
-fn random_request(harness: &mut Harness, random: &mut Random) -> Request {
+fn random_request(harness: &mut Harness, random: &mut dyn Draw) -> Request {
     let index = [0, 0, 0, 1, 1, 2, 255][random.below(7) as usize];
     let value = [0, 1, 2, 3, 8, 16, 7, 32_768, 65_535, 70_000][random.below(10) as usize];
     let state = VringState { index, value };
     let fd = |harness: &mut Harness| harness.fresh_slot("fd");
-    let some_region = |random: &mut Random| match random.below(4) {
+    let some_region = |random: &mut dyn Draw| match random.below(4) {
         0 => MemoryRegion { guest_addr: random.below(1 << 40), size: 1, user_addr: 0, mmap_offset: 0 },
         _ => region(random.below(4) as u32),
     };
     let ring_fd =
-        |harness: &mut Harness, random: &mut Random| VringFd { index, fd: (random.below(5) > 0).then(|| fd(harness)) };
+        |harness: &mut Harness, random: &mut dyn Draw| VringFd { index, fd: (random.below(5) > 0).then(|| fd(harness)) };
     let config = ConfigSpace { offset: random.below(257) as u32, flags: 0, bytes: vec![1; random.below(40) as usize] };
     match random.below(34) {
         0 => Request::SetFeatures([0, 0x1_4000_2200, 0x1_0000_2200, u64::MAX][random.below(4) as usize]),
@@ -279,14 +332,14 @@ fn random_request(harness: &mut Harness, random: &mut Random) -> Request {
     }
 }
 
-fn random_message(random: &mut Random) -> (Header, Vec<u8>) {
+fn random_message(random: &mut dyn Draw) -> (Header, Vec<u8>) {
     let flags = if random.below(4) > 0 { HeaderFlags::REPLY } else { HeaderFlags::empty() };
     let payload = vec![random.below(256) as u8; [0, 8, 8, 8, 12, 16, 24, 268][random.below(8) as usize]];
     let request = [1, 1, 5, 8, 11, 11, 15, 17, 18, 24, 36, 37, 99][random.below(13) as usize];
     (Header { request, flags, size: payload.len() as u32 }, payload)
 }
 
-fn nonsense_step(harness: &mut Harness, vmm: &mut bool, random: &mut Random) {
+fn nonsense_step(harness: &mut Harness, vmm: &mut bool, random: &mut dyn Draw) {
     let any = BackendId(random.below(9));
     match random.below(24) {
         0 if harness.pair.is_open() && !*vmm => {
@@ -381,6 +434,16 @@ pub(super) fn nonsense_history(seed: u64) -> Harness {
     }
     harness.wait(Nanos::from_millis(50));
     harness
+}
+
+#[test]
+fn nonsense_that_a_fuzzer_writes_never_breaks_an_invariant() {
+    for seed in seeds(60) {
+        println!("seed {seed}");
+        let mut random = random(seed);
+        let history: Vec<u8> = (0..1_500).map(|_| random.below(256) as u8).collect();
+        run(&history);
+    }
 }
 
 #[test]

@@ -243,7 +243,12 @@ impl Explorer {
     }
 
     fn die_everywhere(&mut self, steps: &[Step]) {
-        for stores in 0.. {
+        self.die_from(steps, 0);
+    }
+
+    /// The first death is after so many stores.
+    fn die_from(&mut self, steps: &[Step], first: usize) {
+        for stores in first.. {
             let mut run = Run::new(self.size, self.start, self.forgetful);
             let lived = run.play(steps, stores);
             run.recover();
@@ -288,4 +293,28 @@ fn a_death_after_any_store_of_any_short_history_loses_and_repeats_nothing() {
 #[should_panic = "submitted"]
 fn a_device_that_forgets_requests_too_early_is_found() {
     explore(2, 0, 1, 5, true);
+}
+
+/// Every set of requests in flight up to the whole ring, every batch of up to four of them in any order, and every death within it: all that a
+/// device can leave in the region while it completes one batch.
+#[test]
+fn every_state_that_a_death_within_a_batch_can_leave_is_told_right_for_rings_up_to_eight() {
+    let mut deaths = 0;
+    for (size, start) in [(1, 65_535), (2, 65_535), (4, 65_533), (8, 65_530), (8, 0)] {
+        let mut explorer = Explorer { size, start, batch_max: 4, forgetful: false, deaths: 0 };
+        for taken in 1..=size {
+            // Taken in an order that is not that of the heads.
+            let order = (0..taken).map(|at| (at * 3 + 1) % size);
+            let mut steps: Vec<Step> = order.flat_map(|head| [Step::Submit(head), Step::Take]).collect();
+            // A region is begun with a store for each entry and four more; each request takes two.
+            let before = usize::from(size) + 4 + 2 * usize::from(taken);
+            for batch in batches(taken.into(), if size == 8 { 3 } else { 4 }) {
+                steps.push(Step::Complete(batch));
+                explorer.die_from(&steps, before);
+                steps.pop();
+            }
+        }
+        deaths += explorer.deaths;
+    }
+    assert!(deaths > 10_000, "only {deaths} deaths");
 }
