@@ -12,6 +12,7 @@ thread_local! {
     static MOST: Cell<usize> = const { Cell::new(0) };
 }
 
+#[allow(dead_code, reason = "as above")]
 fn count(more: usize, less: usize) {
     // A thread that ends still frees.
     let _ended = NOW.try_with(|now| {
