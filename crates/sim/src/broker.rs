@@ -102,10 +102,11 @@ impl World<'_> {
         if self.now < self.broker.late_until {
             return self.wake_broker(self.broker.late_until);
         }
+        let was_closing = self.broker.pair.is_closing();
         while let Some(event) = self.broker.events.pop_front() {
             self.hand(event);
         }
-        if self.broker.pair.is_closing() || !self.broker.pair.is_open() {
+        if was_closing || self.broker.pair.is_closing() || !self.broker.pair.is_open() {
             self.vmm.excused_until = self.now;
         }
         self.read_vmm();

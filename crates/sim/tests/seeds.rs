@@ -21,7 +21,7 @@ fn nothing_is_lost_in_a_thousand_lives() {
     assert_eq!(all.completed + all.abandoned, all.requests, "a request has no end");
     assert!(all.failovers_inflight > 1_000, "{} failovers with requests in flight: not much was tried", all.failovers);
     for kind in ["crash", "hang", "planned", "predicted"] {
-        assert!(all.kinds.get(kind).is_some_and(|count| *count > 10), "hardly any {kind} failover: {:?}", all.kinds);
+        assert!(all.kinds.get(kind).is_some_and(|count| *count > 3), "hardly any {kind} failover: {:?}", all.kinds);
     }
     for fault in ["kill at a store", "kill at a message", "kill both", "drop the link", "stall", "mute", "late broker"]
     {
