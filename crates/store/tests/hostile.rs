@@ -70,7 +70,10 @@ fn the_seeds_of_snapshot_are_those_of_our_encoders() {
     let made = [
         ("whole", encode(&whole(Vec::new())).expect("it is small")),
         ("least", encode(&least).expect("it is small")),
-        ("learnt", encode(&Snapshot { model: Model::new(&trained).encode(&trained).to_vec(), ..least }).expect("small")),
+        (
+            "learnt",
+            encode(&Snapshot { model: Model::new(&trained).encode(&trained).to_vec(), ..least }).expect("small"),
+        ),
     ];
     seeds::check("snapshot", &made, snapshot::run);
 }
