@@ -108,11 +108,11 @@ fn check(opened: Result<Reader, OpenError>, bytes: &[u8]) {
         let section = &bytes[128 + 7296 * usize::from(index)..][..7296];
         let sequence = word(section, 0);
         let anyway = reader.read_anyway(index).expect("it can be read");
-        assert_eq!(anyway.whole, sequence % 2 == 0);
+        assert_eq!(anyway.whole, sequence.is_multiple_of(2));
         says(&anyway, section);
         match reader.queue(index) {
             Ok(found) => {
-                assert!(found.whole && sequence % 2 == 0);
+                assert!(found.whole && sequence.is_multiple_of(2));
                 assert_eq!(found, anyway);
             }
             Err(ReadError::MidUpdate { index: named, sequence: odd }) => {
