@@ -1,10 +1,11 @@
 //! Counts what is allocated, so that a target can say how much a decoder may take for the bytes it is given.
 
+#![allow(dead_code, reason = "where a test cannot install it, nothing is counted")]
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 /// The system's allocator, with an account of the thread that asks.
-#[allow(dead_code, reason = "where a test cannot install it, nothing is counted")]
 pub(crate) struct Counting;
 
 thread_local! {

@@ -211,7 +211,10 @@ fn refused_there(head: &[u8; HEADER_SIZE], payload: &[u8], request: &Request) ->
         || match request {
             Request::SetMemTable(regions) => regions.is_empty() || payload[4..8] != [0; 4],
             Request::SetVringAddr(addr) => {
-                addr.flags > 1 || addr.descriptor % 16 != 0 || addr.available % 2 != 0 || addr.used % 4 != 0
+                addr.flags > 1
+                    || !(addr.descriptor.is_multiple_of(16)
+                        && addr.available.is_multiple_of(2)
+                        && addr.used.is_multiple_of(4))
             }
             Request::GetConfig(config) | Request::SetConfig(config) => config.flags > 3 || config.bytes.is_empty(),
             Request::GetInflightFd(region) | Request::SetInflightFd { region, .. } => {

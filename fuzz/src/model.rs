@@ -26,6 +26,7 @@ pub(crate) fn run(data: &[u8]) {
 struct Known {
     prior: Trained,
     trained: [u8; TRAINED_BYTES],
+    learnt: Model,
     state: [u8; MODEL_STATE_BYTES],
     record: [u8; RECORD_BYTES],
 }
@@ -48,7 +49,7 @@ impl Known {
             model.train(&prior);
         }
         let state = model.encode(&prior);
-        Known { trained: load_trained_model().encode(), state, record: window(3, 7.0).encode(), prior }
+        Known { trained: load_trained_model().encode(), learnt: model, state, record: window(3, 7.0).encode(), prior }
     }
 
     fn run(&mut self, data: &[u8]) {
@@ -89,7 +90,7 @@ impl Known {
         };
         assert!(record.values().all(|(_, value)| value.is_finite()), "{record:?}");
         assert_eq!(Record::decode(&record.encode()), Ok(record));
-        let mut model = Model::decode(&self.prior, &self.state).expect("our own state");
+        let mut model = self.learnt.clone();
         let verdict = model.predict(&self.prior, &record);
         model.train(&self.prior);
         finite(&verdict.risk, &[verdict.harm, verdict.evidence]);

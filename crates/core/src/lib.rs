@@ -28,8 +28,6 @@ mod time;
 
 pub use drain::DrainMethod;
 pub use event::{Action, Actions, BackendId, CommandId, Event, FenceLevel, PrivateEvents, StateDirection};
-#[cfg(any(test, feature = "fuzzing"))]
-pub use pair::run as fuzz_pair;
 pub use failover::{Kind, Outcome, Phase, Recovery, Report};
 pub use foresight::{Foresight, PolicyStatus, Withheld};
 pub use journal::{Entry, Severity, Value};
@@ -37,6 +35,8 @@ pub use link::{LinkState, Offer};
 pub use memory::{GuestMemory, MemoryError, PRIVATE_ADDR, PRIVATE_SIZE, RingPlace};
 pub use meter::RingMeter;
 pub use observer::{Gap, Knowledge, Observation, Observer, SILENCE_MAX, Violation};
+#[cfg(any(test, feature = "fuzzing"))]
+pub use pair::run as fuzz_pair;
 pub use pair::{BackendStatus, Counters, Pair, PairState, RingStatus, Status};
 pub use policy::{Limits, OnPrediction, PairConfig, RegionUse, Survivors};
 pub use probe::{Asked, FOLLOWED_MAX, Next, Probe, RingReader, Sampled, Trail};

@@ -45,7 +45,8 @@ fn the_seeds_of_session_are_those_of_our_encoder() {
 #[test]
 fn the_seeds_of_observer_are_rings_that_move() {
     // Size and start; then by looks: time, used.idx, avail.idx, slots, and both indices again.
-    let words = |words: &[u16]| [&[2, 0, 0][..], &words.iter().flat_map(|it| it.to_le_bytes()).collect::<Vec<_>>()].concat();
+    let words =
+        |words: &[u16]| [&[2, 0, 0][..], &words.iter().flat_map(|it| it.to_le_bytes()).collect::<Vec<_>>()].concat();
     let one = [1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 1, 0, 1, 1];
     seeds::check("observer", &[("one", words(&one)), ("many", words(&one.repeat(4)))], observer::run);
 }

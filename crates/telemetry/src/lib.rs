@@ -95,6 +95,7 @@ mod layout;
 mod mapping;
 mod page;
 mod reader;
+mod sequence;
 mod snapshot;
 mod writer;
 

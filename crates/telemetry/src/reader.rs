@@ -12,6 +12,7 @@ use crate::kind::Kind;
 use crate::layout::{
     HEADER_BYTES, MAGIC, QUEUES_MAX, SECTION_BYTES, VERSION, WORD, header, page_bytes, section, section_offset,
 };
+use crate::sequence::{is_even, is_whole};
 use crate::snapshot::{QueueSnapshot, word};
 use warmswap_histogram::BUCKETS;
 
@@ -198,7 +199,7 @@ impl Reader {
         let mut bytes = [0; SECTION_BYTES];
         self.read(index, &mut bytes)?;
         let after = self.sequence(index)?;
-        let whole = is_even(before) && word(&bytes, section::SEQUENCE) == before && after == before;
+        let whole = is_whole(before, word(&bytes, section::SEQUENCE), after);
         Ok(QueueSnapshot::decode(&bytes, whole))
     }
 
@@ -220,10 +221,6 @@ impl Reader {
         fence(Acquire);
         done.map_err(|source| ReadError::Io { index, source })
     }
-}
-
-fn is_even(sequence: u64) -> bool {
-    sequence.is_multiple_of(2)
 }
 
 fn require(found: u64, expected: usize) -> Result<(), OpenError> {

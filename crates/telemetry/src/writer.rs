@@ -2,12 +2,12 @@
 //! every request. There is one writer, so adding is a load and a store and needs no locked instruction.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Relaxed, Release};
-use std::sync::atomic::fence;
+use std::sync::atomic::Ordering::Relaxed;
 
 use crate::kind::Kind;
 use crate::layout::{kind as block, kind_word, section};
 use crate::mapping::{Mapping, Section};
+use crate::sequence;
 use warmswap_histogram::bucket_of;
 
 /// The one writer of the section of one queue. It keeps the mapping alive, and moves to the thread that serves the
@@ -37,12 +37,7 @@ impl QueueWriter {
     #[inline]
     pub fn update(&mut self, now_ns: u64) -> Update<'_> {
         let section = self.mapping.section(self.queue);
-        // Odd already if an update was leaked. What it had stored becomes part of this one.
-        let odd = section[section::SEQUENCE].load(Relaxed) | 1;
-        section[section::SEQUENCE].store(odd, Relaxed);
-        // A reader that sees a store of what follows, sees the odd number as well.
-        fence(Release);
-        let update = Update { section, even: odd.wrapping_add(1) };
+        let update = Update { section, even: sequence::begin(&section[section::SEQUENCE]) };
         update.set(section::UPDATED_NS, now_ns);
         update
     }
@@ -146,6 +141,6 @@ impl Update<'_> {
 impl Drop for Update<'_> {
     #[inline]
     fn drop(&mut self) {
-        self.section[section::SEQUENCE].store(self.even, Release);
+        sequence::end(&self.section[section::SEQUENCE], self.even);
     }
 }

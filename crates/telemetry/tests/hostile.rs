@@ -155,7 +155,8 @@ fn the_seeds_of_telemetry_are_words_of_a_page() {
         let words: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         [&[what][..], &at.to_le_bytes(), &words].concat()
     };
-    let header = good(1)[..HEADER_BYTES].to_vec();
+    // Of a process that is always the same one.
+    let header = with(good(1), 56, 1)[..HEADER_BYTES].to_vec();
     let made = [
         ("header", [&[8, 0, 0][..], &header].concat()),
         ("queues", laid(0, 24, &[3])),

@@ -74,8 +74,7 @@ fn every_region_of_a_ring_of_four_names_what_is_owed_or_is_refused_at_the_entry_
     for size in [1_u16, 2, 4] {
         let leads = usize::from(size) + 1;
         for lists in 0..leads.pow(size.into()) {
-            let next: Vec<u16> =
-                (0..u32::from(size)).map(|head| (lists / leads.pow(head) % leads) as u16).collect();
+            let next: Vec<u16> = (0..u32::from(size)).map(|head| (lists / leads.pow(head) % leads) as u16).collect();
             for (first, marks) in (0..=size).flat_map(|first| (0..1_u32 << size).map(move |marks| (first, marks))) {
                 let bytes = region(size, marks, &next, first);
                 for count in 0..=size + 1 {

@@ -373,7 +373,7 @@ fn from_every_start_the_indices_run_over_their_end_and_the_set_stays_exact() {
 /// is right.
 #[test]
 fn every_short_history_across_the_end_of_the_indices_leaves_no_wrong_exact_set() {
-    const STEPS: u32 = 9;
+    const STEPS: u32 = 8;
     let (mut exact, mut inexact) = (0, 0);
     for (size, start) in [(1_u16, 65_535_u16), (2, 65_534), (2, 65_533), (4, 65_533)] {
         for history in 0..4_u32.pow(STEPS) {
@@ -410,5 +410,5 @@ fn every_short_history_across_the_end_of_the_indices_leaves_no_wrong_exact_set()
             }
         }
     }
-    assert!(exact > 500_000 && inexact > 1_000, "both happen: {exact} exact, {inexact} inexact");
+    assert!(exact > 100_000 && inexact > 100, "both happen: {exact} exact, {inexact} inexact");
 }

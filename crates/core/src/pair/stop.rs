@@ -97,9 +97,8 @@ impl Pair {
         let used = step.memory.used_idx(ring);
         let drain = self.ring_state(ring).drain;
         // There are backends that give up waiting for what they hold, and name where they began (SPDK): that may be `used.idx` by chance.
-        let bounded = self.config.drain == DrainMethod::Stop;
         let took = drain.map_or(Nanos(0), |drain| step.now.since(drain.began));
-        let late = bounded && took > self.config.limits.drain_max && !loose(Animal::LateStopBelieved);
+        let late = took > self.config.limits.drain_max && !loose(Animal::LateStopBelieved);
         let outstanding = drain.is_some_and(|drain| drain.state == DrainState::Asked);
         let asked = outstanding && !late;
         let believable = named == ring && base == u32::from(used) && !self.owes_out_of_order(ring, step);

@@ -105,8 +105,8 @@ pub(super) fn run(verb: &Verb) -> Result<u8, Failure> {
     match verb {
         Verb::Take { name, reason, control, json } => take(name, reason, control, *json),
         Verb::List { name, store, json } => list(name, store, *json),
-        Verb::Show { file, json } => show_one(&read(file)?, *json),
-        Verb::Diff { before, after, json } => diff(&read(before)?, &read(after)?, *json),
+        Verb::Show { file, json } => show_one(&read(file)?, *json, &mut std::io::stdout().lock()),
+        Verb::Diff { before, after, json } => diff(&read(before)?, &read(after)?, *json, &mut std::io::stdout().lock()),
         Verb::Export { file, output, model } => export(&read(file)?, output, model.as_deref()),
         Verb::Restore { file, name, socket, print } => {
             restore(file, &read(file)?, name.as_deref(), socket.as_deref(), *print)
@@ -216,8 +216,7 @@ fn to_json(snapshot: &Snapshot, windows: bool) -> Value {
     })
 }
 
-fn show_one(snapshot: &Snapshot, as_json: bool) -> Result<u8, Failure> {
-    let mut out = std::io::stdout().lock();
+fn show_one(snapshot: &Snapshot, as_json: bool, out: &mut dyn Write) -> Result<u8, Failure> {
     if as_json {
         writeln!(out, "{}", plain::json_line(&to_json(snapshot, true).to_string()))?;
         return Ok(0);
@@ -309,9 +308,8 @@ fn differences(before: &Snapshot, after: &Snapshot) -> Vec<(String, String, Stri
     found
 }
 
-fn diff(before: &Snapshot, after: &Snapshot, as_json: bool) -> Result<u8, Failure> {
+fn diff(before: &Snapshot, after: &Snapshot, as_json: bool, out: &mut dyn Write) -> Result<u8, Failure> {
     let found = differences(before, after);
-    let mut out = std::io::stdout().lock();
     if as_json {
         let list: Vec<Value> =
             found.iter().map(|(name, one, other)| json!({"name": name, "before": one, "after": other})).collect();
@@ -336,7 +334,7 @@ fn export(snapshot: &Snapshot, output: &Path, model: Option<&Path>) -> Result<u8
         }
         super::write_own(path, &snapshot.model)?;
     }
-    let line = format!("{}\n", to_json(snapshot, true));
+    let line = format!("{}\n", plain::json_line(&to_json(snapshot, true).to_string()));
     if output == Path::new("-") {
         std::io::stdout().lock().write_all(line.as_bytes())?;
     } else {
@@ -387,10 +385,9 @@ fn restore(
     }
     let program = std::env::current_exe().map_err(|error| Failure::new(1, format!("this program's path: {error}")))?;
     if print {
-        let words = std::iter::once(program.display().to_string()).chain(arguments);
-        let words: Vec<String> = words.map(|word| quoted(&word)).collect();
-        let there = directory(snapshot).map_or_else(String::new, |it| format!("cd {} && ", quoted(it)));
-        writeln!(std::io::stdout().lock(), "{there}{}", words.join(" "))?;
+        let line = command_line(&program, &arguments, directory(snapshot))
+            .map_err(|why| Failure::new(1, format!("{}: {why}", file.display())))?;
+        writeln!(std::io::stdout().lock(), "{line}")?;
         return Ok(0);
     }
     let mut command = Command::new(program);
@@ -401,6 +398,20 @@ fn restore(
     }
     // Only what went wrong comes back.
     Err(Failure::from(command.exec()))
+}
+
+/// What a shell is to be given. A terminal would obey some characters that a shell takes for nothing else: whoever reads the line would not
+/// see what it does.
+fn command_line(program: &Path, arguments: &[String], directory: Option<&str>) -> Result<String, String> {
+    let words = std::iter::once(program.display().to_string()).chain(arguments.iter().cloned());
+    let words: Vec<String> = words.map(|word| quoted(&word)).collect();
+    let there = directory.map_or_else(String::new, |it| format!("cd {} && ", quoted(it)));
+    let line = format!("{there}{}", words.join(" "));
+    if plain::clean(&line) == line {
+        return Ok(line);
+    }
+    Err("its command line has characters that a terminal obeys or hides: it is not printed; --json of `snapshot show` has them spelt out"
+        .to_owned())
 }
 
 /// Where the broker was started.
@@ -420,6 +431,9 @@ fn quoted(word: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use warmswap_store::SnapshotVerdict;
+
     use super::*;
 
     fn words(text: &str) -> Vec<String> {
@@ -442,6 +456,58 @@ mod tests {
         assert_eq!(quoted("{socket}"), "'{socket}'");
         assert_eq!(quoted("it's"), "'it'\\''s'");
         assert_eq!(quoted(""), "''");
+    }
+
+    /// Anything that can be read of a file: texts, numbers and lengths at will.
+    fn any_snapshot() -> impl Strategy<Value = Snapshot> {
+        let text = || r#"\PC{0,6}|[\x00-\x1f\x7f-\x9f\u{202e}\u{200b}'"]{1,4}|[a-z]{1,6}"#;
+        let pairs = proptest::collection::vec((text(), text()), 0..4);
+        let words = proptest::collection::vec(text(), 0..4);
+        let verdict =
+            (any::<[f32; 6]>(), proptest::option::of(text()), proptest::collection::vec((text(), any::<f32>()), 0..3));
+        (any::<u64>(), [text(), text(), text()], pairs, words, proptest::option::of(verdict), any::<Vec<u8>>())
+            .prop_map(|(unix_ns, [device, reason, software], configuration, arguments, verdict, model)| {
+                let verdict = verdict.map(|([one, two, three, four, harm, evidence], alarm, causes)| SnapshotVerdict {
+                    risk: [one, two, three, four],
+                    harm,
+                    evidence,
+                    reason: alarm.clone(),
+                    alarm,
+                    causes,
+                    learnt: unix_ns,
+                });
+                Snapshot {
+                    unix_ns,
+                    device,
+                    reason,
+                    software,
+                    configuration,
+                    arguments,
+                    verdict,
+                    model,
+                    ..Snapshot::default()
+                }
+            })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 1_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn whatever_a_snapshot_holds_is_shown_and_compared_without_a_character_that_a_terminal_obeys(
+            one in any_snapshot(), other in any_snapshot(), as_json in any::<bool>()
+        ) {
+            let mut out = Vec::new();
+            prop_assert!(show_one(&one, as_json, &mut out).is_ok());
+            prop_assert!(diff(&one, &other, as_json, &mut out).is_ok());
+            let said = String::from_utf8(out).expect("text");
+            prop_assert_eq!(plain::clean_lines(&said), said);
+            match command_line(Path::new("/bin/warmswap"), &one.arguments, directory(&one)) {
+                Ok(line) => prop_assert_eq!(plain::clean(&line), line),
+                Err(why) => prop_assert!(why.contains("not printed")),
+            }
+            prop_assert!(serde_json::from_str::<Value>(&to_json(&one, true).to_string()).is_ok());
+        }
     }
 
     #[test]

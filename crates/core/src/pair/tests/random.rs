@@ -293,8 +293,10 @@ fn random_request(harness: &mut Harness, random: &mut dyn Draw) -> Request {
         0 => MemoryRegion { guest_addr: random.below(1 << 40), size: 1, user_addr: 0, mmap_offset: 0 },
         _ => region(random.below(4) as u32),
     };
-    let ring_fd =
-        |harness: &mut Harness, random: &mut dyn Draw| VringFd { index, fd: (random.below(5) > 0).then(|| fd(harness)) };
+    let ring_fd = |harness: &mut Harness, random: &mut dyn Draw| VringFd {
+        index,
+        fd: (random.below(5) > 0).then(|| fd(harness)),
+    };
     let config = ConfigSpace { offset: random.below(257) as u32, flags: 0, bytes: vec![1; random.below(40) as usize] };
     match random.below(34) {
         0 => Request::SetFeatures([0, 0x1_4000_2200, 0x1_0000_2200, u64::MAX][random.below(4) as usize]),
