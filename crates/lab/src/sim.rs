@@ -263,9 +263,13 @@ impl Report {
         out.write_all(line.as_bytes()).with_context(|| file.display().to_string())
     }
 
-    fn print(&self) {
-        println!("commit {}, seeds {}..{}", self.commit, self.first_seed, self.end_seed);
-        println!(
+    /// The report for people.
+    fn text(&self) -> String {
+        use std::fmt::Write as _;
+        let mut out = String::new();
+        _ = writeln!(out, "commit {}, seeds {}..{}", self.commit, self.first_seed, self.end_seed);
+        _ = writeln!(
+            out,
             "{} seeds in {:.1} s: {:.0} a second with {} jobs, {:.0} a second and job; {:.0} s were simulated",
             self.seeds,
             self.seconds,
@@ -274,31 +278,36 @@ impl Report {
             self.seeds_per_second_per_job,
             self.simulated_seconds
         );
-        println!(
+        _ = writeln!(
+            out,
             "{} failovers, {} of them with requests in flight; {} requests, {} handed over as survivors",
             self.failovers, self.failovers_inflight, self.requests, self.survivors
         );
-        println!("requests in flight at a failover (0, 1, 2-3, 4-7, …): {:?}", self.inflight_at_failover);
+        _ = writeln!(out, "requests in flight at a failover (0, 1, 2-3, 4-7, …): {:?}", self.inflight_at_failover);
         for (title, counts) in
             [("kinds", &self.kinds), ("halted", &self.halts), ("refused", &self.refused), ("withheld", &self.withheld)]
         {
-            println!("{title}:");
-            counts.iter().for_each(|(name, count)| println!("  {count:>9}  {name}"));
+            _ = writeln!(out, "{title}:");
+            counts.iter().for_each(|(name, count)| _ = writeln!(out, "  {count:>9}  {name}"));
         }
-        println!("faults:");
-        self.faults.iter().for_each(|(name, count)| println!("  {count:>9}  {name}"));
+        _ = writeln!(out, "faults:");
+        self.faults.iter().for_each(|(name, count)| _ = writeln!(out, "  {count:>9}  {name}"));
         match self.failure_rate_bound_95 {
-            Some(bound) => println!(
-                "nothing failed: the rate of failures is below {bound:.1e} a failover with requests in flight (95 %, of the model)"
-            ),
-            None => println!("{} seeds failed", self.failed),
+            Some(bound) => {
+                _ = writeln!(
+                    out,
+                    "nothing failed: the rate of failures is below {bound:.1e} a failover with requests in flight (95 %, of the model)"
+                );
+            }
+            None => _ = writeln!(out, "{} seeds failed", self.failed),
         }
         for failed in &self.failures {
-            println!("\nseed {} failed after {:.3} ms: {}", failed.seed, failed.at_us / 1e3, failed.check);
-            println!("  {}", failed.detail);
-            println!("  told step by step by: {}", failed.command);
-            failed.options.iter().for_each(|line| println!("    {line}"));
+            _ = writeln!(out, "\nseed {} failed after {:.3} ms: {}", failed.seed, failed.at_us / 1e3, failed.check);
+            _ = writeln!(out, "  {}", failed.detail);
+            _ = writeln!(out, "  told step by step by: {}", failed.command);
+            failed.options.iter().for_each(|line| _ = writeln!(out, "    {line}"));
         }
+        out
     }
 }
 
@@ -321,11 +330,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if let Some(file) = args.record.as_ref().filter(|_| !interrupt::is_asked()) {
         report.record(file)?;
     }
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        report.print();
-    }
+    let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.text() };
+    // Whoever reads may have read enough.
+    let _closed = std::io::stdout().write_all(text.as_bytes());
     ensure!(!interrupt::is_asked(), "interrupted after {} seeds", report.seeds);
     ensure!(report.failed == 0, "{} seeds failed", report.failed);
     Ok(())

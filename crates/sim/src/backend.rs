@@ -356,7 +356,7 @@ impl World<'_> {
             Request::SetFeatures(features) => backend.features = *features,
             Request::SetProtocolFeatures(bits) => backend.protocol = ProtocolFeatures::from_bits_retain(*bits),
             Request::SetMemTable(regions) => {
-                backend.table = regions.iter().map(|(region, fd)| (*region, fd.0)).collect()
+                backend.table = regions.iter().map(|(region, fd)| (*region, fd.0)).collect();
             }
             Request::AddMemReg { region, fd: Some(fd) } => backend.table.push((*region, fd.0)),
             Request::RemMemReg(region) => backend.table.retain(|(known, _)| known.guest_addr != region.guest_addr),

@@ -5,10 +5,13 @@ use warmswap_predict::{Alarm, Feature, Law};
 use warmswap_wire::{Request, VringFd};
 
 use crate::options::Faults;
-use crate::vmm::Step;
+use crate::script::Step;
 use crate::world::{Event, World};
 
-impl World<'_> {
+/// One kind.
+type Inject<'t> = fn(&mut World<'t>);
+
+impl<'t> World<'t> {
     pub(crate) fn count_fault(&mut self, name: &'static str) {
         self.note(|| format!("fault: {name}"));
         *self.stats.faults.entry(name).or_default() += 1;
@@ -40,7 +43,7 @@ impl World<'_> {
         } = self.options.faults;
         let Faults { planned, predicted, late, .. } = self.options.faults;
         let options = &self.options;
-        let kinds: [(bool, fn(&mut Self)); 19] = [
+        let kinds: [(bool, Inject<'t>); 19] = [
             (kill, Self::fault_kill),
             (kill_at_store, Self::fault_kill_at_store),
             (kill_at_message, Self::fault_kill_at_message),
@@ -61,7 +64,7 @@ impl World<'_> {
             (options.call_swaps, Self::vmm_swaps_calls),
             (options.bad_messages, Self::vmm_sends_nonsense),
         ];
-        let on: Vec<fn(&mut Self)> = kinds.iter().filter(|(on, _)| *on).map(|(_, inject)| *inject).collect();
+        let on: Vec<Inject<'t>> = kinds.iter().filter(|(on, _)| *on).map(|(_, inject)| *inject).collect();
         if !on.is_empty() {
             let inject = self.random.pick(&on);
             inject(self);

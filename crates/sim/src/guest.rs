@@ -99,6 +99,7 @@ pub(crate) struct Guest {
     /// Requests that were answered with an error because backends died of them, as the broker says: rings and heads.
     pub(crate) isolated: Vec<(u16, u16)>,
     pub(crate) depth: u16,
+    options: Options,
 }
 
 /// What the driver made of a completion.
@@ -146,6 +147,7 @@ impl Guest {
             killers: 0,
             isolated: Vec::new(),
             depth: options.depth,
+            options: options.clone(),
         };
         for index in 0..options.rings {
             guest.set_up(index, options.start_index, memory);
@@ -238,7 +240,6 @@ impl Guest {
         &mut self,
         index: u16,
         count: u16,
-        options: &Options,
         generation: u64,
         now: Nanos,
         memory: &Memory,
@@ -248,7 +249,7 @@ impl Guest {
         let mut effects = Vec::new();
         let mut issued = 0;
         for _ in 0..count {
-            let Some(head) = self.issue_one(index, options, generation, now, memory, random) else { break };
+            let Some(head) = self.issue_one(index, generation, now, memory, random) else { break };
             let ring = &mut self.rings[usize::from(index)];
             let slot = ring.layout.slot(ring.avail);
             ring.avail = ring.avail.wrapping_add(1);
@@ -267,12 +268,12 @@ impl Guest {
     fn issue_one(
         &mut self,
         index: u16,
-        options: &Options,
         generation: u64,
         now: Nanos,
         memory: &Memory,
         random: &mut Random,
     ) -> Option<u16> {
+        let options = &self.options;
         let ring = &self.rings[usize::from(index)];
         let indirect = options.indirect && (ring.layout.size() < 8 || random.percent(70));
         let least = if indirect { 1 } else { 4 };

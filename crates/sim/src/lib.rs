@@ -30,9 +30,13 @@ mod memory;
 mod options;
 mod outcome;
 mod pace;
+mod process;
 mod random;
+mod script;
 mod stream;
+mod verdict;
 mod vmm;
+mod words;
 mod worker;
 mod world;
 

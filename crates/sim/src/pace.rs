@@ -25,7 +25,9 @@ impl World<'_> {
         let half = Nanos(u64::from(size) * 5_000);
         let limits = &self.options.limits;
         let period = half.clamp(limits.observe_min, limits.observe_max);
-        let window = Nanos(period.0 * 3 / 2 + 60_000);
+        // What a thread does before it was kept from its processor is told only afterwards.
+        let preempted = if self.options.preempted { 1_600_000 } else { 0 };
+        let window = Nanos(period.0 * 3 / 2 + 60_000 + preempted);
         let now = self.now;
         let pace = &mut self.paces[usize::from(ring)];
         let times = &mut pace.times[usize::from(device)];

@@ -55,6 +55,9 @@ pub(crate) enum Event {
 /// Most steps of a run: beyond it somebody spins.
 const STEPS_MAX: u64 = 5_000_000;
 
+/// Who is told what happens.
+type Trace<'t> = &'t mut dyn FnMut(Nanos, &str);
+
 type Queued = Reverse<(u64, u64)>;
 
 /// Everybody.
@@ -78,7 +81,7 @@ pub(crate) struct World<'t> {
     pub(crate) failure: Option<Failure>,
     /// Faults occur.
     pub(crate) unsafe_phase: bool,
-    trace: Option<&'t mut dyn FnMut(Nanos, &str)>,
+    trace: Option<Trace<'t>>,
 }
 
 /// An event in the queue: its order is the queue's, not its own.
@@ -103,7 +106,7 @@ impl Ord for EventAt {
 }
 
 impl<'t> World<'t> {
-    pub(crate) fn new(seed: u64, options: &Options, trace: Option<&'t mut dyn FnMut(Nanos, &str)>) -> Self {
+    pub(crate) fn new(seed: u64, options: &Options, trace: Option<Trace<'t>>) -> Self {
         let mut mem = Memory::new(options.torn_looks, seed);
         let guest = Guest::new(options, &mut mem);
         for _ in 0..options.rings {
@@ -208,7 +211,9 @@ impl<'t> World<'t> {
                 return;
             }
         }
-        self.now = self.now.max(Nanos(deadline.0.min(u64::MAX))).min(deadline);
+        if self.failure.is_none() {
+            self.now = self.now.max(deadline);
+        }
     }
 
     fn happen(&mut self, event: Event) {
@@ -342,15 +347,8 @@ impl<'t> World<'t> {
         // No more is written ahead of `avail.idx` than the broker allows for.
         let most = self.options.burst.min((self.options.ring_size / 4).max(1));
         let count = self.random.between(1, u64::from(most)) as u16;
-        let (issued, effects) = self.guest.issue(
-            index,
-            count.min(room),
-            &self.options,
-            self.stats.failovers,
-            self.now,
-            &self.mem,
-            &mut self.random,
-        );
+        let (issued, effects) =
+            self.guest.issue(index, count.min(room), self.stats.failovers, self.now, &self.mem, &mut self.random);
         self.stats.requests += u64::from(issued);
         if issued > 0 {
             self.mem.threads.borrow_mut()[usize::from(index)].queue.extend(effects);

@@ -95,7 +95,10 @@ impl Pair {
         if let Some(link) = self.link_mut(victim) {
             link.end(step.out);
         }
-        self.stop_waiting_for(victim, step);
+        // One that is dying may still serve: what the VMM changes is not called done before that is over, or for as long as it waits at most.
+        if harmless {
+            self.stop_waiting_for(victim, step);
+        }
         self.rings.iter_mut().for_each(|ring| ring.drain = None);
         if harmless {
             let failover = self.failover.as_mut().expect("just seen");
@@ -113,6 +116,7 @@ impl Pair {
     }
 
     pub(crate) fn fenced(&mut self, backend: BackendId, level: FenceLevel, evidence: &str, step: &mut Step<'_>) {
+        self.stop_waiting_for(backend, step);
         let Some(failover) = &mut self.failover else { return };
         if failover.phase == Phase::Isolating {
             return self.trial_fenced(backend, step);

@@ -290,8 +290,12 @@ impl Pair {
             return;
         }
         let early = !matches!(link.state, LinkState::Ready | LinkState::Active);
+        let touched = link.touched;
         link.end(step.out);
-        self.stop_waiting_for(backend, step);
+        // One that serves is fenced, and waited for until then: the end of its link is not its own.
+        if !touched {
+            self.stop_waiting_for(backend, step);
+        }
         if self.offer.is_none() {
             self.start_failed(backend, reason, step);
         } else if self.failover.as_ref().is_some_and(|failover| failover.victim == backend) {

@@ -12,7 +12,7 @@ use warmswap_zoo::{Animal, loose};
 
 use super::{Pair, Step};
 use crate::event::{Action, BackendId};
-use crate::failover::Kind;
+use crate::failover::{Kind, Phase};
 use crate::journal::Entry;
 use crate::link::Purpose;
 use crate::time::Nanos;
@@ -316,6 +316,9 @@ impl Pair {
             }
             then.iter().for_each(|request| link.tell(request, step.out));
         }
+        if waits && let Some(dying) = self.dying() {
+            waiting.push(dying);
+        }
         let strict = self.must_be_applied(request);
         if !waiting.is_empty() {
             let deadline = step.now + self.config.limits.answer_max;
@@ -324,6 +327,12 @@ impl Pair {
         } else if need_reply {
             self.answer_ack(code, 0, step);
         }
+    }
+
+    /// The backend that is being fenced and may still serve.
+    fn dying(&self) -> Option<BackendId> {
+        let failover = self.failover.as_ref().filter(|failover| failover.phase == Phase::Fencing)?;
+        Some(failover.victim)
     }
 
     /// Whether a change must not be called done before the serving backend has made it: what it writes before it marks its writes in the
@@ -353,6 +362,8 @@ impl Pair {
 
     /// A backend has acknowledged a mirrored change. Only the primary's refusal is the VMM's business.
     pub(crate) fn mirrored(&mut self, backend: BackendId, number: u64, value: u64, step: &mut Step<'_>) {
+        // Roles may change below.
+        let primary = self.primary == Some(backend);
         if value != 0 && self.failover.as_ref().is_some_and(|failover| failover.target == Some(backend)) {
             // It has been given rings: it is fenced before anybody else is.
             self.backend_lost(backend, "it refused a change that the VMM made", step);
@@ -362,7 +373,6 @@ impl Pair {
         if self.serving() == Some(backend) {
             self.leaving.retain(|(told, _)| *told > number);
         }
-        let primary = self.primary == Some(backend);
         let Some(Ticket::Mirror { number: current, waiting, result, .. }) = &mut self.ticket else { return };
         if *current != number {
             return;

@@ -977,10 +977,10 @@ fn a_target_that_refuses_a_change_of_the_vmm_is_fenced_before_anybody_else_is_gi
                 close #2.kick
                 close #2.call
                 close #2.probe
-                vmm <- ADD_MEM_REG ok
                 * ShadowFailed backend=2 reason="it refused a change that the VMM made" next="it is fenced and another one takes over"
                 retire #1
                 fence #2
+                vmm <- ADD_MEM_REG ok
             > status
                 failing-over Fencing; primary #2 ended, shadow none; recovery exact; ring 0 served exact inflight 1
             > fenced 2

@@ -183,6 +183,28 @@ fn other_memory_at_the_same_place_waits_for_whoever_may_still_have_the_old_one()
 }
 
 #[test]
+fn memory_is_not_given_while_a_primary_that_is_being_fenced_may_still_serve() {
+    check(
+        "~ready 1\n~submit 0 3\n~down 1\nvmm ADD_MEM_REG 1\nfenced 1\nvmm REM_MEM_REG 1",
+        &expect![[r#"
+            > vmm ADD_MEM_REG 1
+                #2 <- ADD_MEM_REG! mem1
+            > fenced 1
+                vmm <- ADD_MEM_REG ok
+                #2 is primary
+                #2 <- SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE! 0=1
+                signal kick0
+                signal call0
+                signal kick0
+            > vmm REM_MEM_REG 1
+                close mem1
+                #2 <- REM_MEM_REG!
+                vmm <- REM_MEM_REG ok
+        "#]],
+    );
+}
+
+#[test]
 fn the_next_request_waits_until_the_last_is_answered() {
     check(
         "~ready 1\n~mute 1\nvmm ADD_MEM_REG 1\nvmm GET_FEATURES\nwait 6ms",
