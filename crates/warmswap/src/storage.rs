@@ -18,6 +18,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 use warmswap_core::Nanos;
+use warmswap_zoo::{Animal, loose};
 
 use self::kind::Kind;
 pub(crate) use self::mark::Mark;
@@ -208,6 +209,9 @@ impl Storage {
     /// # Errors
     /// Who is left, in words. They are killed if `kill` says so.
     pub(crate) fn has_no_process(&self, kill: bool) -> Result<(), String> {
+        if loose(Animal::OneOfGroupKilled) {
+            return Ok(());
+        }
         let Some(left) = self.others.iter().find(|member| !has_ended(member.process.as_fd())) else { return Ok(()) };
         if kill {
             for member in &self.others {

@@ -52,6 +52,11 @@ impl Row {
         Row { checker, caught, detail, seeds, ..Row::of(animal) }
     }
 
+    /// Whether something caught it: the simulator from more than half of the starts, or its checker.
+    pub(super) fn is_caught(&self) -> bool {
+        self.caught
+    }
+
     fn of(animal: Animal) -> Self {
         Row {
             id: animal.id(),

@@ -94,7 +94,7 @@ fn hunt_all(args: &Args, animals: &[Animal]) -> anyhow::Result<BTreeMap<Animal, 
 /// A row for each animal; those that the simulator has not caught are given to their checkers.
 fn judge(animals: &[Animal], hunts: &BTreeMap<Animal, Vec<Hunt>>) -> anyhow::Result<Vec<Row>> {
     let hunted = |animal: Animal| hunts.get(&animal).map_or(&[][..], Vec::as_slice);
-    let is_caught = |animal: Animal| hunted(animal).first().is_some_and(|hunt| hunt.catch.is_some());
+    let is_caught = |animal: Animal| Row::hunted(animal, hunted(animal)).is_caught();
     let mut checkers: Vec<Checker> =
         animals.iter().filter(|animal| !is_caught(**animal)).filter_map(|animal| named(*animal)).collect();
     checkers.sort_unstable();
