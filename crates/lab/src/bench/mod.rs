@@ -6,6 +6,7 @@
 //!
 //! * `blk`: our own backend beside QSD in its best mode, and beside what the storage gives without any of them.
 //! * `predict`: what the failure model costs.
+//! * `shadows`: what idle shadows cost somebody else's primary.
 //! * `snapshot`: what a health snapshot costs the control thread.
 //! * `profile`: what is told of a device, held against what its driver measured.
 //!
@@ -27,6 +28,7 @@ mod overhead;
 mod predict;
 mod profile;
 mod report;
+mod shadows;
 mod snapshot;
 mod spread;
 mod throughput;
@@ -56,6 +58,8 @@ enum Bench {
     Profile(profile::Args),
     /// What the failure model costs per window, beside a random cut forest.
     Predict(predict::Args),
+    /// What idle shadows cost somebody else's primary.
+    Shadows(shadows::Args),
     /// What a health snapshot costs the control thread.
     Snapshot(snapshot::Args),
     /// Our own backend beside QSD: requests per second, per second of processor time, and tail latency.
@@ -84,6 +88,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Bench::Observer(args) => observer::run(args),
         Bench::Profile(args) => profile::run(args),
         Bench::Predict(args) => predict::run(args),
+        Bench::Shadows(args) => shadows::run(args),
         Bench::Snapshot(args) => snapshot::run(args),
         Bench::Blk(args) => blk::run(args),
     }

@@ -214,7 +214,7 @@ impl Pairs {
 }
 
 /// The report for people.
-fn table(report: &Value) -> String {
+pub(super) fn table(report: &Value) -> String {
     const COLUMNS: [(&str, &str); 10] = [
         ("queues", "queues"),
         ("qd", "qd"),
