@@ -25,7 +25,7 @@ const IDLE_MIB: u64 = 16;
 /// Part of a run before it is measured.
 const WARM_UP: f64 = 0.3;
 /// Nobody who was frozen is taken for dead.
-const PATIENT: [&str; 4] = ["--hang-ms", "3600000", "--stall-ms", "3600000"];
+const PATIENT: [&str; 4] = ["--hang-ms", "600000", "--stall-ms", "3600000"];
 
 /// Options of `lab bench shadows`.
 #[derive(Debug, clap::Args)]
