@@ -265,7 +265,9 @@ impl World<'_> {
             Step::Call(ring) => {
                 let call = event(self, ring);
                 // What still comes on the one before counts, and on older ones while somebody may not have heard of it.
-                let all_heard = self.backends.iter().all(|it| !it.alive || !(it.muted || it.from_broker.has_some()));
+                let all_heard = !self.vmm.to_broker.has_some()
+                    && self.broker.events.is_empty()
+                    && self.backends.iter().all(|it| !it.alive || !(it.muted || it.from_broker.has_some()));
                 let calls = &mut self.guest.rings[usize::from(ring)].calls;
                 if all_heard {
                     calls.drain(..calls.len().saturating_sub(1));
