@@ -22,7 +22,7 @@ enum Chore {
         #[arg(long)]
         dry_run: bool,
         /// Get the backends of other kinds of devices as well, which others have written: DPDK's testpmd from Debian, vhost-device-rng,
-        /// vhost-device-scsi and virtiofsd from crates.io, built into the cache. About three minutes on two cores.
+        /// vhost-device-scsi and virtiofsd from the crate registry, built into the cache. About three minutes on two cores.
         #[arg(long)]
         backends: bool,
     },
