@@ -306,9 +306,15 @@ impl Policy {
             let rest = self.rest.unwrap_or(limits.cool_down_min);
             self.unhelped |= now.since(*last) < Nanos(rest.0.saturating_mul(HELPED_AFTER));
         }
-        // Windows of the time in which both were slow are no evidence against one of them.
-        let slow = matches!(foresight.alarm, Alarm::Harm | Alarm::Drift | Alarm::Risk);
-        if let Some(Common { took, usual, .. }) = self.common.as_ref().filter(|it| slow && it.holds(limits, now)) {
+        // Windows of the time in which both were slow are no evidence against one of them; nor is silence, where a store that both have
+        // stood as still as that. It may be well again just now, when the shadow is asked.
+        let alarm = foresight.alarm;
+        let slow = matches!(alarm, Alarm::Harm | Alarm::Drift | Alarm::Risk);
+        let silent = matches!(alarm, Alarm::Law(Law::RequestIsCompleted | Law::AnythingIsCompleted));
+        let explains = |it: &&Common| slow || (silent && it.took > slow_beyond(alarm, it.usual).max(HANGING));
+        if let Some(Common { took, usual, .. }) =
+            self.common.as_ref().filter(explains).filter(|it| it.holds(limits, now))
+        {
             return Some(Withheld::CommonCause { took: Some(*took), usual: *usual });
         }
         if foresight.others >= OTHERS_MAX {
@@ -633,6 +639,21 @@ mod tests {
         assert_eq!(first, None, "the shadow is asked again");
         let law = alarm(Alarm::Law(Law::KickIsSeen));
         assert_eq!(policy.at_first(&law, OnPrediction::Act, &Limits::default(), after(101)), None);
+    }
+
+    #[test]
+    fn silence_is_no_evidence_just_after_the_store_stood_still_for_both() {
+        let mut policy = experienced();
+        let why = judged(&mut policy, Alarm::Harm, [4_000; READS], after(100)).expect("the shadow is slow");
+        policy.found_common(&why, after(100));
+        let silence = alarm(Alarm::Law(Law::AnythingIsCompleted));
+        let asked = |policy: &mut Policy, second| {
+            policy.at_first(&silence, OnPrediction::Act, &Limits::default(), after(second))
+        };
+        assert_eq!(asked(&mut policy, 101), None, "slow is not silent");
+        policy.read(after(102), Nanos::from_millis(1_600), after(102));
+        assert!(matches!(asked(&mut policy, 103), Some(Withheld::CommonCause { .. })));
+        assert_eq!(asked(&mut policy, 113), None, "it is long ago");
     }
 
     #[test]
