@@ -256,7 +256,12 @@ impl Common {
     /// Whether it is too soon after that for an alarm to be evidence; not for ever: a store may become slow and stay so.
     fn holds(&self, limits: &Limits, now: Nanos) -> bool {
         let most = Nanos(limits.cool_down_min.0.saturating_mul(HELPED_AFTER));
-        now.since(self.at) < limits.cool_down_min && now.since(self.found) < most
+        self.is_fresh(limits, now) && now.since(self.found) < most
+    }
+
+    /// Whether a read has said so lately.
+    fn is_fresh(&self, limits: &Limits, now: Nanos) -> bool {
+        now.since(self.at) < limits.cool_down_min
     }
 }
 
@@ -311,10 +316,9 @@ impl Policy {
         let alarm = foresight.alarm;
         let slow = matches!(alarm, Alarm::Harm | Alarm::Drift | Alarm::Risk);
         let silent = matches!(alarm, Alarm::Law(Law::RequestIsCompleted | Law::AnythingIsCompleted));
-        let explains = |it: &&Common| slow || (silent && it.took > slow_beyond(alarm, it.usual).max(HANGING));
-        if let Some(Common { took, usual, .. }) =
-            self.common.as_ref().filter(explains).filter(|it| it.holds(limits, now))
-        {
+        let stood_still = |it: &Common| it.took > slow_beyond(alarm, it.usual).max(HANGING) && it.is_fresh(limits, now);
+        let explains = |it: &&Common| (slow && it.holds(limits, now)) || (silent && stood_still(it));
+        if let Some(Common { took, usual, .. }) = self.common.as_ref().filter(explains) {
             return Some(Withheld::CommonCause { took: Some(*took), usual: *usual });
         }
         if foresight.others >= OTHERS_MAX {
@@ -654,6 +658,8 @@ mod tests {
         policy.read(after(102), Nanos::from_millis(1_600), after(102));
         assert!(matches!(asked(&mut policy, 103), Some(Withheld::CommonCause { .. })));
         assert_eq!(asked(&mut policy, 113), None, "it is long ago");
+        policy.read(after(500), Nanos::from_millis(1_600), after(500));
+        assert!(matches!(asked(&mut policy, 501), Some(Withheld::CommonCause { .. })), "however long it has been slow");
     }
 
     #[test]
