@@ -8,6 +8,7 @@
 //! shadow reaches the storage, and keeps what would go cold warm. It reads into memory of the broker's own, never writes to the
 //! device, and never touches guest memory.
 
+use serde::{Deserialize, Serialize};
 use warmswap_wire::ring::{AVAIL_F_NO_INTERRUPT, DESC_F_NEXT, DESC_F_WRITE, Descriptor};
 use warmswap_wire::{FdSlot, VringAddr};
 
@@ -42,7 +43,7 @@ const BLK_IN: u32 = 0;
 const UNWRITTEN: u8 = 0xff;
 
 /// Where a canary stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum CanaryState {
     Resting,
     Reading,
@@ -50,7 +51,7 @@ pub(crate) enum CanaryState {
 }
 
 /// The canary of one backend.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Canary {
     pub(crate) state: CanaryState,
     pub(crate) began: Nanos,

@@ -7,6 +7,7 @@
 //! first kept from the backend, then its `used.idx` is watched until it rests, then it is asked, and the claim is accepted only if
 //! `used.idx` equals the base.
 
+use serde::{Deserialize, Serialize};
 use warmswap_wire::ring::Layout;
 
 use crate::memory::GuestMemory;
@@ -40,7 +41,7 @@ impl DrainMethod {
 }
 
 /// Where the stop of one ring stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum DrainState {
     Diverting,
     Settling,
@@ -49,7 +50,7 @@ pub(crate) enum DrainState {
 }
 
 /// The stop of one ring.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Drain {
     pub(crate) state: DrainState,
     pub(crate) began: Nanos,

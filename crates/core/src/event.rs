@@ -3,6 +3,7 @@
 //! The caller turns the outside world into [`Event`]s, hands each to [`crate::Pair::handle`] and carries out the [`Action`]s
 //! in their order. Nothing here does I/O.
 
+use serde::{Deserialize, Serialize};
 use warmswap_wire::{BackendRequest, FdSlot, Header, Request};
 
 use crate::failover::Report;
@@ -11,7 +12,7 @@ use crate::journal::Entry;
 use crate::time::Nanos;
 
 /// A backend process, by its generation: every process a pair ever had has a number of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct BackendId(pub u64);
 
 impl std::fmt::Display for BackendId {
@@ -30,11 +31,11 @@ pub enum StateDirection {
 }
 
 /// A command waiting for its answer, by the caller's number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CommandId(pub u64);
 
 /// Eventfds of the broker's own, for one link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PrivateEvents {
     /// Given to the backend as kick where the guest's kicks must not reach it.
     pub kick: FdSlot,
@@ -45,7 +46,7 @@ pub struct PrivateEvents {
 }
 
 /// What has been proved about a backend that must no longer touch anything.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum FenceLevel {
     /// F0: its stop was acknowledged and every ring's `used.idx` equals the returned base.
     Stopped,

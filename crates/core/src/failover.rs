@@ -8,11 +8,12 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
 use crate::event::{BackendId, CommandId, FenceLevel};
 use crate::time::Nanos;
 
 /// Phase of a failover.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Phase {
     /// No failover is running.
     Idle,
@@ -75,7 +76,7 @@ impl Phase {
 }
 
 /// Why a failover is made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Kind {
     /// The operator asked.
     Planned,
@@ -101,7 +102,7 @@ impl Kind {
 }
 
 /// How sure it is that exactly what was owed was handed over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Recovery {
     /// An unbroken chain of observations, or a region and rings that agree.
     Exact,
@@ -124,7 +125,7 @@ impl Recovery {
 }
 
 /// How a failover ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
     /// The shadow serves the guest.
     Settled,
@@ -147,7 +148,7 @@ impl Outcome {
 }
 
 /// What a failover did.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// Its number.
     pub id: u64,
@@ -180,7 +181,7 @@ pub struct Report {
 }
 
 /// A failover under way.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Failover {
     pub(crate) report: Report,
     pub(crate) phase: Phase,
@@ -204,7 +205,7 @@ pub(crate) struct Failover {
 }
 
 /// A transfer of a device's state.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Transfer {
     pub(crate) step: TransferStep,
     /// The shadow that is to have it.
@@ -215,7 +216,7 @@ pub(crate) struct Transfer {
 }
 
 /// Where a transfer stands, in this order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) enum TransferStep {
     /// The old primary gets somewhere to write it to, and writes it.
     Saving,
@@ -230,7 +231,7 @@ pub(crate) enum TransferStep {
 }
 
 /// The search for a request that kills every backend: each is run alone, on a ring of its own.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Isolation {
     /// Rings and heads still to be tried, in the order of their submission.
     pub(crate) queue: VecDeque<(u32, u16)>,
@@ -239,7 +240,7 @@ pub(crate) struct Isolation {
 }
 
 /// One request on trial.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Trial {
     pub(crate) ring: u32,
     pub(crate) head: u16,

@@ -10,6 +10,7 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
 use warmswap_predict::{Alarm, Feature, Law};
 use warmswap_zoo::{Animal, loose};
 
@@ -215,7 +216,7 @@ impl Considered {
 }
 
 /// What reads of the shadow take in health: a median that moves slowly (a stochastic approximation on a logarithmic scale).
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 struct Usual {
     log: f32,
     count: u32,
@@ -243,7 +244,7 @@ impl Usual {
 }
 
 /// The shadow was found slow as well.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Common {
     /// When that was found, and when a read last said so.
     found: Nanos,
@@ -266,8 +267,10 @@ impl Common {
 }
 
 /// Decides about predicted failovers of one pair.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct Policy {
+    #[serde(skip)]
     pub(crate) considered: Option<Considered>,
     /// When the predicted failovers of the last hour were made.
     made: Vec<Nanos>,
@@ -285,7 +288,9 @@ pub(crate) struct Policy {
     /// When the backend was last given the guest's kicks once more.
     kicked: Option<Nanos>,
     /// The reason that was said last, and when.
+    #[serde(skip)]
     said: Option<(&'static str, Nanos)>,
+    #[serde(skip)]
     last_withheld: Option<Withheld>,
 }
 

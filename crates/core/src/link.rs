@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
+use serde::{Deserialize, Serialize};
 use warmswap_wire::{
     ConfigSpace, DeviceType, Error, FdSlot, Header, HeaderFlags, InflightDescription, ProtocolFeatures, Reply,
     ReplyKind, Request, RequestCode, VirtioFeatures, VringFd, VringState,
@@ -26,7 +27,7 @@ const PENDING_MAX: usize = 4096;
 const CONFIG_SIZES: [u16; 9] = [256, 128, 96, 72, 60, 36, 24, 12, 8];
 
 /// Where a backend stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LinkState {
     /// The process is being started or connected to.
     Starting,
@@ -61,7 +62,7 @@ impl LinkState {
 }
 
 /// What a backend can do.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offer {
     /// Virtio features.
     pub features: u64,
@@ -76,7 +77,7 @@ pub struct Offer {
 }
 
 /// What a reply is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Purpose {
     Features,
     Protocol,
@@ -113,7 +114,7 @@ pub(crate) enum Purpose {
     Nobody,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Pending {
     code: RequestCode,
     kind: ReplyKind,
@@ -121,7 +122,7 @@ struct Pending {
 }
 
 /// The link to one backend.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Link {
     pub(crate) id: BackendId,
     pub(crate) state: LinkState,
@@ -162,7 +163,7 @@ pub(crate) struct Link {
 }
 
 /// A backend's in-flight region, in its own layout. It is a witness when the backend dies, and is never given to another one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Region {
     None,
     Asked,
@@ -486,6 +487,15 @@ impl Link {
     pub(crate) fn ask_again(&mut self, now: Nanos) {
         self.pinged_at = None;
         self.heard_at = now;
+    }
+
+    /// Nobody has listened for a while: what it says counts from now on.
+    pub(crate) fn restart_clocks(&mut self, now: Nanos) {
+        self.heard_at = now;
+        self.warming_at = now;
+        self.started_at = now;
+        self.pinged_at = self.pinged_at.map(|_| now);
+        self.asked_at = self.asked_at.map(|_| now);
     }
 
     /// Asks for a sign of life, unless one is owed already.

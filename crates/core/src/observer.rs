@@ -19,6 +19,7 @@
 //! far that a slot just read may have been overwritten, the observation is torn. If `used.idx` has not moved when it is read
 //! again after `avail.idx`, the observation is a *cut*: every head then has a balance of 0 or 1.
 
+use serde::{Deserialize, Serialize};
 use warmswap_wire::ring::Layout;
 use warmswap_zoo::{Animal, loose};
 
@@ -62,7 +63,7 @@ impl Knowledge {
 }
 
 /// Why knowledge was lost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Gap {
     /// More entries passed between two observations than the rings still hold.
     Overrun {
@@ -78,7 +79,7 @@ pub enum Gap {
 }
 
 /// What cannot be in a ring that driver and device use as they must.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Violation {
     /// A head beyond the ring's size.
     HeadOutOfRange {
@@ -724,6 +725,11 @@ impl Observer {
         self.submission.get(usize::from(head)).copied().unwrap_or(0)
     }
 
+    /// Whether it was looked at so shortly before this moment that no wrap can have been missed in between.
+    pub(crate) fn was_looked_at_near(&self, at: Nanos) -> bool {
+        at.since(self.observed_at) <= SILENCE_MAX
+    }
+
     /// Tells the observer that no backend has served the ring since the last observation, so that its indices cannot have gone round.
     pub fn forgive_silence(&mut self, now: Nanos) {
         self.observed_at = now;
@@ -740,5 +746,6 @@ impl Observer {
     }
 }
 
+mod saved;
 #[cfg(test)]
 mod tests;

@@ -68,6 +68,23 @@ pub struct PairConfig {
     pub limits: Limits,
 }
 
+impl PairConfig {
+    /// What stands in a pair that is being read, until it is told what it is to do.
+    pub(crate) fn unknown() -> Self {
+        PairConfig {
+            device: DeviceType::Blk,
+            drain: DrainMethod::Stop,
+            survivors: Survivors::Refuse,
+            region: RegionUse::Witness,
+            fence: FenceLevel::Target,
+            shadow: false,
+            canary: false,
+            on_prediction: OnPrediction::Observe,
+            limits: Limits::default(),
+        }
+    }
+}
+
 /// Bounds. Reaching one is an event in the journal.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {

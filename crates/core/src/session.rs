@@ -7,6 +7,7 @@ mod codec;
 
 pub use codec::{NamedFd, SessionError};
 
+use serde::{Deserialize, Serialize};
 use warmswap_wire::{
     ConfigSpace, FdSlot, LogRegion, MemoryRegion, MemoryTable, Request, VirtioFeatures, VringAddr, VringState,
 };
@@ -19,7 +20,8 @@ use crate::event::{Action, Actions};
 const CONFIG_WRITES_MAX: usize = codec::CONFIG_WRITES_MAX as usize;
 
 /// One ring as the VMM described it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Ring {
     /// Number of entries.
     pub size: Option<u32>,
@@ -40,7 +42,8 @@ pub struct Ring {
 }
 
 /// What the VMM has negotiated and described.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Session {
     /// Virtio features the VMM accepted.
     pub features: Option<u64>,

@@ -1,11 +1,13 @@
 //! Monotonic time as a value. The core never reads a clock; the caller says what time it is.
 
+use serde::{Deserialize, Serialize};
+
 use std::fmt;
 use std::ops::Add;
 use std::time::Duration;
 
 /// Nanoseconds: an instant since an arbitrary start, or a span.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Nanos(pub u64);
 
 impl Nanos {

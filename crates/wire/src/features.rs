@@ -1,5 +1,6 @@
 //! Virtio and vhost-user feature bits, and what of them may pass a broker, per device type.
 
+use serde::{Deserialize, Serialize};
 use warmswap_zoo::{Animal, loose};
 
 bitflags::bitflags! {
@@ -33,7 +34,7 @@ bitflags::bitflags! {
 
 bitflags::bitflags! {
     /// vhost-user protocol features (`VHOST_USER_PROTOCOL_F_*`).
-    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
     pub struct ProtocolFeatures: u64 {
         /// More than one queue.
         const MQ = 1 << 0;

@@ -1,5 +1,6 @@
 //! The guest's memory as the VMM describes it.
 
+use serde::{Deserialize, Serialize};
 use crate::Error;
 use crate::bytes::{Put, Reader};
 
@@ -7,7 +8,7 @@ use crate::bytes::{Put, Reader};
 pub const REGIONS_MAX: usize = 8;
 
 /// One contiguous piece of guest memory. The descriptor that backs it travels beside it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryRegion {
     /// Guest-physical address of the first byte.
     pub guest_addr: u64,

@@ -1,10 +1,11 @@
 //! The structures that payloads are made of.
 
+use serde::{Deserialize, Serialize};
 use crate::bytes::{Put, Reader};
 use crate::{Error, PAYLOAD_SIZE_MAX};
 
 /// A descriptor by its number in the caller's table. The codec never sees a real one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct FdSlot(pub u32);
 
 /// Most rings of one device: KICK, CALL and ERR have eight bits for the index.
@@ -40,7 +41,7 @@ impl VringState {
 }
 
 /// Where a ring lies, in the front-end's own (user) address space ("vring address description").
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VringAddr {
     /// Ring index.
     pub index: u32,
@@ -107,7 +108,7 @@ impl VringFd {
 }
 
 /// Offset and size of the dirty log in the descriptor that comes along.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogRegion {
     /// Size in bytes.
     pub size: u64,
@@ -128,7 +129,7 @@ impl LogRegion {
 }
 
 /// A part of the virtio device's configuration space.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigSpace {
     /// First byte.
     pub offset: u32,
@@ -167,7 +168,7 @@ impl ConfigSpace {
 }
 
 /// The in-flight region as GET/SET_INFLIGHT_FD describe it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InflightDescription {
     /// Size of the mapping in bytes.
     pub mmap_size: u64,

@@ -2,6 +2,7 @@
 //!
 //! Ids and payloads: `docs/interop/vhost-user.rst`, "Front-end message types".
 
+use serde::{Deserialize, Serialize};
 use crate::bytes::{Put, Reader};
 use crate::header::frame;
 use crate::memory::{MemoryRegion, REGIONS_MAX};
@@ -15,7 +16,7 @@ use crate::{Channel, Error, Header, HeaderFlags};
 macro_rules! request_codes {
     ($($(#[$doc:meta])* $name:ident = $id:literal, $text:literal;)*) => {
         /// Ids of front-end requests. Ids above 43 moved between revisions of the specification and are not known here.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
         #[repr(u32)]
         #[allow(missing_docs, reason = "the names are the specification's")]
         pub enum RequestCode { $($(#[$doc])* $name = $id),* }

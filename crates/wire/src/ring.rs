@@ -1,5 +1,6 @@
 //! Layout of split virtqueues (virtio 1.3 §2.7): offsets and index arithmetic, no memory.
 
+use serde::{Deserialize, Serialize};
 use warmswap_zoo::{Animal, loose};
 
 /// `VIRTQ_USED_F_NO_NOTIFY`: the device does not want kicks.
@@ -65,9 +66,24 @@ impl Descriptor {
 }
 
 /// Sizes and offsets of a ring with `size` entries. All offsets are bytes from the start of the part they belong to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u16", into = "u16")]
 pub struct Layout {
     size: u16,
+}
+
+impl TryFrom<u16> for Layout {
+    type Error = &'static str;
+
+    fn try_from(size: u16) -> Result<Self, &'static str> {
+        Layout::new(size).ok_or("a ring's size is a power of two, at most 32768")
+    }
+}
+
+impl From<Layout> for u16 {
+    fn from(layout: Layout) -> Self {
+        layout.size
+    }
 }
 
 impl Layout {

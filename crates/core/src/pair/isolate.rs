@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
 use warmswap_wire::ring::{
     AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, Layout, SIZE_MAX, UsedElem,
 };
@@ -31,12 +32,12 @@ pub(super) const TRIAL_USED: u64 = 1 << 19;
 const BLK_STATUS_IO_ERROR: u8 = 1;
 
 /// Requests that were in flight when backends died.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Suspects {
     list: Vec<Suspect>,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Suspect {
     ring: u32,
     head: u16,

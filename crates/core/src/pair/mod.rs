@@ -11,6 +11,7 @@
 //! - `failover`: the phases
 //! - `foresee`: a failure that is predicted
 //! - `canary`: reads of the broker's own on the shadow
+//! - `take_over`: going on in another broker
 //! - `transfer`: what a device is beyond its rings
 //! - `isolate`: a request that kills every backend
 //! - `status`: what is shown to people and programs
@@ -25,6 +26,7 @@ mod region;
 mod rings;
 mod status;
 mod stop;
+mod take_over;
 #[cfg(any(test, feature = "fuzzing"))]
 mod tests;
 mod transfer;
@@ -35,6 +37,7 @@ pub use tests::run;
 
 pub use status::{BackendStatus, Counters, PairState, RingStatus, Status};
 
+use serde::{Deserialize, Serialize};
 use warmswap_wire::MemoryRegion;
 
 use crate::drain::DrainMethod;
@@ -60,7 +63,7 @@ pub(crate) struct Step<'a> {
 }
 
 /// A failover the operator has asked for.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Asked {
     command: CommandId,
     at_once: bool,
@@ -69,7 +72,10 @@ struct Asked {
 }
 
 /// A device with its primary and its shadow.
+#[derive(Serialize, Deserialize)]
 pub struct Pair {
+    /// What it is told to do is told anew by whoever takes it over.
+    #[serde(skip, default = "PairConfig::unknown")]
     config: PairConfig,
     session: Session,
     /// What is offered to the VMM: fixed once both backends, or the only one that started, are known.

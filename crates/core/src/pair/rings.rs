@@ -1,5 +1,6 @@
 //! Rings: what is known of each, starting them, giving them to backends.
 
+use serde::{Deserialize, Serialize};
 use warmswap_wire::ring::{Layout, UsedElem};
 use warmswap_wire::{Request, VringFd, VringState};
 use warmswap_zoo::{Animal, loose};
@@ -19,7 +20,8 @@ use crate::time::Nanos;
 pub(super) const BURST_RATE: f64 = 100_000.0;
 
 /// What the broker knows of a ring beyond what the VMM said.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct RingState {
     /// Follows the ring from its start to its stop by the VMM, across failovers.
     pub(crate) observer: Option<Observer>,
@@ -50,6 +52,7 @@ pub(crate) struct RingState {
     /// A kick has woken it, and it has not come to rest since.
     pub(super) woken_at: Option<Nanos>,
     /// Outlives stops and starts.
+    #[serde(skip)]
     pub(crate) meter: RingMeter,
 }
 
@@ -193,7 +196,7 @@ impl Pair {
         &mut self.rings[at]
     }
 
-    fn attach_ring(&mut self, index: u32, step: &mut Step<'_>) -> Result<(), String> {
+    pub(super) fn attach_ring(&mut self, index: u32, step: &mut Step<'_>) -> Result<(), String> {
         let ring = self.session.ring(index).ok_or("the ring was never described")?;
         let size = ring.size.ok_or_else(|| format!("ring {index} is started without a size"))?;
         let addr = ring.addr.ok_or_else(|| format!("ring {index} is started without addresses"))?;

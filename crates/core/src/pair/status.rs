@@ -1,5 +1,6 @@
 //! What is shown of a pair to people and programs.
 
+use serde::{Deserialize, Serialize};
 use super::Pair;
 use crate::event::BackendId;
 use crate::failover::{Phase, Report};
@@ -9,7 +10,8 @@ use crate::observer::Observer;
 use crate::time::Nanos;
 
 /// Counters since the pair was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Counters {
     /// Failovers that settled.
     pub settled: u64,
@@ -49,6 +51,8 @@ pub struct Counters {
     pub vmm_requests: u64,
     /// Connections of the VMM.
     pub vmm_connections: u64,
+    /// Brokers that have gone on with it after another one had ended.
+    pub take_overs: u64,
     /// Looks at rings.
     pub observations: u64,
     /// Looks that came too late.

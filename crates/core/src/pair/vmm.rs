@@ -4,6 +4,7 @@
 //! reach the backends is mirrored to all of them and acknowledged when they have acknowledged it, or after
 //! [`crate::Limits::answer_max`]; a stop is answered when the ring is proved quiet.
 
+use serde::{Deserialize, Serialize};
 use warmswap_wire::{
     ConfigSpace, InflightDescription, MemoryRegion, ProtocolFeatures, Reply, Request, RequestCode, VirtioFeatures,
     VringState,
@@ -18,7 +19,7 @@ use crate::link::Purpose;
 use crate::time::Nanos;
 
 /// The VMM's request that is waiting for its answer.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Ticket {
     /// A change that backends must acknowledge.
     Mirror {
