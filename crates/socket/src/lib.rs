@@ -71,6 +71,8 @@ pub struct Connection {
     unsent_fds: usize,
     /// The event queue tells when there is room to write.
     room_watched: bool,
+    /// What is received stays where it is.
+    looking: bool,
 }
 
 impl AsFd for Connection {
@@ -95,7 +97,31 @@ impl Connection {
             unsent_bytes: 0,
             unsent_fds: 0,
             room_watched: false,
+            looking: false,
         })
+    }
+
+    /// From now on what is received is only looked at, and stays in the socket until somebody takes it away. The socket has to go on
+    /// behind its last look by itself (`SO_PEEK_OFF`); the caller sees to that.
+    pub fn look_only(&mut self) {
+        self.looking = true;
+    }
+
+    /// Whether what is received is only looked at.
+    #[must_use]
+    pub fn looks_only(&self) -> bool {
+        self.looking
+    }
+
+    /// Keeps what is left of a message of which the caller has sent so many bytes itself.
+    ///
+    /// # Errors
+    /// As for [`Connection::send`].
+    pub fn sent(&mut self, count: usize, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), ConnectionError> {
+        if count == bytes.len() {
+            return Ok(());
+        }
+        self.keep(&bytes[count..], if count == 0 { fds } else { &[] })
     }
 
     /// The next whole message, or none if it has not arrived yet.
@@ -133,7 +159,8 @@ impl Connection {
     fn read(&mut self, into: &mut [u8]) -> Result<Option<usize>, ConnectionError> {
         let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        let look = if self.looking { RecvFlags::PEEK } else { RecvFlags::empty() };
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT | look;
         let received = loop {
             match rustix::net::recvmsg(&self.socket, &mut [IoSliceMut::new(into)], &mut ancillary, flags) {
                 Ok(received) => break received,

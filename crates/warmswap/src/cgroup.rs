@@ -130,6 +130,12 @@ impl Cgroup {
         }
     }
 
+    /// Goes on with a group that a broker before this one has made.
+    pub(crate) fn inherit(path: &Path, janitor: &Janitor) -> io::Result<Self> {
+        let events = fs::File::open(path.join("cgroup.events"))?;
+        Ok(Cgroup { path: path.to_path_buf(), directory: None, events, janitor: janitor.clone() })
+    }
+
     /// The group's directory, to start a process in it.
     pub(crate) fn directory(&self) -> Option<BorrowedFd<'_>> {
         self.directory.as_ref().map(AsFd::as_fd)
@@ -189,9 +195,10 @@ fn sweep() {
 
 /// Kills what backends of dead brokers of this device have left running, and waits for its end: another backend is about to write
 /// what they write. Returns the groups that had processes in them.
-pub(crate) fn end_leftovers(device: &str) -> io::Result<Vec<PathBuf>> {
+pub(crate) fn end_leftovers(device: &str, but: &[PathBuf]) -> io::Result<Vec<PathBuf>> {
     let mut ended = Vec::new();
-    for (path, _) in abandoned().into_iter().filter(|(_, name)| name.device == device) {
+    let left = abandoned().into_iter().filter(|(path, name)| name.device == device && !but.contains(path));
+    for (path, _) in left {
         let until = Instant::now() + LEFTOVERS_MAX;
         let mut killed = false;
         // A group that cannot be read any more has been removed.
@@ -256,6 +263,11 @@ impl Broker {
     fn is_gone(self, me: Broker) -> bool {
         self.namespace == me.namespace && Broker::find(self.pid) != Some(self)
     }
+}
+
+/// When a living process was started, in ticks since the system was.
+pub(crate) fn start_of(pid: u32) -> Option<u64> {
+    Some(Broker::find(pid)?.started)
 }
 
 /// Name of a group: `warmswap.DEVICE.PID-STARTED-NAMESPACE.GENERATION`.
@@ -350,7 +362,7 @@ mod tests {
         };
         let (other, mut of_other) = occupied(&group("test-other", dead_broker())).expect("as above");
         let (living, mut of_living) = occupied(&group("test-left", me)).expect("as above");
-        assert_eq!(end_leftovers("test-left").expect("it ends"), std::slice::from_ref(&left));
+        assert_eq!(end_leftovers("test-left", &[]).expect("it ends"), std::slice::from_ref(&left));
         assert!(!left.exists());
         assert!(!child.wait().expect("our own child").success());
         for (path, child) in [(other, &mut of_other), (living, &mut of_living)] {

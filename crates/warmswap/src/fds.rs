@@ -1,6 +1,7 @@
 //! The descriptor table: the core and the codec know descriptors only as slots of it.
 
 use std::collections::HashMap;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -12,6 +13,8 @@ use warmswap_wire::{FdSlot, Request};
 pub(crate) struct FdTable {
     fds: HashMap<u32, OwnedFd>,
     next: u32,
+    /// Names of those that lie in the descriptor store as well.
+    kept: HashMap<u32, u32>,
 }
 
 impl FdTable {
@@ -33,6 +36,30 @@ impl FdTable {
     /// Closes a descriptor. Closing twice, or what was never open, does nothing.
     pub(crate) fn close(&mut self, slot: FdSlot) {
         self.fds.remove(&slot.0);
+        self.kept.remove(&slot.0);
+    }
+
+    /// Slot and name of every descriptor; those that have no name yet are given one by `put`. Sorted by slot.
+    pub(crate) fn keep(&mut self, put: &mut dyn FnMut(BorrowedFd<'_>) -> io::Result<u32>) -> io::Result<Vec<(u32, u32)>> {
+        for (slot, fd) in &self.fds {
+            if !self.kept.contains_key(slot) {
+                self.kept.insert(*slot, put(fd.as_fd())?);
+            }
+        }
+        let mut names: Vec<(u32, u32)> = self.kept.iter().map(|(slot, name)| (*slot, *name)).collect();
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// The slot that is given next.
+    pub(crate) fn next_slot(&self) -> u32 {
+        self.next
+    }
+
+    /// A table that goes on where another one ended: slot, name, descriptor.
+    pub(crate) fn resume(next: u32, kept: Vec<(u32, u32, OwnedFd)>) -> Self {
+        let names = kept.iter().map(|(slot, name, _)| (*slot, *name)).collect();
+        FdTable { fds: kept.into_iter().map(|(slot, _, fd)| (slot, fd)).collect(), next, kept: names }
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -17,6 +17,7 @@ use warmswap_zoo::{Animal, loose};
 
 pub(crate) use self::peer::{peer, refusal};
 use crate::cgroup::{Cgroup, Janitor};
+use crate::driver::ProcessRecord;
 use crate::storage::Subject;
 
 /// Lines of a backend's output that are kept to explain its end.
@@ -37,6 +38,10 @@ pub(crate) struct Process {
     pidfd: Arc<OwnedFd>,
     /// Ours to reap, on the janitor's thread; others are only watched.
     child: Option<Janitor>,
+    /// A broker has started it: this one, or one before it, whose children are somebody else's to reap now.
+    ours: bool,
+    /// Names of `pidfd` and `stderr` in the descriptor store.
+    kept: Option<(u32, Option<u32>)>,
     cgroup: Option<Cgroup>,
     stderr: Option<fs::File>,
     tail: Tail,
@@ -61,6 +66,7 @@ impl Process {
         endpoint: &Endpoint<'_>,
         group: &str,
         janitor: &Janitor,
+        survives: bool,
     ) -> io::Result<Self> {
         let inherited = match endpoint {
             Endpoint::Path(_) => None,
@@ -83,6 +89,7 @@ impl Process {
             stderr: theirs.as_fd(),
             inherited,
             cgroup: cgroup.as_ref().and_then(Cgroup::directory),
+            survives,
         };
         let (pid, pidfd) = child.launch()?;
         cgroup.as_mut().into_iter().for_each(Cgroup::started);
@@ -91,6 +98,8 @@ impl Process {
             pid,
             pidfd: Arc::new(pidfd),
             child: Some(janitor.clone()),
+            ours: true,
+            kept: None,
             cgroup,
             stderr,
             tail: Tail::default(),
@@ -106,6 +115,8 @@ impl Process {
             pid,
             pidfd: Arc::new(pidfd),
             child: None,
+            ours: false,
+            kept: None,
             cgroup: None,
             stderr: None,
             tail: Tail::default(),
@@ -114,9 +125,41 @@ impl Process {
         })
     }
 
+    /// Goes on with a process that a broker before this one has started, or has been told of.
+    pub(crate) fn inherit(record: &ProcessRecord, pidfd: OwnedFd, stderr: Option<OwnedFd>, janitor: &Janitor) -> Self {
+        let cgroup = record.group.as_ref().and_then(|path| Cgroup::inherit(path, janitor).ok());
+        Process {
+            pid: record.pid,
+            pidfd: Arc::new(pidfd),
+            child: None,
+            ours: record.ours,
+            kept: Some((record.pidfd, record.stderr)),
+            cgroup,
+            stderr: stderr.map(fs::File::from),
+            tail: Tail::default(),
+            exited: None,
+            looks_occupied: 0,
+        }
+    }
+
+    /// The process as the next broker has to know it. Its descriptors are given names by `put`, if they have none yet.
+    pub(crate) fn record(
+        &mut self,
+        put: &mut dyn FnMut(BorrowedFd<'_>) -> io::Result<u32>,
+    ) -> io::Result<ProcessRecord> {
+        let (pidfd, stderr) = match self.kept {
+            Some(kept) => kept,
+            None => (put(self.pidfd.as_fd())?, self.stderr.as_ref().map(|it| put(it.as_fd())).transpose()?),
+        };
+        let stderr = stderr.filter(|_| self.stderr.is_some());
+        self.kept = Some((pidfd, stderr));
+        let group = self.cgroup.as_ref().map(|group| group.path().to_path_buf());
+        Ok(ProcessRecord { pid: self.pid, pidfd, stderr, group, ours: self.ours })
+    }
+
     /// Whether we have started it, and what it has started is ours to kill as well.
     pub(crate) fn is_ours(&self) -> bool {
-        self.child.is_some()
+        self.ours
     }
 
     /// What is looked at: the process, its group, and what it has started.
@@ -296,6 +339,7 @@ pub(crate) fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
 #[derive(Debug)]
 pub(crate) struct RunDir {
     path: PathBuf,
+    stays: bool,
 }
 
 impl RunDir {
@@ -316,7 +360,22 @@ impl RunDir {
             };
             io::Error::new(error.kind(), format!("{}: {why}", path.display()))
         })?;
-        Ok(RunDir { path })
+        Ok(RunDir { path, stays: false })
+    }
+
+    /// Goes on with a directory that a broker before this one has made.
+    pub(crate) fn inherit(path: PathBuf) -> Self {
+        RunDir { path, stays: false }
+    }
+
+    /// Where it lies.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// It outlives this value: the next broker goes on with it.
+    pub(crate) fn leave(&mut self) {
+        self.stays = true;
     }
 
     pub(crate) fn socket(&self, generation: u64) -> PathBuf {
@@ -326,8 +385,10 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        // Only sockets of backends that are gone are in it.
-        let _leftover = fs::remove_dir_all(&self.path);
+        if !self.stays {
+            // Only sockets of backends that are gone are in it.
+            let _leftover = fs::remove_dir_all(&self.path);
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
 use rustix::mm::{MapFlags, ProtFlags};
+use serde::{Deserialize, Serialize};
 use warmswap_core::{GuestMemory, MemoryError, PRIVATE_ADDR, PRIVATE_SIZE, RingPlace, RingReader};
 use warmswap_wire::ring::{Descriptor, FLAGS, IDX, Layout, UsedElem};
 use warmswap_wire::{FdSlot, LogRegion, MemoryRegion};
@@ -141,6 +142,52 @@ pub(crate) struct SharedMemory {
 pub(crate) struct MemoryAccess<'a> {
     pub(crate) memory: &'a mut SharedMemory,
     pub(crate) fds: &'a mut FdTable,
+    /// Where stores wait that must be written down before they are made. What waits is read as if it had been made.
+    pub(crate) waiting: Option<&'a mut Vec<Store>>,
+}
+
+/// A store into guest memory, or into memory of the broker's own, that is the same when it is made twice.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Store {
+    AvailSlot { ring: u32, slot: u16, head: u16 },
+    UsedFlags { ring: u32, flags: u16 },
+    AvailEvent { ring: u32, index: u16 },
+    PushUsed { ring: u32, index: u16, id: u32, len: u32 },
+    Private { memory: u32, offset: u64, bytes: Vec<u8> },
+    Guest { guest_addr: u64, bytes: Vec<u8> },
+}
+
+impl MemoryAccess<'_> {
+    /// Makes a store, or has it wait.
+    fn store(&mut self, store: Store) {
+        match &mut self.waiting {
+            Some(waiting) => waiting.push(store),
+            None => drop(self.make(&store)),
+        }
+    }
+
+    /// Makes a store now; false if the place is gone.
+    pub(crate) fn make(&mut self, store: &Store) -> bool {
+        match store {
+            Store::AvailSlot { ring, slot, head } => self.memory.set_avail_slot(*ring, *slot, *head),
+            Store::UsedFlags { ring, flags } => self.memory.set_used_flags(*ring, *flags),
+            Store::AvailEvent { ring, index } => self.memory.set_avail_event(*ring, *index),
+            Store::PushUsed { ring, index, id, len } => {
+                self.memory.push_used(*ring, *index, UsedElem { id: *id, len: *len });
+            }
+            Store::Private { memory, offset, bytes } => {
+                let Some(fd) = self.fds.get(FdSlot(*memory)) else { return false };
+                return rustix::io::pwrite(fd, bytes, *offset).is_ok_and(|written| written == bytes.len());
+            }
+            Store::Guest { guest_addr, bytes } => return self.memory.write_guest(*guest_addr, bytes),
+        }
+        true
+    }
+
+    /// What the last waiting store says of something.
+    fn waits<T>(&self, says: impl Fn(&Store) -> Option<T>) -> Option<T> {
+        self.waiting.as_ref()?.iter().rev().find_map(says)
+    }
 }
 
 impl SharedMemory {
@@ -300,6 +347,56 @@ impl RingReader for View {
     }
 }
 
+impl SharedMemory {
+    fn set_avail_slot(&mut self, ring: u32, slot: u16, head: u16) {
+        if let Some(parts) = self.ring(ring) {
+            let at = parts.layout.available_slot(slot);
+            store_u16(parts.available, at, head, Ordering::Release);
+            self.mark_user(parts.place.available + at, 2);
+        }
+    }
+
+    fn set_used_flags(&mut self, ring: u32, flags: u16) {
+        if let Some(parts) = self.ring(ring) {
+            store_u16(parts.used, FLAGS, flags, Ordering::Release);
+            self.mark_user(parts.place.used, 2);
+        }
+    }
+
+    fn set_avail_event(&mut self, ring: u32, index: u16) {
+        if let Some(parts) = self.ring(ring) {
+            let at = parts.layout.avail_event();
+            store_u16(parts.used, at, index, Ordering::Release);
+            self.mark_user(parts.place.used + at, 2);
+            // The driver reads this after it has published its index; we read its index after this.
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    fn push_used(&mut self, ring: u32, index: u16, entry: UsedElem) {
+        if let Some(parts) = self.ring(ring) {
+            let at = parts.layout.used_slot(parts.layout.slot(index));
+            for (field, value) in [(at, entry.id), (at + 4, entry.len)] {
+                // SAFETY: a used slot of the ring, aligned to 4 as the used ring is.
+                let field = unsafe { AtomicU32::from_ptr(parts.used.as_ptr().add(field as usize).cast()) };
+                field.store(value.to_le(), Ordering::Relaxed);
+            }
+            store_u16(parts.used, IDX, index.wrapping_add(1), Ordering::Release);
+            self.mark_user(parts.place.used, parts.layout.used_bytes());
+        }
+    }
+
+    fn write_guest(&mut self, guest_addr: u64, bytes: &[u8]) -> bool {
+        let Some(to) = self.view.find_guest(guest_addr, bytes.len() as u64) else { return false };
+        for (at, byte) in bytes.iter().enumerate() {
+            // SAFETY: `find_guest` has checked the whole range.
+            unsafe { std::ptr::write_volatile(to.as_ptr().add(at), *byte) };
+        }
+        self.mark_guest(guest_addr, bytes.len() as u64);
+        true
+    }
+}
+
 impl GuestMemory for MemoryAccess<'_> {
     fn map(&mut self, region: &MemoryRegion, fd: FdSlot) -> Result<(), MemoryError> {
         let refuse = |reason: String| MemoryError::Map { guest_addr: region.guest_addr, size: region.size, reason };
@@ -388,23 +485,46 @@ impl GuestMemory for MemoryAccess<'_> {
     }
 
     fn used_idx(&self, ring: u32) -> u16 {
-        self.memory.view.used_idx(ring)
+        let said = self.waits(|store| match store {
+            Store::PushUsed { ring: of, index, .. } if *of == ring => Some(index.wrapping_add(1)),
+            _ => None,
+        });
+        said.unwrap_or_else(|| self.memory.view.used_idx(ring))
     }
 
     fn avail_slot(&self, ring: u32, slot: u16) -> u16 {
-        self.memory.view.avail_slot(ring, slot)
+        let said = self.waits(|store| match store {
+            Store::AvailSlot { ring: of, slot: at, head } if (*of, *at) == (ring, slot) => Some(*head),
+            _ => None,
+        });
+        said.unwrap_or_else(|| self.memory.view.avail_slot(ring, slot))
     }
 
     fn used_slot(&self, ring: u32, slot: u16) -> UsedElem {
-        self.memory.view.used_slot(ring, slot)
+        let layout = RingReader::layout(&self.memory.view, ring);
+        let said = self.waits(|store| match store {
+            Store::PushUsed { ring: of, index, id, len } if *of == ring => {
+                layout.filter(|layout| layout.slot(*index) == slot).map(|_| UsedElem { id: *id, len: *len })
+            }
+            _ => None,
+        });
+        said.unwrap_or_else(|| self.memory.view.used_slot(ring, slot))
     }
 
     fn used_flags(&self, ring: u32) -> u16 {
-        self.memory.view.used_flags(ring)
+        let said = self.waits(|store| match store {
+            Store::UsedFlags { ring: of, flags } if *of == ring => Some(*flags),
+            _ => None,
+        });
+        said.unwrap_or_else(|| self.memory.view.used_flags(ring))
     }
 
     fn avail_event(&self, ring: u32) -> u16 {
-        self.memory.view.avail_event(ring)
+        let said = self.waits(|store| match store {
+            Store::AvailEvent { ring: of, index } if *of == ring => Some(*index),
+            _ => None,
+        });
+        said.unwrap_or_else(|| self.memory.view.avail_event(ring))
     }
 
     fn descriptor(&self, ring: u32, index: u16) -> Descriptor {
@@ -416,41 +536,19 @@ impl GuestMemory for MemoryAccess<'_> {
     }
 
     fn set_avail_slot(&mut self, ring: u32, slot: u16, head: u16) {
-        if let Some(parts) = self.memory.ring(ring) {
-            let at = parts.layout.available_slot(slot);
-            store_u16(parts.available, at, head, Ordering::Release);
-            self.memory.mark_user(parts.place.available + at, 2);
-        }
+        self.store(Store::AvailSlot { ring, slot, head });
     }
 
     fn set_used_flags(&mut self, ring: u32, flags: u16) {
-        if let Some(parts) = self.memory.ring(ring) {
-            store_u16(parts.used, FLAGS, flags, Ordering::Release);
-            self.memory.mark_user(parts.place.used, 2);
-        }
+        self.store(Store::UsedFlags { ring, flags });
     }
 
     fn set_avail_event(&mut self, ring: u32, index: u16) {
-        if let Some(parts) = self.memory.ring(ring) {
-            let at = parts.layout.avail_event();
-            store_u16(parts.used, at, index, Ordering::Release);
-            self.memory.mark_user(parts.place.used + at, 2);
-            // The driver reads this after it has published its index; we read its index after this.
-            fence(Ordering::SeqCst);
-        }
+        self.store(Store::AvailEvent { ring, index });
     }
 
     fn push_used(&mut self, ring: u32, index: u16, entry: UsedElem) {
-        if let Some(parts) = self.memory.ring(ring) {
-            let at = parts.layout.used_slot(parts.layout.slot(index));
-            for (field, value) in [(at, entry.id), (at + 4, entry.len)] {
-                // SAFETY: a used slot of the ring, aligned to 4 as the used ring is.
-                let field = unsafe { AtomicU32::from_ptr(parts.used.as_ptr().add(field as usize).cast()) };
-                field.store(value.to_le(), Ordering::Relaxed);
-            }
-            store_u16(parts.used, IDX, index.wrapping_add(1), Ordering::Release);
-            self.memory.mark_user(parts.place.used, parts.layout.used_bytes());
-        }
+        self.store(Store::PushUsed { ring, index, id: entry.id, len: entry.len });
     }
 
     fn read_region(&self, fd: FdSlot, offset: u64, length: u64) -> Option<Vec<u8>> {
@@ -479,18 +577,27 @@ impl GuestMemory for MemoryAccess<'_> {
     }
 
     fn write_private(&mut self, memory: FdSlot, offset: u64, bytes: &[u8]) -> bool {
-        let Some(fd) = self.fds.get(memory) else { return false };
-        rustix::io::pwrite(fd, bytes, offset).is_ok_and(|written| written == bytes.len())
+        let store = Store::Private { memory: memory.0, offset, bytes: bytes.to_vec() };
+        match &mut self.waiting {
+            Some(waiting) if self.fds.get(memory).is_some() => {
+                waiting.push(store);
+                true
+            }
+            Some(_) => false,
+            None => self.make(&store),
+        }
     }
 
     fn write_guest(&mut self, guest_addr: u64, bytes: &[u8]) -> bool {
-        let Some(to) = self.memory.view.find_guest(guest_addr, bytes.len() as u64) else { return false };
-        for (at, byte) in bytes.iter().enumerate() {
-            // SAFETY: `find_guest` has checked the whole range.
-            unsafe { std::ptr::write_volatile(to.as_ptr().add(at), *byte) };
+        let store = Store::Guest { guest_addr, bytes: bytes.to_vec() };
+        match &mut self.waiting {
+            Some(waiting) if self.memory.view.find_guest(guest_addr, bytes.len() as u64).is_some() => {
+                waiting.push(store);
+                true
+            }
+            Some(_) => false,
+            None => self.make(&store),
         }
-        self.memory.mark_guest(guest_addr, bytes.len() as u64);
-        true
     }
 }
 

@@ -21,6 +21,7 @@ use warmswap_core::Nanos;
 use warmswap_zoo::{Animal, loose};
 
 use self::kind::Kind;
+use crate::driver::{MemberRecord, StorageRecord};
 pub(crate) use self::mark::Mark;
 pub(crate) use self::members::{Subject, name as process_name, parent};
 
@@ -166,6 +167,52 @@ impl Storage {
             }
             Err(error) => self.unmarked = Some(format!("{path} cannot be marked: {error}")),
         }
+    }
+
+    /// What the next broker has to know.
+    pub(crate) fn record(&self) -> StorageRecord {
+        let member = |member: &Member| {
+            let started = crate::cgroup::start_of(member.pid)?;
+            Some(MemberRecord { pid: member.pid, started })
+        };
+        StorageRecord {
+            marks: self.marks.iter().filter_map(Mark::record).collect(),
+            unmarked: self.unmarked.clone(),
+            foreign: self.foreign.clone(),
+            hidden: self.hidden.clone(),
+            ring: self.ring,
+            others: self.others.iter().filter_map(member).collect(),
+            began: self.began,
+        }
+    }
+
+    /// What a broker before this one has found out. A mark that cannot be asked for any more proves nothing: it is not believed to be gone.
+    pub(crate) fn recall(record: &StorageRecord) -> Self {
+        let mut storage = Storage {
+            unmarked: record.unmarked.clone(),
+            foreign: record.foreign.clone(),
+            hidden: record.hidden.clone(),
+            ring: record.ring,
+            began: record.began,
+            ..Storage::default()
+        };
+        for mark in &record.marks {
+            match Mark::recall(mark) {
+                Ok(mark) => storage.marks.push(mark),
+                Err(error) => {
+                    let why = format!("{} was open when the broker was replaced, and cannot be asked for: {error}", mark.path);
+                    storage.hidden.get_or_insert(why);
+                }
+            }
+        }
+        for member in &record.others {
+            if crate::cgroup::start_of(member.pid) == Some(member.started)
+                && let Ok(process) = open(member.pid)
+            {
+                storage.others.push(Member { pid: member.pid, process });
+            }
+        }
+        storage
     }
 
     /// Who else guards what it writes, in words, if somebody does.

@@ -272,6 +272,11 @@ impl Pair {
             }
     }
 
+    /// Every backend the pair knows of, by its generation.
+    pub fn backends(&self) -> impl Iterator<Item = BackendId> + '_ {
+        self.links.iter().map(|link| link.id)
+    }
+
     pub(crate) fn link(&self, id: BackendId) -> Option<&Link> {
         self.links.iter().find(|link| link.id == id)
     }

@@ -15,7 +15,7 @@ use super::{Control, Failure};
 use crate::cgroup::Janitor;
 use crate::config::{DeviceConfig, Source};
 use crate::control;
-use crate::driver::{Driver, Ended, listen, take_signals};
+use crate::driver::{Driver, Ended, Keeping, listen, take_signals};
 use crate::hook::Hook;
 use crate::journal::{Journal, JournalSender};
 use crate::profile::historian::{self, Beginning, StoreConfig};
@@ -265,6 +265,9 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     configs.iter().try_for_each(check_paths)?;
     let journal_file = shared.journal.map(|path| open_journal(&path)).transpose()?;
     let signals = take_signals()?;
+    // Before any thread is started: it takes what concerns it out of the environment.
+    let keeping = Keeping::begin()?;
+    let left = keeping.as_ref().map(|keeping| keeping.borrow().left()).unwrap_or_default();
     let hook = shared.hook.map(Hook::start).transpose()?;
     let (janitor, cleaning) = Janitor::start()?;
     let (journal, sender, thread) = Journal::start(journal_file, shared.quiet, hook)?;
@@ -273,11 +276,11 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
         historian::start(&names, shared.store, beginning, sender.clone(), shared.cpus.clone())?;
     let cpus = shared.cpus.clone();
     let sampler = if shared.profile { Some(sampler::start(shared.pace, shared.cpus, notes.clone())?) } else { None };
-    let (mut driver, commander) = Driver::new(signals, janitor, sampler, cpus)?;
+    let (mut driver, commander) = Driver::new(signals, janitor, sampler, cpus, keeping)?;
     history.tell_of_alarms(commander.clone(), &configs[0].control_dir);
     let mut control_sockets = Vec::new();
     for config in &mut configs {
-        let listener = prepare(config, &sender)?;
+        let listener = prepare(config, left.contains(&config.name), &sender)?;
         control_sockets.push(config.control_socket());
         control::serve(config, listener, commander.clone(), journal.clone(), history.clone())?;
     }
@@ -381,11 +384,14 @@ fn described(args: &Args) -> Vec<(String, String)> {
 }
 
 /// Takes a device's paths, and returns the listener of its control socket.
-fn prepare(config: &mut DeviceConfig, journal: &JournalSender) -> Result<OwnedFd, Failure> {
+/// One that was `kept` is gone on with: its socket is ours already, and what its last broker has left is taken over.
+fn prepare(config: &mut DeviceConfig, kept: bool, journal: &JournalSender) -> Result<OwnedFd, Failure> {
     make_dir("--control", &config.control_dir)?;
     make_dir("--run-dir", &config.run_dir)?;
     // Both are taken before anything is started, so that a second broker of that name harms nobody.
-    check_free(&config.socket)?;
+    if !kept {
+        check_free(&config.socket)?;
+    }
     let listener = listen(&config.control_socket()).map_err(|error| match error.kind() {
         std::io::ErrorKind::PermissionDenied => {
             let text = format!("{error}: choose a directory of your own with --control, or set XDG_RUNTIME_DIR");
@@ -393,6 +399,9 @@ fn prepare(config: &mut DeviceConfig, journal: &JournalSender) -> Result<OwnedFd
         }
         _ => error.into(),
     })?;
+    if kept {
+        return Ok(listener);
+    }
     // With the control socket ours, another broker of that name is dead.
     config.predecessor = bury_predecessors(&config.run_dir, &config.name);
     if let Some(pid) = config.predecessor {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use warmswap_core::{BackendId, Nanos};
 
+use super::keeping::StorageRecord;
 use crate::process::{self, Process};
 use crate::storage::Storage;
 use warmswap_socket::Connection;
@@ -24,6 +25,10 @@ pub(crate) struct Backend {
     pub(crate) requests: Option<Connection>,
     /// What it has open; none while the inspector is looking.
     pub(crate) storage: Option<Storage>,
+    /// What it had open when that was last looked at, for the next broker.
+    pub(crate) recorded: StorageRecord,
+    /// Names of `link` and `requests` in the descriptor store.
+    pub(crate) kept: (Option<u32>, Option<u32>),
     /// Connected, and waiting for the first look before it is used.
     pub(crate) pending: Option<Connection>,
     /// It serves the guest, or is to.
@@ -45,6 +50,8 @@ impl Backend {
             link: None,
             requests: None,
             storage: Some(Storage::default()),
+            recorded: StorageRecord::default(),
+            kept: (None, None),
             pending: None,
             primary: false,
             given_at: None,

@@ -1,9 +1,14 @@
 //! One device in the control thread: turns what happens on its descriptors into events of the core, and carries out the core's
 //! actions in their order.
 
+mod keep;
+mod take_over;
+
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::SystemTime;
 
 use crossbeam_channel::Sender;
@@ -18,6 +23,7 @@ use warmswap_wire::{BackendRequest, FdSlot, Request, RequestCode};
 
 use super::backends::{self, Backend};
 use super::fence::{Fence, Progress};
+use super::keeping::{Channel, Keeping};
 use super::inspector::{Inspector, Look, Search};
 use super::maps::{self, Maps};
 use super::offload::{Move, Offload};
@@ -50,6 +56,8 @@ const ACCEPT_AGAIN: Nanos = Nanos::from_millis(500);
 
 /// Messages of one peer that are taken before the others are looked at again.
 const MESSAGES_PER_WAKE: usize = 32;
+
+pub(crate) use take_over::Kept;
 
 /// One device.
 pub(crate) struct Device {
@@ -106,6 +114,8 @@ pub(crate) struct Device {
     entries: Vec<Entry>,
     /// Tells the sampler, where there is one.
     reporter: Option<Reporter>,
+    /// Keeps the device for the next broker, where there is a store.
+    keeper: Option<keep::Keeper>,
     #[cfg(feature = "lab")]
     failpoint: Option<super::failpoint::Failpoint>,
 }
@@ -121,6 +131,8 @@ pub(crate) struct Threads {
     pub(crate) offload: Offload,
     /// Measures devices, where that is wanted.
     pub(crate) sampler: Option<Teller>,
+    /// Keeps devices for the next broker, where there is a store.
+    pub(crate) keeping: Option<Rc<RefCell<Keeping>>>,
 }
 
 /// Messages to one backend that leave together. Descriptors belong to the message that starts with the bytes they travel with, so
@@ -146,12 +158,28 @@ impl Device {
         threads: Threads,
         now: Nanos,
     ) -> std::io::Result<Self> {
-        let Threads { spawner, inspector, maps, states, offload, sampler } = threads;
-        let reporter = sampler.map(|teller| Reporter::new(number, &config, teller));
         let run_dir = RunDir::create(&config.run_dir, &config.name)?;
-        let mut device = Device {
+        let pair = Pair::new(config.pair.clone());
+        let keeper = threads.keeping.as_ref().map(|keeping| keep::Keeper::open(keeping, &config.name)).transpose()?;
+        let mut device = Device::around(number, config, journal, threads, (pair, run_dir, keeper), now);
+        device.pair.start(now, &mut device.actions);
+        Ok(device)
+    }
+
+    /// A device around a pair.
+    fn around(
+        number: u16,
+        config: DeviceConfig,
+        journal: JournalSender,
+        threads: Threads,
+        (pair, run_dir, keeper): (Pair, RunDir, Option<keep::Keeper>),
+        now: Nanos,
+    ) -> Self {
+        let Threads { spawner, inspector, maps, states, offload, sampler, keeping: _ } = threads;
+        let reporter = sampler.map(|teller| Reporter::new(number, &config, teller));
+        Device {
             number,
-            pair: Pair::new(config.pair.clone()),
+            pair,
             actions: Actions::default(),
             events: VecDeque::new(),
             fds: FdTable::default(),
@@ -189,12 +217,11 @@ impl Device {
             unconnected: None,
             entries: Vec::new(),
             reporter,
+            keeper,
             #[cfg(feature = "lab")]
             failpoint: None,
             config,
-        };
-        device.pair.start(now, &mut device.actions);
-        Ok(device)
+        }
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -301,6 +328,9 @@ impl Device {
 
     /// The inspector has looked.
     pub(crate) fn inspected(&mut self, id: BackendId, storage: Storage, now: Nanos, poller: &Poller) {
+        if self.keeper.is_some() {
+            self.note_storage(id, storage.record());
+        }
         if let Some(fence) = self.fences.iter_mut().find(|fence| fence.backend == id) {
             fence.storage = Some(storage);
             self.look_at_fences(now, poller);
@@ -341,7 +371,8 @@ impl Device {
         while let Some(event) = self.events.pop_front() {
             // What an action took belongs to the phase it was made in.
             let now = super::now();
-            let mut memory = MemoryAccess { memory: &mut self.memory, fds: &mut self.fds };
+            let waiting = self.keeper.as_mut().map(keep::Keeper::stores);
+            let mut memory = MemoryAccess { memory: &mut self.memory, fds: &mut self.fds, waiting };
             self.pair.handle(now, event, &mut memory, &mut self.actions);
             self.act(now, poller);
         }
@@ -351,6 +382,9 @@ impl Device {
     }
 
     pub(crate) fn act(&mut self, now: Nanos, poller: &Poller) {
+        if self.keeper.is_some() {
+            return self.act_kept(now, poller);
+        }
         let mut actions = std::mem::take(&mut self.actions);
         let mut batch = Batch::default();
         for action in actions.drain() {
@@ -379,10 +413,15 @@ impl Device {
     #[cfg(feature = "lab")]
     pub(crate) fn set_failpoint(&mut self, step: u32, whom: super::failpoint::Whom) {
         use super::failpoint::{Failpoint, Whom};
+        if whom == Whom::Broker {
+            self.failpoint = Some(Failpoint::of_broker(step));
+            return;
+        }
         let meant = |backend: &&Backend| match whom {
             Whom::Primary => backend.primary,
             Whom::Shadow => !backend.primary,
             Whom::Both => true,
+            Whom::Broker => false,
         };
         let processes = self.backends.iter().filter(meant).filter_map(|backend| backend.process.as_ref());
         let victims = processes.map(Process::shared_pidfd).collect();
@@ -393,7 +432,7 @@ impl Device {
     #[cfg(feature = "lab")]
     fn strike_before(&mut self, action: &Action, batch: &mut Batch, poller: &Poller) {
         let failing_over = self.pair.is_failing_over();
-        let Some(mut point) = self.failpoint.take() else { return };
+        let Some(mut point) = self.failpoint.take_if(|point| !point.is_of_broker()) else { return };
         if point.reaches(failing_over) {
             self.send_link(batch, poller);
             let entry = point.strike(self.pair.status(super::now()).phase, action);
@@ -525,7 +564,8 @@ impl Device {
             self.entries.push(entry);
             return;
         }
-        let Ok(connection) = Connection::new(socket) else { return };
+        let Ok(mut connection) = Connection::new(socket) else { return };
+        self.keep_connection(&mut connection);
         if poller.add(connection.as_fd(), self.token(PollSource::Vmm), Interest::Edge).is_err() {
             return;
         }
@@ -563,19 +603,27 @@ impl Device {
 
     /// Whether there may be requests that could be read at once.
     pub(crate) fn has_more(&self) -> bool {
+        self.keeper.as_ref().is_some_and(keep::Keeper::has_more) || self.has_vmm_more()
+    }
+
+    fn has_vmm_more(&self) -> bool {
         self.vmm_readable && self.vmm.is_some() && self.pair.wants_request()
     }
 
     /// Reads requests, one at a time, while there are any and the core wants them. Many are read in several steps: the event queue
     /// tells only once that they came, [`Device::has_more`] as long as they are there.
     pub(crate) fn read_vmm(&mut self, now: Nanos, poller: &Poller) {
+        self.read_more(now, poller);
         for _ in 0..MESSAGES_PER_WAKE {
-            if !self.has_more() {
+            if !self.has_vmm_more() {
                 return;
             }
             let Some(vmm) = &mut self.vmm else { return };
             match vmm.receive() {
-                Ok(Some(message)) => self.vmm_message(message),
+                Ok(Some(message)) => {
+                    self.note_taken(Channel::Vmm, &message);
+                    self.vmm_message(message);
+                }
                 Ok(None) => {
                     self.vmm_readable = false;
                     return;
@@ -642,6 +690,7 @@ impl Device {
         self.vmm_process = None;
         if let Some(vmm) = self.vmm.take() {
             poller.remove(vmm.as_fd());
+            hang_up(&vmm);
             self.events.push_back(Event::VmmGone { reason: reason.to_owned() });
         }
     }
@@ -766,6 +815,7 @@ impl Device {
                 self.backends[at].connect_at = Some(now);
                 self.watch_process(&self.backends[at], poller);
                 self.put_in_place(id);
+                self.note_change();
             }
             // Given up in the meantime.
             (Ok(process), None) => {
@@ -842,15 +892,18 @@ impl Device {
             return Err(reason);
         }
         let fail = |error: Errno| error.to_string();
+        let mut connection = connection;
+        self.keep_connection(&mut connection);
         poller
-            .add(connection.as_fd(), self.token(PollSource::Link(id.0)), Interest::Read)
+            .add(connection.as_fd(), self.token(PollSource::Link(id.0)), self.interest())
             .map_err(|e| e.to_string())?;
         let flags = SocketFlags::CLOEXEC;
         let (ours, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(fail)?;
-        let requests = Connection::new(ours).map_err(|error| error.to_string())?;
+        let mut requests = Connection::new(ours).map_err(|error| error.to_string())?;
+        self.keep_connection(&mut requests);
         poller
-            .add(requests.as_fd(), self.token(PollSource::Requests(id.0)), Interest::Read)
+            .add(requests.as_fd(), self.token(PollSource::Requests(id.0)), self.interest())
             .map_err(|e| e.to_string())?;
         let event = || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(fail);
         let [kick, call, probe] = [event()?, event()?, event()?].map(|fd| self.fds.insert(fd));
@@ -871,15 +924,17 @@ impl Device {
 
     pub(crate) fn read_link(&mut self, id: u64, now: Nanos, poller: &Poller) {
         let token = self.token(PollSource::Link(id));
+        let interest = self.interest();
         let id = BackendId(id);
         let Some(link) = self.backend(id).and_then(|backend| backend.link.as_mut()) else { return };
-        if let Err(error) = link.flush().and_then(|()| watch_room(link, token, Interest::Read, poller)) {
+        if let Err(error) = link.flush().and_then(|()| watch_room(link, token, interest, poller)) {
             return self.lose_link(id, &error, now, poller);
         }
         for _ in 0..MESSAGES_PER_WAKE {
             let Some(link) = self.backend(id).and_then(|backend| backend.link.as_mut()) else { return };
             match link.receive() {
                 Ok(Some(message)) => {
+                    self.note_taken(Channel::Link(id.0), &message);
                     let Message { header, payload, fds } = message;
                     let fds = fds.into_iter().map(|fd| self.fds.insert(fd)).collect();
                     self.events.push_back(Event::LinkMessage { backend: id, header, payload, fds });
@@ -889,6 +944,7 @@ impl Device {
                 Err(error) => return self.lose_link(id, &error, now, poller),
             }
         }
+        self.note_more(PollSource::Link(id.0));
     }
 
     fn lose_link(&mut self, id: BackendId, error: &ConnectionError, now: Nanos, poller: &Poller) {
@@ -900,14 +956,17 @@ impl Device {
 
     fn drop_link(&mut self, id: BackendId, poller: &Poller) {
         let Some(backend) = self.backends.iter_mut().find(|backend| backend.id == id) else { return };
+        backend.kept = (None, None);
         for connection in [backend.link.take(), backend.requests.take()].into_iter().flatten() {
             poller.remove(connection.as_fd());
+            hang_up(&connection);
         }
     }
 
     fn send_link(&mut self, batch: &mut Batch, poller: &Poller) {
         let Batch { backend: Some(id), bytes, fds: slots } = std::mem::take(batch) else { return };
         let token = self.token(PollSource::Link(id.0));
+        let interest = self.interest();
         let Some(backend) = self.backends.iter_mut().find(|backend| backend.id == id) else { return };
         let Some(link) = &mut backend.link else { return };
         // A ring begins with its kick; a message with a descriptor stands at the beginning.
@@ -919,7 +978,7 @@ impl Device {
         }
         let fds: Vec<BorrowedFd<'_>> = slots.iter().filter_map(|slot| self.fds.get(*slot)).collect();
         assert_eq!(fds.len(), slots.len(), "a message names a descriptor that is closed");
-        if let Err(error) = link.send(&bytes, &fds).and_then(|()| watch_room(link, token, Interest::Read, poller)) {
+        if let Err(error) = link.send(&bytes, &fds).and_then(|()| watch_room(link, token, interest, poller)) {
             self.drop_link(id, poller);
             self.events.push_back(Event::LinkDown { backend: id, reason: format!("its link ended: {error}") });
         }
@@ -927,15 +986,18 @@ impl Device {
 
     pub(crate) fn read_requests(&mut self, id: u64, now: Nanos, poller: &Poller) {
         let token = self.token(PollSource::Requests(id));
+        let interest = self.interest();
         let id = BackendId(id);
         if let Some(requests) = self.backend(id).and_then(|backend| backend.requests.as_mut()) {
             // A channel that has failed is found when it is read.
-            let _failed = requests.flush().and_then(|()| watch_room(requests, token, Interest::Read, poller));
+            let _failed = requests.flush().and_then(|()| watch_room(requests, token, interest, poller));
         }
         for _ in 0..MESSAGES_PER_WAKE {
             let Some(requests) = self.backend(id).and_then(|backend| backend.requests.as_mut()) else { return };
             match requests.receive() {
-                Ok(Some(Message { header, payload, fds })) => {
+                Ok(Some(message)) => {
+                    self.note_taken(Channel::Requests(id.0), &message);
+                    let Message { header, payload, fds } = message;
                     let slots: Vec<FdSlot> = fds.into_iter().map(|fd| self.fds.insert(fd)).collect();
                     match BackendRequest::decode(&header, &payload, &slots) {
                         Ok(request) => {
@@ -954,18 +1016,24 @@ impl Device {
                 Err(_) => return self.drop_requests(id, poller),
             }
         }
+        self.note_more(PollSource::Requests(id.0));
     }
 
     fn drop_requests(&mut self, id: BackendId, poller: &Poller) {
-        if let Some(requests) = self.backend(id).and_then(|backend| backend.requests.take()) {
+        if let Some(backend) = self.backend(id)
+            && let Some(requests) = backend.requests.take()
+        {
+            backend.kept.1 = None;
             poller.remove(requests.as_fd());
+            hang_up(&requests);
         }
     }
 
     fn answer_backend(&mut self, id: BackendId, bytes: &[u8], poller: &Poller) {
         let token = self.token(PollSource::Requests(id.0));
+        let interest = self.interest();
         let Some(requests) = self.backend(id).and_then(|backend| backend.requests.as_mut()) else { return };
-        if requests.send(bytes, &[]).and_then(|()| watch_room(requests, token, Interest::Read, poller)).is_err() {
+        if requests.send(bytes, &[]).and_then(|()| watch_room(requests, token, interest, poller)).is_err() {
             // One that does not read its answers loses the channel; whether it is well its link tells.
             self.drop_requests(id, poller);
         }
@@ -1024,6 +1092,7 @@ impl Device {
             id,
             process,
             backend.storage,
+            backend.recorded,
             backend.given_at,
             self.config.fence_command.clone(),
             now,
@@ -1192,6 +1261,14 @@ impl Device {
             late_worst: Nanos(0),
             pair: status,
         }
+    }
+}
+
+/// Ends a connection for its peer, too, where a copy of it lies in the descriptor store.
+fn hang_up(connection: &Connection) {
+    if connection.looks_only() {
+        // It may have ended already.
+        let _ended = rustix::net::shutdown(connection.as_fd(), rustix::net::Shutdown::Both);
     }
 }
 

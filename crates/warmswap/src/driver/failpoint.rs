@@ -21,6 +21,8 @@ pub(crate) enum Whom {
     Shadow,
     /// Both.
     Both,
+    /// The broker itself, between two things that it does.
+    Broker,
 }
 
 /// One that is set.
@@ -31,13 +33,32 @@ pub(crate) struct Failpoint {
     /// Actions have been counted.
     began: bool,
     step: u32,
+    /// None of them: the broker itself.
     victims: Vec<Arc<OwnedFd>>,
+    broker: bool,
 }
 
 impl Failpoint {
     /// Before the action of this number, counted from 1, of the next failover these processes are killed.
     pub(crate) fn new(step: u32, victims: Vec<Arc<OwnedFd>>) -> Self {
-        Failpoint { left: step, began: false, step, victims }
+        Failpoint { left: step, began: false, step, victims, broker: false }
+    }
+
+    /// At the point of this number, counted from 1, of the next failover this process is killed.
+    pub(crate) fn of_broker(step: u32) -> Self {
+        Failpoint { left: step, began: false, step, victims: Vec::new(), broker: true }
+    }
+
+    /// Whether it is the broker that it kills.
+    pub(crate) fn is_of_broker(&self) -> bool {
+        self.broker
+    }
+
+    /// Kills this process as a fault of it would: at once, with nothing put in order.
+    pub(crate) fn strike_broker(&self, before: &str) {
+        eprintln!("warmswap: failpoint {} of the broker reached, before {before}", self.step);
+        let _killed = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
+        std::process::abort();
     }
 
     /// Counts an action that is about to be carried out; true where the point is reached.

@@ -12,6 +12,7 @@ use warmswap_core::{BackendId, FenceLevel, Nanos};
 use warmswap_zoo::{Animal, loose};
 
 use crate::process::Process;
+use super::keeping::StorageRecord;
 use crate::storage::{FenceBasis, Mark, Storage};
 
 /// First and longest time between two looks. The end of a process makes itself heard; looking for it often would only take time from it,
@@ -31,15 +32,17 @@ pub(crate) struct Fence {
     pub(crate) process: Process,
     /// What it had open; none while the inspector still looks.
     pub(crate) storage: Option<Storage>,
+    /// What it had open, for the next broker.
+    pub(crate) recorded: StorageRecord,
     /// When it was first given rings in its role.
-    given_at: Option<Nanos>,
+    pub(crate) given_at: Option<Nanos>,
     /// Who else holds what it had open, once that was found out.
     pub(crate) holder: Option<String>,
     /// That was asked for.
     searched: bool,
     command: Option<String>,
     running: Option<Child>,
-    began: Nanos,
+    pub(crate) began: Nanos,
     gone_at: Option<Nanos>,
     pub(crate) check_at: Nanos,
     report_at: Nanos,
@@ -63,6 +66,7 @@ impl Fence {
         backend: BackendId,
         process: Process,
         storage: Option<Storage>,
+        recorded: StorageRecord,
         given_at: Option<Nanos>,
         command: Option<String>,
         now: Nanos,
@@ -72,6 +76,7 @@ impl Fence {
             backend,
             process,
             storage,
+            recorded,
             given_at,
             holder: None,
             searched: false,

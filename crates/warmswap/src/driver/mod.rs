@@ -6,6 +6,7 @@ mod device;
 pub(crate) mod failpoint;
 mod fence;
 mod inspector;
+mod keeping;
 mod kicks;
 mod maps;
 mod offload;
@@ -16,17 +17,20 @@ mod state;
 mod system;
 
 pub(crate) use device::DeviceStatus;
+pub(crate) use keeping::{Keeping, MarkRecord, MemberRecord, ProcessRecord, StorageRecord};
 pub(crate) use system::take_signals;
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
 use warmswap_core::{BackendId, Entry, Foresight, Nanos, Report, Value};
 
-use self::device::{Device, Threads};
+use self::device::{Device, Kept, Threads};
 use self::inspector::Inspector;
 use self::maps::Maps;
 use self::offload::Offload;
@@ -218,6 +222,13 @@ pub(crate) struct Driver {
     states: StateMover,
     offload: Offload,
     sampler: Option<Teller>,
+    janitor: Janitor,
+    /// Keeps devices for the next broker, where there is a store.
+    keeping: Option<Rc<RefCell<Keeping>>>,
+    /// Devices that were gone on with and not been said to be ready yet.
+    resumed: Vec<usize>,
+    /// What nobody has asked for is gone from the store.
+    settled: bool,
     /// Adopted orphans may have ended.
     orphans: bool,
     /// When the last wait ended.
@@ -280,6 +291,7 @@ impl Driver {
         janitor: Janitor,
         sampler: Option<Teller>,
         offload_cpus: Vec<usize>,
+        keeping: Option<Rc<RefCell<Keeping>>>,
     ) -> std::io::Result<(Self, Commander)> {
         let poller = Poller::new()?;
         let (sender, commands) = crossbeam_channel::bounded(COMMANDS_MAX);
@@ -288,7 +300,7 @@ impl Driver {
         poller.add(signals.as_fd(), Token { device: 0, source: Source::Signals }, Interest::Read)?;
         let commander = Commander { commands: sender, waker: Arc::clone(&waker) };
         let offload = Offload::start(offload_cpus)?;
-        let spawner = Spawner::start(commander.clone(), janitor, offload.cpus().to_vec())?;
+        let spawner = Spawner::start(commander.clone(), janitor.clone(), offload.cpus().to_vec(), keeping.is_some())?;
         let inspector = Inspector::start(commander.clone())?;
         let maps = Maps::start(commander.clone())?;
         let tokens = Vec::with_capacity(64);
@@ -307,6 +319,10 @@ impl Driver {
             states: StateMover::new(commander.clone()),
             offload,
             sampler,
+            janitor,
+            keeping,
+            resumed: Vec::new(),
+            settled: false,
             orphans: false,
             woken: Nanos(0),
             lateness: Lateness::default(),
@@ -332,8 +348,10 @@ impl Driver {
 
     fn add_one(&mut self, config: DeviceConfig, journal: JournalSender) -> std::io::Result<()> {
         let number = u16::try_from(self.devices.len()).map_err(|_| std::io::ErrorKind::QuotaExceeded)?;
+        let kept = self.kept(&config);
+        let groups = kept.as_ref().map(Kept::groups).unwrap_or_default();
         // Before anything is started: what is left of a broker that was killed may still write.
-        let leftovers = crate::cgroup::end_leftovers(&config.name)?;
+        let leftovers = crate::cgroup::end_leftovers(&config.name, &groups)?;
         let threads = Threads {
             spawner: self.spawner.clone(),
             inspector: self.inspector.clone(),
@@ -341,16 +359,31 @@ impl Driver {
             states: self.states.clone(),
             offload: self.offload.clone(),
             sampler: self.sampler.clone(),
+            keeping: self.keeping.clone(),
         };
-        let mut device = Device::new(number, config, journal, threads, now())?;
+        let mut device = match kept {
+            Some(kept) => Device::take_over(number, config, journal, threads, kept, &self.janitor, now(), &self.poller)
+                .map_err(std::io::Error::other)?,
+            None => Device::new(number, config, journal, threads, now())?,
+        };
         for group in leftovers {
             let entry = Entry::warning("LeftoversKilled").with("group", group.display().to_string());
             device.note(entry.with("reason", "a broker of this device was killed, and its backends lived on"));
         }
-        device.run(now(), &self.poller);
+        if device.is_starting() {
+            device.run(now(), &self.poller);
+        } else {
+            self.resumed.push(self.devices.len());
+        }
         self.devices.push(device);
         self.agenda.push(Agenda::TOUCHED);
         Ok(())
+    }
+
+    /// What a broker before this one has kept of a device.
+    fn kept(&self, config: &DeviceConfig) -> Option<Kept> {
+        let taken = self.keeping.as_ref()?.borrow_mut().take(&config.name)?;
+        Kept::read(taken).map_err(|why| eprintln!("warmswap: {}: {why}", config.name)).ok()
     }
 
     /// Runs until a signal or a device that cannot start. `ready` is told of each device the VMM can connect to.
@@ -415,10 +448,26 @@ impl Driver {
             }
             *agenda = Agenda::of(device);
         }
+        for at in std::mem::take(&mut self.resumed) {
+            ready(&self.devices[at].config);
+        }
         if !self.waiting.is_empty() {
             self.add_waiting()?;
         }
+        self.settle_store()?;
         Ok(None)
+    }
+
+    /// Every device has begun: what nobody has asked for is let go of, once, and the program says that it works.
+    fn settle_store(&mut self) -> std::io::Result<()> {
+        let begun = !self.settled && self.waiting.is_empty() && !self.devices.iter().any(Device::is_starting);
+        if begun && let Some(keeping) = &self.keeping {
+            self.settled = true;
+            let mut keeping = keeping.borrow_mut();
+            keeping.settle()?;
+            keeping.ready();
+        }
+        Ok(())
     }
 
     /// Collects orphans, but not while a fence command runs: it is the only process that this thread starts itself.

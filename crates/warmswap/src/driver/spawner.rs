@@ -44,10 +44,10 @@ pub(crate) struct Spawner {
 }
 
 impl Spawner {
-    /// Starts the thread. The results come back as commands.
-    pub(crate) fn start(commander: Commander, janitor: Janitor, cpus: Vec<usize>) -> std::io::Result<Self> {
+    /// Starts the thread. The results come back as commands. What is started ends with the broker unless it is to `survive` it.
+    pub(crate) fn start(commander: Commander, janitor: Janitor, cpus: Vec<usize>, survive: bool) -> std::io::Result<Self> {
         let (sender, starts) = crossbeam_channel::bounded(STARTS_MAX);
-        let work = move || run(&starts, &commander, &janitor, &cpus);
+        let work = move || run(&starts, &commander, &janitor, &cpus, survive);
         std::thread::Builder::new().name("spawner".to_owned()).spawn(work)?;
         Ok(Spawner { starts: sender })
     }
@@ -58,27 +58,27 @@ impl Spawner {
     }
 }
 
-fn run(starts: &Receiver<Start>, commander: &Commander, janitor: &Janitor, cpus: &[usize]) {
+fn run(starts: &Receiver<Start>, commander: &Commander, janitor: &Janitor, cpus: &[usize], survive: bool) {
     let mut admission = Admission::default();
     for start in starts {
         let admitted = match start.admission {
             Wanted::WhereThereIsRoom { primary } => admission.admit(primary.map_or(0, own_memory), cpus),
             Wanted::AtAnyCost => Ok(()),
         };
-        let process = admitted.and_then(|()| spawn(&start, janitor));
+        let process = admitted.and_then(|()| spawn(&start, janitor, survive));
         if !commander.send(Command::Spawned { device: start.device, backend: start.backend, process }) {
             return;
         }
     }
 }
 
-fn spawn(start: &Start, janitor: &Janitor) -> Result<Process, String> {
+fn spawn(start: &Start, janitor: &Janitor, survive: bool) -> Result<Process, String> {
     let Start { command, path, group, .. } = start;
     let process = if command.iter().any(|argument| argument.contains("{fd}")) {
         let listener = listen(path)?;
-        Process::spawn(command, &Endpoint::Listener(listener.as_fd()), group, janitor)
+        Process::spawn(command, &Endpoint::Listener(listener.as_fd()), group, janitor, survive)
     } else {
-        Process::spawn(command, &Endpoint::Path(path), group, janitor)
+        Process::spawn(command, &Endpoint::Path(path), group, janitor, survive)
     };
     process.map_err(|error| format!("{}: {error}", command[0]))
 }

@@ -20,6 +20,8 @@ pub(super) struct Child<'a> {
     /// A descriptor that keeps its number.
     pub(super) inherited: Option<BorrowedFd<'a>>,
     pub(super) cgroup: Option<BorrowedFd<'a>>,
+    /// It lives on when the broker is gone, for the next one.
+    pub(super) survives: bool,
 }
 
 /// Everything the child needs, made before it exists: it may not allocate.
@@ -28,7 +30,8 @@ struct Prepared {
     null: RawFd,
     stderr: RawFd,
     inherited: Option<RawFd>,
-    parent: libc::pid_t,
+    /// With whom it dies, if it does.
+    parent: Option<libc::pid_t>,
 }
 
 impl Child<'_> {
@@ -47,7 +50,7 @@ impl Child<'_> {
             null: null.as_raw_fd(),
             stderr: self.stderr.as_raw_fd(),
             inherited: self.inherited.map(|fd| fd.as_raw_fd()),
-            parent: libc::pid_t::try_from(std::process::id()).unwrap_or(0),
+            parent: (!self.survives).then(|| libc::pid_t::try_from(std::process::id()).unwrap_or(0)),
         };
         // exec reports its failure through this pipe, which closes on success.
         let (report, failure) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
@@ -132,8 +135,10 @@ fn become_backend(prepared: &Prepared, failure: RawFd) -> ! {
         let normal = libc::sched_param { sched_priority: 0 };
         libc::sched_setscheduler(0, libc::SCHED_OTHER, &raw const normal);
         libc::setpgid(0, 0);
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        let orphaned = libc::getppid() != prepared.parent;
+        let orphaned = prepared.parent.is_some_and(|parent| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            libc::getppid() != parent
+        });
         let ready = !orphaned
             && libc::dup2(prepared.null, 0) >= 0
             && libc::dup2(prepared.null, 1) >= 0

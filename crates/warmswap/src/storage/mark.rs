@@ -14,6 +14,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI64, Ordering};
 
+use crate::driver::MarkRecord;
+
 /// First byte used for marks: beyond the size of any file or device.
 const FIRST_BYTE: i64 = 1 << 61;
 /// Marks of one broker lie apart from those of another by this much.
@@ -32,6 +34,8 @@ pub(crate) struct Mark {
     byte: i64,
     /// The broker's own description of the same file, to ask through.
     probe: OwnedFd,
+    /// It is claimed through that.
+    claimed: std::cell::Cell<bool>,
 }
 
 impl Mark {
@@ -46,12 +50,38 @@ impl Mark {
         // A description that may only be written cannot be given a read lock.
         let kinds = [libc::F_RDLCK, libc::F_WRLCK];
         let locked = kinds.iter().any(|kind| lock(borrowed, libc::F_OFD_SETLK, *kind, byte).is_ok());
-        let mark = Mark { path: path.to_owned(), byte, probe };
+        let mark = Mark { path: path.to_owned(), byte, probe, claimed: std::cell::Cell::new(false) };
         if locked && mark.is_held()? {
             Ok(mark)
         } else {
             Err(io::Error::other("its open file description takes no lock"))
         }
+    }
+
+    /// The mark as the next broker has to know it.
+    pub(crate) fn record(&self) -> Option<MarkRecord> {
+        let stat = rustix::fs::fstat(&self.probe).ok()?;
+        let (device, inode, claimed) = (stat.st_dev, stat.st_ino, self.claimed.get());
+        Some(MarkRecord { path: self.path.clone(), device, inode, byte: self.byte, claimed })
+    }
+
+    /// A mark that a broker before this one has set.
+    ///
+    /// # Errors
+    /// The file does not lie at its path any more, or cannot be opened.
+    pub(crate) fn recall(record: &MarkRecord) -> io::Result<Self> {
+        let probe = OwnedFd::from(std::fs::File::options().read(true).open(&record.path)?);
+        let stat = rustix::fs::fstat(&probe)?;
+        if (stat.st_dev, stat.st_ino) != (record.device, record.inode) {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "another file lies there now"));
+        }
+        let claimed = std::cell::Cell::new(false);
+        let mark = Mark { path: record.path.clone(), byte: record.byte, probe, claimed };
+        if record.claimed {
+            // Whoever else claims it was there before; this broker goes on with what was allowed.
+            let _rival = mark.claim()?;
+        }
+        Ok(mark)
     }
 
     /// Takes the mark off again.
@@ -62,7 +92,8 @@ impl Mark {
 
     /// The same mark, to ask for it elsewhere.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
-        Ok(Mark { path: self.path.clone(), byte: self.byte, probe: self.probe.try_clone()? })
+        let claimed = self.claimed.clone();
+        Ok(Mark { path: self.path.clone(), byte: self.byte, probe: self.probe.try_clone()?, claimed })
     }
 
     /// The same file, through the broker's own description. Its claim lives as long, so it is to be closed soon.
@@ -104,6 +135,7 @@ impl Mark {
         let ours = FIRST_CLAIM + identity();
         let end = FIRST_CLAIM + (1 << (PID_BITS + NAMESPACE_BITS));
         lock(self.probe.as_fd(), libc::F_OFD_SETLK, libc::F_RDLCK, ours)?;
+        self.claimed.set(true);
         for (from, to) in [(FIRST_CLAIM, ours), (ours + 1, end)] {
             if from == to {
                 continue;

@@ -1,0 +1,268 @@
+//! Ledgers: memfds with two places for a record each, written in turn.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+
+use rustix::event::EventfdFlags;
+use rustix::fs::{MemfdFlags, SealFlags};
+use serde::{Deserialize, Serialize};
+use super::shim::Store;
+
+use super::doing::{Deed, Doing};
+
+/// Most bytes of a record. What is not written takes no memory.
+const PLACE: u64 = 1 << 20;
+const MAGIC: &[u8; 4] = b"WSLG";
+/// Magic, length, checksum of what follows, number.
+const HEAD: usize = 20;
+
+/// Two places for records. The newer whole one counts: a broker that is killed while it writes leaves the other.
+#[derive(Debug)]
+struct Places {
+    file: OwnedFd,
+    buffer: Vec<u8>,
+}
+
+impl Places {
+    fn new(name: &str) -> io::Result<Self> {
+        let file = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        rustix::fs::ftruncate(&file, 2 * PLACE)?;
+        // Nobody who holds it can take the ground from under it.
+        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        Ok(Places { file, buffer: Vec::new() })
+    }
+
+    fn write(&mut self, number: u64, record: &impl Serialize) -> io::Result<usize> {
+        self.buffer.clear();
+        self.buffer.resize(HEAD, 0);
+        serde_json::to_writer(&mut self.buffer, record)?;
+        let length = self.buffer.len() - HEAD;
+        if self.buffer.len() as u64 > PLACE {
+            return Err(io::Error::other(format!("a record has {length} bytes, it may have {PLACE}")));
+        }
+        self.buffer[..4].copy_from_slice(MAGIC);
+        self.buffer[4..8].copy_from_slice(&(length as u32).to_le_bytes());
+        self.buffer[12..20].copy_from_slice(&number.to_le_bytes());
+        let sum = crc32fast::hash(&self.buffer[12..]);
+        self.buffer[8..12].copy_from_slice(&sum.to_le_bytes());
+        let at = number % 2 * PLACE;
+        let written = rustix::io::pwrite(&self.file, &self.buffer, at)?;
+        if written == self.buffer.len() { Ok(written) } else { Err(io::ErrorKind::WriteZero.into()) }
+    }
+
+    /// The newest whole record, and its number.
+    fn read(file: BorrowedFd<'_>) -> Option<(u64, Vec<u8>)> {
+        let place = |at: u64| {
+            let mut head = [0; HEAD];
+            (rustix::io::pread(file, &mut head, at).ok()? == HEAD && head.starts_with(MAGIC)).then_some(())?;
+            let word = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().expect("four bytes"));
+            let length = word(4) as usize;
+            (HEAD as u64 + length as u64 <= PLACE).then_some(())?;
+            let mut rest = vec![0; HEAD - 12 + length];
+            (rustix::io::pread(file, &mut rest, at + 12).ok()? == rest.len()).then_some(())?;
+            (crc32fast::hash(&rest) == word(8)).then_some(())?;
+            let number = u64::from_le_bytes(rest[..8].try_into().expect("eight bytes"));
+            Some((number, rest.split_off(8)))
+        };
+        [place(0), place(PLACE)].into_iter().flatten().max_by_key(|(number, _)| *number)
+    }
+}
+
+/// Which descriptors are the ledgers: the first thing that is in the store.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Directory {
+    number: u64,
+    /// Ledger and counter of each device, by name.
+    devices: BTreeMap<String, (u32, u32)>,
+}
+
+/// What a predecessor has left of one device.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    pub(crate) ledger: Ledger,
+    /// The record, as it was written.
+    pub(crate) record: Vec<u8>,
+    /// Whether what its outbox says up to the counter was done.
+    pub(crate) done: bool,
+}
+
+/// The store, and what this process has in it.
+#[derive(Debug)]
+pub(crate) struct Keeping {
+    store: Store,
+    doing: Doing,
+    places: Places,
+    directory: Directory,
+    /// What was inherited and not asked for yet.
+    inherited: HashMap<u32, OwnedFd>,
+    left: BTreeMap<String, (u32, u32)>,
+}
+
+impl Keeping {
+    /// Takes over what lies in the store, if there is a store.
+    ///
+    /// # Errors
+    /// The system refuses a descriptor, or the store does not take one.
+    pub(crate) fn begin() -> io::Result<Option<Rc<RefCell<Self>>>> {
+        let Some(mut store) = Store::from_env()? else { return Ok(None) };
+        let mut inherited = HashMap::new();
+        for (name, fd) in store.take_inherited() {
+            match u32::from_str_radix(&name, 36) {
+                Ok(number) => {
+                    store.adopt(number, fd.as_fd())?;
+                    inherited.insert(number, fd);
+                }
+                // Not ours: a socket that systemd listens on, for example.
+                Err(_) => drop(fd),
+            }
+        }
+        let before = inherited.get(&0).and_then(|file| Places::read(file.as_fd()));
+        let before: Directory = before.and_then(|(_, bytes)| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+        let places = match inherited.remove(&0) {
+            Some(file) => Places { file, buffer: Vec::new() },
+            None => {
+                let places = Places::new("warmswap-directory")?;
+                let kept = store.put(places.file.as_fd())?;
+                assert_eq!(kept, 0, "the directory is the first thing in the store");
+                places
+            }
+        };
+        let directory = Directory { number: before.number, devices: BTreeMap::new() };
+        let keeping = Keeping { store, doing: Doing::new(), places, directory, inherited, left: before.devices };
+        Ok(Some(Rc::new(RefCell::new(keeping))))
+    }
+
+    /// Names of the devices that a predecessor has left.
+    pub(crate) fn left(&self) -> Vec<String> {
+        self.left.keys().cloned().collect()
+    }
+
+    /// What a predecessor has left of this device.
+    pub(crate) fn take(&mut self, device: &str) -> Option<Taken> {
+        let (ledger, counter) = self.left.remove(device)?;
+        let places = Places { file: self.inherited.remove(&ledger)?, buffer: Vec::new() };
+        let counter_fd = self.inherited.remove(&counter)?;
+        let (number, record) = Places::read(places.file.as_fd())?;
+        let counted = counted(counter_fd.as_fd())?;
+        self.directory.devices.insert(device.to_owned(), (ledger, counter));
+        let ledger = Ledger { places, counter: counter_fd, number: counted, kept: Vec::new() };
+        Some(Taken { ledger, record, done: counted >= number })
+    }
+
+    /// A descriptor that a predecessor has left.
+    pub(crate) fn inherited(&mut self, name: u32) -> Option<OwnedFd> {
+        // One description may stand in for several.
+        self.inherited.get(&name)?.try_clone().ok()
+    }
+
+    /// A ledger for a device that has none.
+    pub(crate) fn open(&mut self, device: &str) -> io::Result<Ledger> {
+        let places = Places::new("warmswap-ledger")?;
+        let counter = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let names = (self.store.put(places.file.as_fd())?, self.store.put(counter.as_fd())?);
+        self.directory.devices.insert(device.to_owned(), names);
+        self.write_directory()?;
+        Ok(Ledger { places, counter, number: 0, kept: Vec::new() })
+    }
+
+    /// All devices have been taken over: what nobody has asked for is let go of.
+    pub(crate) fn settle(&mut self) -> io::Result<usize> {
+        self.write_directory()?;
+        let unwanted = std::mem::take(&mut self.left).into_values().flat_map(|(ledger, counter)| [ledger, counter]);
+        drop(unwanted.count());
+        let count = self.inherited.len();
+        self.inherited.clear();
+        self.store.forget_unclaimed()?;
+        Ok(count)
+    }
+
+    fn write_directory(&mut self) -> io::Result<()> {
+        self.directory.number += 1;
+        self.places.write(self.directory.number, &self.directory).map(drop)
+    }
+
+    /// Puts a descriptor into the store and says under which name it lies there.
+    pub(crate) fn put(&mut self, fd: BorrowedFd<'_>) -> io::Result<u32> {
+        self.store.put(fd)
+    }
+
+    /// Does deeds.
+    pub(crate) fn perform(&mut self, deeds: &[Deed<'_>]) -> Vec<i32> {
+        self.doing.all(deeds)
+    }
+
+    /// A device is not kept any more: what is written of it is not true any longer.
+    pub(crate) fn forget(&mut self, device: &str) {
+        if let Some((ledger, counter)) = self.directory.devices.remove(device) {
+            // The directory is small, and was written before: what fails now would fail for the next broker, too.
+            let _unwritten = self.write_directory();
+            self.store.let_go(ledger);
+            self.store.let_go(counter);
+        }
+    }
+
+    /// Tells whoever has started this process that it works.
+    pub(crate) fn ready(&mut self) {
+        self.store.ready();
+    }
+}
+
+/// The ledger of one device.
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    places: Places,
+    counter: OwnedFd,
+    /// Number of the last record, and so what the counter says when it was done.
+    number: u64,
+    /// Names in the last record.
+    kept: Vec<u32>,
+}
+
+impl Ledger {
+    /// Number of the next record.
+    pub(crate) fn next(&self) -> u64 {
+        self.number + 1
+    }
+
+    pub(crate) fn counter(&self) -> BorrowedFd<'_> {
+        self.counter.as_fd()
+    }
+
+    /// The descriptors of the last record are in use again: those names, sorted, as often as they stand there.
+    pub(crate) fn claim(&mut self, keeping: &mut Keeping, names: Vec<u32>) -> io::Result<()> {
+        names.iter().try_for_each(|name| keeping.store.claim(*name))?;
+        self.kept = names;
+        Ok(())
+    }
+
+    /// The last record is done: what it does not mention any more goes from the store. `names` are sorted.
+    pub(crate) fn let_go(&mut self, keeping: &mut Keeping, names: Vec<u32>) -> io::Result<()> {
+        let mut now = names.iter().peekable();
+        for name in std::mem::take(&mut self.kept) {
+            while now.next_if(|it| **it < name).is_some() {}
+            if now.next_if(|it| **it == name).is_none() {
+                keeping.store.let_go(name);
+            }
+        }
+        self.kept = names;
+        Ok(())
+    }
+
+    /// Writes the next record.
+    pub(crate) fn write(&mut self, record: &impl Serialize) -> io::Result<usize> {
+        let size = self.places.write(self.number + 1, record)?;
+        self.number += 1;
+        Ok(size)
+    }
+}
+
+/// What a counter stands at, without taking it.
+fn counted(counter: BorrowedFd<'_>) -> Option<u64> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", counter.as_raw_fd())).ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("eventfd-count:"))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}
