@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use warmswap_core::{Action, Actions, BackendId, Event as Happened, Nanos, Outcome, Pair, PairConfig};
 use warmswap_wire::Request;
 
+use crate::death::Left;
 use crate::memory::Obj;
 use crate::words::in_words;
 use crate::world::{Event, World};
@@ -20,7 +21,7 @@ pub(crate) struct Broker {
     /// It is kept from its processor until then.
     pub(crate) late_until: Nanos,
     /// Rings whose kick is watched, and the eventfd.
-    watched: Vec<Option<Obj>>,
+    pub(crate) watched: Vec<Option<Obj>>,
     /// A VMM is connected.
     pub(crate) has_vmm: bool,
     /// Backends the shadow's links come from, in the order of their start.
@@ -32,6 +33,12 @@ pub(crate) struct Broker {
     pub(crate) needs_reset: bool,
     /// A ring whose stop is about to be answered although its backend is not proved quiet.
     pub(crate) unproved: Option<u64>,
+    /// It dies in the step after so many.
+    pub(crate) dies_in: Option<u32>,
+    /// What one that has died has left.
+    pub(crate) left: Option<Left>,
+    /// When a backend was last killed to be fenced.
+    pub(crate) killed_at: Option<Nanos>,
     /// Started and not ended.
     pub(crate) running: Option<u64>,
 }
@@ -51,6 +58,9 @@ impl Broker {
             fences: 0,
             needs_reset: false,
             unproved: None,
+            dies_in: None,
+            left: None,
+            killed_at: None,
             running: None,
         }
     }
@@ -102,18 +112,25 @@ impl World<'_> {
         if self.now < self.broker.late_until {
             return self.wake_broker(self.broker.late_until);
         }
+        self.broker_takes_over();
         let was_closing = self.broker.pair.is_closing();
         while let Some(event) = self.broker.events.pop_front() {
             self.hand(event);
+            if self.broker.left.is_some() {
+                return;
+            }
         }
         if was_closing || self.broker.pair.is_closing() || !self.broker.pair.is_open() {
             self.vmm.excused_until = self.now;
         }
         self.read_vmm();
         for id in 1..=self.backends.len() as u64 {
+            if self.broker.left.is_some() {
+                return;
+            }
             self.read_link(id);
         }
-        if self.broker.pair.next_timeout().is_some_and(|due| due <= self.now) {
+        if self.broker.left.is_none() && self.broker.pair.next_timeout().is_some_and(|due| due <= self.now) {
             self.hand(Happened::Tick);
         }
         self.schedule_broker();
@@ -152,7 +169,7 @@ impl World<'_> {
                 return;
             }
         }
-        while self.broker.has_vmm && self.broker.pair.wants_request() && self.failure.is_none() {
+        while self.broker.has_vmm && self.is_whole() && self.broker.pair.wants_request() {
             match self.vmm.to_broker.receive(now) {
                 Ok(Some(message)) => {
                     let slots: Vec<_> = message.fds.iter().map(|obj| self.mem.insert(*obj)).collect();
@@ -175,7 +192,7 @@ impl World<'_> {
                 Err(error) => return self.lose_vmm(&error),
             }
         }
-        if self.broker.has_vmm && self.vmm.to_broker.is_over(now) {
+        if self.is_whole() && self.broker.has_vmm && self.vmm.to_broker.is_over(now) {
             self.lose_vmm("the connection was closed");
         }
     }
@@ -189,7 +206,7 @@ impl World<'_> {
 
     fn read_link(&mut self, id: u64) {
         let now = self.now;
-        while self.failure.is_none() {
+        while self.is_whole() {
             let backend = &mut self.backends[id as usize - 1];
             if !backend.connected || backend.retired {
                 return;
@@ -205,7 +222,7 @@ impl World<'_> {
             }
         }
         let backend = &mut self.backends[id as usize - 1];
-        if backend.to_broker.is_over(now) {
+        if self.broker.left.is_none() && backend.to_broker.is_over(now) {
             backend.retired = true;
             self.hand(Happened::LinkDown { backend: BackendId(id), reason: "its link ended".to_owned() });
         }
@@ -218,9 +235,19 @@ impl World<'_> {
         self.note(|| format!("broker: {}", in_words(&event)));
         let mut actions = std::mem::take(&mut self.broker.actions);
         self.broker.pair.handle(self.now, event, &mut self.mem, &mut actions);
-        self.broker.actions = actions;
         self.bury();
+        if self.broker_dies_now() {
+            let wanted = actions.drain().collect();
+            self.broker.actions = actions;
+            return self.broker_dies(wanted);
+        }
+        self.broker.actions = actions;
         self.act();
+    }
+
+    /// Nothing has gone wrong, and the broker lives.
+    fn is_whole(&self) -> bool {
+        self.failure.is_none() && self.broker.left.is_none()
     }
 
     fn act(&mut self) {
@@ -234,7 +261,7 @@ impl World<'_> {
         self.broker.actions = actions;
     }
 
-    fn carry_out(&mut self, action: Action) {
+    pub(crate) fn carry_out(&mut self, action: Action) {
         match action {
             Action::OpenState { .. } => unreachable!("a block device is its rings and its image"),
             Action::SendVmm { bytes, fds } => {

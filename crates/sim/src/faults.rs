@@ -43,6 +43,9 @@ impl<'t> World<'t> {
         } = self.options.faults;
         let Faults { planned, predicted, late, .. } = self.options.faults;
         let options = &self.options;
+        if self.options.faults.broker_dies && self.broker.left.is_none() && self.random.one_in(3) {
+            self.broker.dies_in = Some(self.random.below(40) as u32);
+        }
         let kinds: [(bool, Inject<'t>); 19] = [
             (kill, Self::fault_kill),
             (kill_at_store, Self::fault_kill_at_store),

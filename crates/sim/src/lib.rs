@@ -8,7 +8,7 @@
 //! program around the pair, the guest's driver, VMMs, backends, the disk. Every store of the driver or of a backend into shared memory is
 //! a step of its own, and a process may die between any two.
 //!
-//! Not simulated: several devices of one broker, the broker's own death, migration, packed rings, backends that write what was never
+//! Not simulated: several devices of one broker, migration, packed rings, backends that write what was never
 //! asked for.
 //!
 //! ```
@@ -21,6 +21,7 @@
 
 mod backend;
 mod broker;
+mod death;
 mod disk;
 mod faults;
 mod guest;

@@ -222,6 +222,12 @@ impl Memory {
             .collect()
     }
 
+    /// Nothing is mapped: another process begins.
+    pub(crate) fn forget_maps(&mut self) {
+        self.maps.clear();
+        self.attached.fill(None);
+    }
+
     pub(crate) fn report(&self, check: &'static str, detail: impl FnOnce() -> String) {
         let mut wrong = self.wrong.borrow_mut();
         if wrong.is_none() {

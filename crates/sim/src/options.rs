@@ -162,6 +162,8 @@ pub struct Faults {
     pub late: bool,
     /// A request kills every backend that takes it.
     pub poison: bool,
+    /// The broker dies in some step, and another one goes on.
+    pub broker_dies: bool,
 }
 
 /// Everything about a run except the seed.
@@ -324,7 +326,11 @@ impl Options {
             survivors: if random.percent(95) { Survivors::Place } else { Survivors::Refuse },
             on_prediction: if random.percent(90) { OnPrediction::Act } else { OnPrediction::Observe },
             limits: limits(random),
-            faults: faults(random),
+            // Drawn by itself: the seeds that were there before it go on as they did.
+            faults: Faults {
+                broker_dies: Random::new(seed ^ 0x6272_6f6b_6572).percent(30),
+                ..faults(random)
+            },
             fault_every: random.span(Nanos::from_micros(400), Nanos::from_millis(4)),
             safety: Nanos::from_millis(random.between(10, 60)),
             liveness: Nanos::from_millis(4_000),
@@ -397,6 +403,7 @@ fn faults(random: &mut Random) -> Faults {
         predicted: some(50),
         late: some(15),
         poison: some(8),
+        broker_dies: false,
     }
 }
 

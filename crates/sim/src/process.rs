@@ -102,6 +102,7 @@ impl World<'_> {
     pub(crate) fn raise_fence(&mut self, id: u64) {
         self.note(|| format!("broker: fences #{id}"));
         self.broker.fences += 1;
+        self.broker.killed_at = Some(self.now);
         let backend = self.backend(id);
         backend.retired = true;
         backend.fencing = true;

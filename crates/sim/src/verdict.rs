@@ -168,7 +168,8 @@ impl World<'_> {
     /// A halt needs a reason that the simulation knows of.
     pub(crate) fn judge_halt(&mut self, reason: &str) {
         let options = &self.options;
-        let late = self.stats.faults.contains_key("late broker");
+        let absent = |fault| self.stats.faults.contains_key(fault);
+        let late = absent("late broker") || absent("broker dies");
         // What a request was in flight at so many deaths of speaks against it, whatever they died of.
         let deaths = u64::from(options.limits.isolate_after) <= self.stats.backends;
         let excused = if reason.contains("in-flight region marks head") {
