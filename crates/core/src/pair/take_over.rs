@@ -7,7 +7,7 @@
 
 use super::{Pair, Step};
 use crate::canary::CanaryState;
-use crate::event::Actions;
+use crate::event::{Action, Actions};
 use crate::failover::{Phase, TransferStep};
 use crate::journal::Entry;
 use crate::memory::GuestMemory;
@@ -52,7 +52,15 @@ impl Pair {
         let entry = Entry::info("TakenOver").with("take_over", self.counters.take_overs).with("phase", phase.name());
         step.out.journal(entry.with("rings", self.session.started().count() as u64));
         self.renew_transfer(&mut step);
+        self.interrupt_once(&mut step);
         Ok(self)
+    }
+
+    /// A call descriptor that the VMM replaced meanwhile reached no backend, and what was completed then has interrupted nobody. One
+    /// interrupt too many harms nobody.
+    fn interrupt_once(&self, step: &mut Step<'_>) {
+        let calls = self.session.rings.iter().filter(|ring| ring.started).filter_map(|ring| ring.call);
+        calls.for_each(|call| step.out.push(Action::Signal(call)));
     }
 
     fn reach_memory(&mut self, step: &mut Step<'_>) -> Result<(), String> {
