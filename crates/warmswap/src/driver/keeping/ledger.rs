@@ -9,7 +9,7 @@ use std::rc::Rc;
 use rustix::event::EventfdFlags;
 use rustix::fs::{MemfdFlags, SealFlags};
 use serde::{Deserialize, Serialize};
-use super::shim::Store;
+use warmswap_keeper::store::{Kept, Store};
 
 use super::doing::{Deed, Doing};
 
@@ -111,23 +111,22 @@ impl Keeping {
         let Some(mut store) = Store::from_env()? else { return Ok(None) };
         let mut inherited = HashMap::new();
         for (name, fd) in store.take_inherited() {
-            match u32::from_str_radix(&name, 36) {
-                Ok(number) => {
-                    store.adopt(number, fd.as_fd())?;
-                    inherited.insert(number, fd);
-                }
-                // Not ours: a socket that systemd listens on, for example.
-                Err(_) => drop(fd),
+            // What has another name is not ours: a socket that systemd listens on, for example.
+            if let Some(kept) = Kept::from_name(&name) {
+                inherited.insert(kept.number(), fd);
             }
         }
         let before = inherited.get(&0).and_then(|file| Places::read(file.as_fd()));
         let before: Directory = before.and_then(|(_, bytes)| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
         let places = match inherited.remove(&0) {
-            Some(file) => Places { file, buffer: Vec::new() },
+            Some(file) => {
+                store.adopt(&name_of(0), file.as_fd())?;
+                Places { file, buffer: Vec::new() }
+            }
             None => {
                 let places = Places::new("warmswap-directory")?;
                 let kept = store.put(places.file.as_fd())?;
-                assert_eq!(kept, 0, "the directory is the first thing in the store");
+                assert_eq!(kept.number(), 0, "the directory is the first thing in the store");
                 places
             }
         };
@@ -144,13 +143,20 @@ impl Keeping {
     /// What a predecessor has left of this device.
     pub(crate) fn take(&mut self, device: &str) -> Option<Taken> {
         let (ledger, counter) = self.left.remove(device)?;
-        let places = Places { file: self.inherited.remove(&ledger)?, buffer: Vec::new() };
-        let counter_fd = self.inherited.remove(&counter)?;
+        let places = Places { file: self.adopt(ledger)?, buffer: Vec::new() };
+        let counter_fd = self.adopt(counter)?;
         let (number, record) = Places::read(places.file.as_fd())?;
         let counted = counted(counter_fd.as_fd())?;
         self.directory.devices.insert(device.to_owned(), (ledger, counter));
         let ledger = Ledger { places, counter: counter_fd, number: counted, kept: Vec::new() };
         Some(Taken { ledger, record, done: counted >= number })
+    }
+
+    /// One more reference to a descriptor that a predecessor has left.
+    fn adopt(&mut self, name: u32) -> Option<OwnedFd> {
+        let fd = self.inherited(name)?;
+        self.store.adopt(&name_of(name), fd.as_fd()).ok()?;
+        Some(fd)
     }
 
     /// A descriptor that a predecessor has left.
@@ -163,7 +169,7 @@ impl Keeping {
     pub(crate) fn open(&mut self, device: &str) -> io::Result<Ledger> {
         let places = Places::new("warmswap-ledger")?;
         let counter = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let names = (self.store.put(places.file.as_fd())?, self.store.put(counter.as_fd())?);
+        let names = (self.put(places.file.as_fd())?, self.put(counter.as_fd())?);
         self.directory.devices.insert(device.to_owned(), names);
         self.write_directory()?;
         Ok(Ledger { places, counter, number: 0, kept: Vec::new() })
@@ -172,12 +178,12 @@ impl Keeping {
     /// All devices have been taken over: what nobody has asked for is let go of.
     pub(crate) fn settle(&mut self) -> io::Result<usize> {
         self.write_directory()?;
-        let unwanted = std::mem::take(&mut self.left).into_values().flat_map(|(ledger, counter)| [ledger, counter]);
-        drop(unwanted.count());
-        let count = self.inherited.len();
-        self.inherited.clear();
-        self.store.forget_unclaimed()?;
-        Ok(count)
+        self.left.clear();
+        let unclaimed: Vec<u32> = std::mem::take(&mut self.inherited).into_keys().collect();
+        let unclaimed = unclaimed.into_iter().filter(|name| Kept::from_number(*name).is_some_and(|it| self.store.references(it).is_none()));
+        let names: Vec<u32> = unclaimed.collect();
+        names.iter().try_for_each(|name| self.store.discard(&name_of(*name)))?;
+        Ok(names.len())
     }
 
     fn write_directory(&mut self) -> io::Result<()> {
@@ -187,7 +193,7 @@ impl Keeping {
 
     /// Puts a descriptor into the store and says under which name it lies there.
     pub(crate) fn put(&mut self, fd: BorrowedFd<'_>) -> io::Result<u32> {
-        self.store.put(fd)
+        self.store.put(fd).map(Kept::number)
     }
 
     /// Does deeds.
@@ -200,14 +206,20 @@ impl Keeping {
         if let Some((ledger, counter)) = self.directory.devices.remove(device) {
             // The directory is small, and was written before: what fails now would fail for the next broker, too.
             let _unwritten = self.write_directory();
-            self.store.let_go(ledger);
-            self.store.let_go(counter);
+            self.let_go(ledger);
+            self.let_go(counter);
         }
     }
 
     /// Tells whoever has started this process that it works.
     pub(crate) fn ready(&mut self) {
-        self.store.ready();
+        // A service manager that has gone away misses nothing.
+        let _gone = self.store.ready();
+    }
+
+    fn let_go(&mut self, name: u32) {
+        // What cannot be taken out of the store stays in it, and is found to be wanted by nobody by the next broker.
+        let _stays = Kept::from_number(name).map(|kept| self.store.let_go(kept));
     }
 }
 
@@ -234,7 +246,8 @@ impl Ledger {
 
     /// The descriptors of the last record are in use again: those names, sorted, as often as they stand there.
     pub(crate) fn claim(&mut self, keeping: &mut Keeping, names: Vec<u32>) -> io::Result<()> {
-        names.iter().try_for_each(|name| keeping.store.claim(*name))?;
+        let claim = |name: &u32| keeping.adopt(*name).map(drop).ok_or_else(|| missing(*name));
+        names.iter().try_for_each(claim)?;
         self.kept = names;
         Ok(())
     }
@@ -245,7 +258,7 @@ impl Ledger {
         for name in std::mem::take(&mut self.kept) {
             while now.next_if(|it| **it < name).is_some() {}
             if now.next_if(|it| **it == name).is_none() {
-                keeping.store.let_go(name);
+                keeping.let_go(name);
             }
         }
         self.kept = names;
@@ -258,6 +271,14 @@ impl Ledger {
         self.number += 1;
         Ok(size)
     }
+}
+
+fn name_of(number: u32) -> String {
+    Kept::from_number(number).map_or_else(String::new, |kept| kept.to_string())
+}
+
+fn missing(name: u32) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, format!("descriptor {} is not in the store", name_of(name)))
 }
 
 /// What a counter stands at, without taking it.

@@ -13,7 +13,6 @@
 mod doing;
 mod ledger;
 mod record;
-mod shim;
 
 pub(crate) use self::doing::{Deed, has_room_for, look_without_taking};
 pub(crate) use self::ledger::{Keeping, Ledger, Taken};
