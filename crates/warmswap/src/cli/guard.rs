@@ -317,6 +317,7 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     // Every group is removed, or has been named, when this ends.
     let _panicked = cleaning.join();
     match ended? {
+        Ended::Left => Ok(warmswap_keeper::RESTART),
         Ended::Asked { at_rest: true } => Ok(0),
         Ended::Asked { at_rest: false } => {
             let text = "not every ring could be brought to rest in time: what the guest is owed is uncertain, check its file system";

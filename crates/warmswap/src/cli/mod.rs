@@ -18,6 +18,7 @@ mod show;
 mod snapshot;
 mod time;
 mod top;
+mod upgrade;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -77,6 +78,15 @@ enum Verb {
     },
     /// Have the shadow take over, and wait for the end of it; the old primary is ended and a new shadow started
     Failover(failover::Args),
+    /// Replace the running program by the one that is installed now, under load: the guest's I/O goes on, and the next process goes on
+    /// with every device of the old one
+    Upgrade(upgrade::Args),
+    /// Hold descriptors for a command and start it again whenever it dies
+    Keeper {
+        /// The command
+        #[arg(last = true)]
+        command: Vec<std::ffi::OsString>,
+    },
     /// Write the profile of a device as a table: CSV or Parquet, one row per window or tick, one column per feature
     Export(export::Args),
     /// Write every tick and window of a device to a file as they happen, for `replay`
@@ -175,6 +185,11 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
         Verb::Top(args) => top::run(&args),
         Verb::Events { name, follow, control, json } => events::run(name, follow, &control, json),
         Verb::Failover(args) => failover::run(&args),
+        Verb::Upgrade(args) => upgrade::run(&args),
+        Verb::Keeper { command } => {
+            let options = warmswap_keeper::Options { descriptors_max: None, run_dir: "/run/warmswap".into(), command };
+            warmswap_keeper::Keeper::prepare(&options).map(warmswap_keeper::Keeper::run).map_err(Failure::from)
+        }
         Verb::Export(args) => export::run(&args),
         Verb::Record(args) => record::record(&args),
         Verb::Replay { file, json } => record::replay(&file, json),

@@ -172,6 +172,14 @@ impl Client {
         self.ask(&json!({"verb": "status"}))
     }
 
+    /// Ends the process behind the socket, which leaves everything to the next one of its program. Answers with what it was.
+    ///
+    /// # Errors
+    /// As [`Client::ask`].
+    pub fn upgrade(&mut self) -> Result<Value, ClientError> {
+        self.ask(&json!({"verb": "upgrade"}))
+    }
+
     /// Has the shadow replaced by one that is newly started. Answers with the generation of the one that goes.
     ///
     /// # Errors

@@ -91,7 +91,7 @@ fn device(name: &str, status: &DeviceStatus, config: &DeviceConfig) -> Value {
             "observer_gaps": counters.observer_gaps,
         },
         "last_failover": last,
-        "broker": { "pid": std::process::id(), "rss_bytes": rss_bytes(), "descriptors": status.descriptors,
+        "broker": { "pid": std::process::id(), "version": env!("CARGO_PKG_VERSION"), "rss_bytes": rss_bytes(), "descriptors": status.descriptors,
             "late": status.late, "late_worst_us": (status.late_worst.as_micros() * 10.0).round() / 10.0 },
     })
 }

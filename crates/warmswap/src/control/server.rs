@@ -55,6 +55,8 @@ enum Ask {
     Refresh {
         device: Option<String>,
     },
+    /// Ends this process and leaves everything to the next one of the same program.
+    Upgrade,
     Events {
         #[serde(default)]
         follow: bool,
@@ -270,6 +272,15 @@ impl Server {
                 self.commander.send(Command::Refresh { device, answer });
                 match replaced.recv() {
                     Ok(Ok(generation)) => json!({ "replaced": generation }),
+                    Ok(Err(why)) => error(3, &why),
+                    Err(_) => ending(),
+                }
+            }
+            Ask::Upgrade => {
+                let (answer, may) = crossbeam_channel::bounded(1);
+                self.commander.send(Command::Upgrade { answer });
+                match may.recv() {
+                    Ok(Ok(())) => json!({ "pid": std::process::id(), "version": env!("CARGO_PKG_VERSION") }),
                     Ok(Err(why)) => error(3, &why),
                     Err(_) => ending(),
                 }

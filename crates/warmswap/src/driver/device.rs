@@ -367,13 +367,20 @@ impl Device {
 
     /// Feeds the core what happened and carries out what it wants, until both are done.
     pub(crate) fn run(&mut self, now: Nanos, poller: &Poller) {
+        // What was looked at is taken away with the step that it leads to, not before.
+        let taken = self.keeper.as_mut().map(keep::Keeper::take_taken).unwrap_or_default();
         self.act(now, poller);
+        self.keeper.iter_mut().for_each(|keeper| keeper.give_back(&taken));
         while let Some(event) = self.events.pop_front() {
             // What an action took belongs to the phase it was made in.
             let now = super::now();
             let waiting = self.keeper.as_mut().map(keep::Keeper::stores);
             let mut memory = MemoryAccess { memory: &mut self.memory, fds: &mut self.fds, waiting };
             self.pair.handle(now, event, &mut memory, &mut self.actions);
+            self.act(now, poller);
+        }
+        if self.keeper.as_ref().is_some_and(keep::Keeper::has_taken) {
+            // It meant nothing to anybody.
             self.act(now, poller);
         }
         if let Some(reporter) = &mut self.reporter {

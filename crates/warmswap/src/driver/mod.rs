@@ -132,6 +132,11 @@ pub(crate) enum Command {
         /// What it says.
         foresight: Foresight,
     },
+    /// End now and leave everything to the next process of the same program.
+    Upgrade {
+        /// Told that it does, or why not.
+        answer: Sender<Result<(), String>>,
+    },
     /// Kill backends at a step of the next failover.
     #[cfg(feature = "lab")]
     Failpoint {
@@ -200,6 +205,8 @@ pub(crate) enum Ended {
         /// Every ring of the last session was brought to rest.
         at_rest: bool,
     },
+    /// Everything is left to the next process: no ring was stopped, no backend ended.
+    Left,
     /// A device could not be started; the reason in words.
     Failed(String),
 }
@@ -227,6 +234,8 @@ pub(crate) struct Driver {
     keeping: Option<Rc<RefCell<Keeping>>>,
     /// Devices that were gone on with and not been said to be ready yet.
     resumed: Vec<usize>,
+    /// It ends, and leaves everything to the next process.
+    leaving: bool,
     /// What nobody has asked for is gone from the store.
     settled: bool,
     /// Adopted orphans may have ended.
@@ -322,6 +331,7 @@ impl Driver {
             janitor,
             keeping,
             resumed: Vec::new(),
+            leaving: false,
             settled: false,
             orphans: false,
             woken: Nanos(0),
@@ -397,6 +407,10 @@ impl Driver {
                 break ended;
             }
         };
+        if ended == Ended::Left {
+            self.devices.iter_mut().for_each(Device::leave);
+            return Ok(ended);
+        }
         // One that could not start says why, and has nothing to bring to rest.
         let started = !matches!(ended, Ended::Failed(_));
         let at_rest = self.shut_down(started)?;
@@ -455,7 +469,7 @@ impl Driver {
             self.add_waiting()?;
         }
         self.settle_store()?;
-        Ok(None)
+        Ok(self.leaving.then_some(Ended::Left))
     }
 
     /// Every device has begun: what nobody has asked for is let go of, once, and the program says that it works.
@@ -589,6 +603,11 @@ impl Driver {
                         device.failure_predicted(foresight, now, &self.poller);
                     }
                 }
+                Command::Upgrade { answer } => {
+                    let may = self.may_leave();
+                    self.leaving |= may.is_ok();
+                    let _gone = answer.try_send(may);
+                }
                 #[cfg(feature = "lab")]
                 Command::Failpoint { device, step, whom, answer } => {
                     if let Some(device) = self.devices.iter_mut().find(|known| known.name() == device) {
@@ -603,6 +622,17 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Whether another process would go on with everything.
+    fn may_leave(&self) -> Result<(), String> {
+        if self.keeping.is_none() {
+            let why = "there is no descriptor store: the program was started neither by `warmswap keeper` nor by systemd with \
+                       FileDescriptorStoreMax=";
+            return Err(why.to_owned());
+        }
+        let unkept = self.devices.iter().find(|device| !device.is_kept());
+        unkept.map_or(Ok(()), |device| Err(format!("{} is not kept: see its journal (NotKept)", device.name())))
     }
 
     /// Brings every ring to rest, so that whoever serves the guest next finds exactly what is owed, then ends every backend. Says
@@ -632,6 +662,8 @@ impl Driver {
             self.last_steps()?;
         }
         self.devices.iter_mut().for_each(Device::flush_journal);
+        // Whoever comes next begins anew, also where the store stays.
+        self.devices.iter_mut().for_each(Device::forget);
         Ok(at_rest)
     }
 

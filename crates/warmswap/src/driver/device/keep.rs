@@ -62,6 +62,19 @@ impl Keeper {
         &mut self.stores
     }
 
+    /// Messages that were looked at, out of the way for now.
+    pub(super) fn take_taken(&mut self) -> Vec<(Channel, usize)> {
+        std::mem::take(&mut self.taken)
+    }
+
+    pub(super) fn give_back(&mut self, taken: &[(Channel, usize)]) {
+        self.taken.extend_from_slice(taken);
+    }
+
+    pub(super) fn has_taken(&self) -> bool {
+        !self.taken.is_empty()
+    }
+
     pub(super) fn has_more(&self) -> bool {
         !self.more.is_empty()
     }
@@ -77,6 +90,24 @@ struct Wanted {
 }
 
 impl Device {
+    /// Whether another broker could go on with it.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.keeper.is_some()
+    }
+
+    /// The next broker goes on with it: what this one has made stays.
+    pub(crate) fn leave(&mut self) {
+        self.flush_journal();
+        self.run_dir.leave();
+    }
+
+    /// No broker is to go on with it.
+    pub(crate) fn forget(&mut self) {
+        if let Some(keeper) = self.keeper.take() {
+            keeper.keeping.borrow_mut().forget(&self.config.name);
+        }
+    }
+
     /// How connections to backends are watched. What is only looked at stays readable.
     pub(super) fn interest(&self) -> Interest {
         if self.keeper.is_some() { Interest::Edge } else { Interest::Read }
