@@ -30,7 +30,7 @@ impl Broker {
         // What is measured is what it does, not what it comes to think of a machine under load.
         let options: Vec<String> = options.iter().copied().chain(["--observe"]).map(str::to_owned).collect();
         let process =
-            BrokerProcess::start(&Launch { name: NAME, directory, options: &options, backend, environment: None })?;
+            BrokerProcess::start(&Launch { name: NAME, directory, options: &options, backend, environment: None, kept: false })?;
         Ok(Broker { commands: process.connect()?, status: process.connect()?, process })
     }
 

@@ -31,6 +31,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) backend: &'a [String],
     /// One variable of the environment: set to a value, or not there.
     pub(crate) environment: Option<(&'a str, Option<&'a str>)>,
+    /// A keeper starts it, and again when it dies.
+    pub(crate) kept: bool,
 }
 
 /// How a broker ended that did not become ready.
@@ -67,6 +69,9 @@ impl BrokerProcess {
         let control = directory.join("control");
         std::fs::create_dir_all(&control)?;
         let mut command = Command::new(std::env::current_exe()?);
+        if launch.kept {
+            command.args(["warmswap", "keeper", "--run-dir"]).arg(&control).arg("--").arg(std::env::current_exe()?);
+        }
         command.args(["warmswap", "guard", "--name", launch.name, "--type", "blk"]);
         command.arg("--socket").arg(socket(directory));
         command.arg("--control").arg(&control).arg("--run-dir").arg(directory.join("run"));

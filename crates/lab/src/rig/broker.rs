@@ -31,6 +31,24 @@ pub(crate) struct Setup {
     pub(crate) backend: Vec<String>,
     /// More options for `guard`, as given to the rig.
     pub(crate) extra: Vec<String>,
+    /// A keeper starts it, and again when it dies.
+    pub(crate) kept: bool,
+}
+
+/// The connections to it.
+#[derive(Debug)]
+struct Control {
+    commands: Lines,
+    status: Lines,
+    events: Lines,
+}
+
+impl Control {
+    fn connect(process: &BrokerProcess) -> anyhow::Result<Self> {
+        let mut events = process.connect()?;
+        events.send(&json!({"verb": "events", "follow": true}))?;
+        Ok(Control { commands: process.connect()?, status: process.connect()?, events })
+    }
 }
 
 /// A broker that runs. Ended on drop.
@@ -38,9 +56,15 @@ pub(crate) struct Setup {
 pub(crate) struct Broker {
     process: BrokerProcess,
     target: Target,
-    commands: Lines,
-    status: Lines,
-    events: Lines,
+    /// None while the broker is dead.
+    lines: Option<Control>,
+    kept: bool,
+    /// When it was killed, until its successor answers.
+    killed_ns: Option<u64>,
+    /// How long it took until it did, of those that were not taken yet.
+    readopted_ns: Vec<u64>,
+    /// An answer died with a broker.
+    answer_lost: bool,
     latest: Option<(u64, DeviceStatus)>,
     asked_ns: u64,
     waiting: bool,
@@ -64,14 +88,15 @@ impl Broker {
             options: &options,
             backend: &setup.backend,
             environment: None,
+            kept: setup.kept,
         })?;
-        let mut events = process.connect()?;
-        events.send(&json!({"verb": "events", "follow": true}))?;
         Ok(Broker {
             target: Target::open(process.pid())?,
-            commands: process.connect()?,
-            status: process.connect()?,
-            events,
+            lines: Some(Control::connect(&process)?),
+            kept: setup.kept,
+            killed_ns: None,
+            readopted_ns: Vec::new(),
+            answer_lost: false,
             process,
             latest: None,
             asked_ns: 0,
@@ -98,21 +123,74 @@ impl Broker {
     pub(crate) fn ask_failover(&mut self, now: bool) -> anyhow::Result<()> {
         self.answer = None;
         self.unanswered += 1;
-        self.commands.send(&json!({"verb": "failover", "device": NAME, "now": now, "reason": "lab rig"}))
+        self.ask(&json!({"verb": "failover", "device": NAME, "now": now, "reason": "lab rig"}))
     }
 
     /// Has it believe that a failure of the primary is imminent.
     pub(crate) fn alarm(&mut self, alarm: &str) -> anyhow::Result<()> {
         self.answer = None;
         self.unanswered += 1;
-        self.commands.send(&json!({"verb": "alarm", "device": NAME, "alarm": alarm}))
+        self.ask(&json!({"verb": "alarm", "device": NAME, "alarm": alarm}))
     }
 
     /// Has it kill backends, by their roles now, before a step of the next failover.
     pub(crate) fn set_failpoint(&mut self, step: u64, whom: &str) -> anyhow::Result<()> {
         self.answer = None;
         self.unanswered += 1;
-        self.commands.send(&json!({"verb": "failpoint", "device": NAME, "step": step, "whom": whom}))
+        self.ask(&json!({"verb": "failpoint", "device": NAME, "step": step, "whom": whom}))
+    }
+
+    /// Sends a command. One that cannot be sent, because the broker has died, has no answer.
+    fn ask(&mut self, command: &serde_json::Value) -> anyhow::Result<()> {
+        self.answer_lost = false;
+        match self.lines.as_mut().map(|lines| lines.commands.send(command)) {
+            Some(Err(error)) if !self.kept => Err(error),
+            Some(Ok(())) => Ok(()),
+            Some(Err(_)) | None => {
+                self.disconnected();
+                self.answer_lost = true;
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether the answer to the last command died with a broker.
+    pub(crate) fn has_lost_answer(&self) -> bool {
+        self.answer_lost
+    }
+
+    /// Kills the broker, not its keeper.
+    pub(crate) fn kill(&mut self) -> anyhow::Result<()> {
+        self.killed_ns = Some(now_ns());
+        // One that has just died by itself is as dead.
+        if let Ok(broker) = Target::open(self.broker_pid()?) {
+            let _ended = broker.signal(rustix::process::Signal::KILL);
+        }
+        Ok(())
+    }
+
+    /// The process that guards: the child of the keeper, where there is one.
+    pub(crate) fn broker_pid(&self) -> anyhow::Result<u32> {
+        let latest = self.latest.as_ref().map(|(_, status)| status.broker.pid);
+        Ok(latest.filter(|_| self.kept).unwrap_or(self.target.pid()))
+    }
+
+    /// Whether the successor of one that died answers.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.lines.is_some() && self.killed_ns.is_none()
+    }
+
+    /// Takes how long successors took to answer.
+    pub(crate) fn take_readopted(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.readopted_ns)
+    }
+
+    fn disconnected(&mut self) {
+        self.lines = None;
+        self.waiting = false;
+        self.latest = None;
+        self.answer_lost |= std::mem::take(&mut self.unanswered) > 0;
+        self.killed_ns.get_or_insert_with(now_ns);
     }
 
     /// Takes the failpoints that were reached: in which phase, and before what.
@@ -125,28 +203,46 @@ impl Broker {
         self.answer.take()
     }
 
-    /// Reads what came, and asks for the status if `watch` wants to know it. Never blocks.
+    /// Reads what came, and asks for the status if `watch` wants to know it. Never blocks. Where a keeper starts a dead broker again, it is
+    /// connected to again.
     pub(crate) fn tick(&mut self, watch: bool) -> anyhow::Result<()> {
-        while let Some(line) = self.events.next()? {
+        if self.lines.is_none() {
+            self.lines = Control::connect(&self.process).ok();
+        }
+        match self.read(watch || self.killed_ns.is_some()) {
+            Err(_) if self.kept => {
+                self.disconnected();
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    fn read(&mut self, watch: bool) -> anyhow::Result<()> {
+        let Some(lines) = &mut self.lines else { return Ok(()) };
+        while let Some(line) = lines.events.next()? {
             self.event_came = true;
             self.halts.event(&line);
             self.points.extend(point_of(&line));
         }
-        while let Some(line) = self.commands.next()? {
+        while let Some(line) = lines.commands.next()? {
             self.unanswered = self.unanswered.saturating_sub(1);
             let answer = Answer::parse(&line)?;
             self.answer = (self.unanswered == 0).then_some(answer);
         }
-        if let Some(line) = self.status.next()? {
+        if let Some(line) = lines.status.next()? {
             let answer: StatusAnswer = serde_json::from_str(&line).with_context(|| format!("status: {line}"))?;
             let device = answer.devices.into_iter().next().context("the broker has no device")?;
             self.halts.status(device.failovers.halted, device.halt_message());
             self.latest = Some((self.asked_ns, device));
             self.waiting = false;
+            if let Some(killed) = self.killed_ns.take() {
+                self.readopted_ns.push(now_ns() - killed);
+            }
         }
         let now = now_ns();
         if watch && !self.waiting && (self.event_came || now >= self.asked_ns + ASK_EVERY_NS) {
-            self.status.send(&json!({"verb": "status"}))?;
+            lines.status.send(&json!({"verb": "status"}))?;
             (self.asked_ns, self.waiting, self.event_came) = (now, true, false);
         }
         Ok(())
@@ -163,8 +259,9 @@ impl Broker {
     }
 
     /// Descriptors that become readable when something came.
-    pub(crate) fn fds(&self) -> [BorrowedFd<'_>; 4] {
-        [self.commands.as_fd(), self.status.as_fd(), self.events.as_fd(), self.target.as_fd()]
+    pub(crate) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        let lines = self.lines.iter().flat_map(|it| [it.commands.as_fd(), it.status.as_fd(), it.events.as_fd()]);
+        lines.chain([self.target.as_fd()]).collect()
     }
 
     /// Fails if the broker has ended.

@@ -50,6 +50,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) direct_possible: bool,
     /// More options for `guard`.
     pub(crate) guard: &'a [String],
+    /// The broker is killed as well.
+    pub(crate) kills_broker: bool,
     /// Say the options of every guest and everything that is done.
     pub(crate) verbose: bool,
 }
@@ -85,6 +87,7 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally, progress: &mut Progress) -
             .chain(on_prediction(plan.kinds))
             .chain(plan.guard.iter().cloned())
             .collect(),
+        kept: plan.kills_broker,
     };
     let broker = Broker::start(&setup)?;
     let device = 1 + plan.epoch as u32;
@@ -93,6 +96,7 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally, progress: &mut Progress) -
     let load = Load::new(Ledger::new(device, blocks), plan.stream(2), session.mix(false));
     let socket = broker.socket();
     let mut world = World::new(broker, load, plan.stream(1), session, plan.behaviours, plan.verbose, socket)?;
+    world.kills_broker = plan.kills_broker;
     let ended = sessions(plan, &choices, &mut options, &mut world, tally, progress);
     tally.requests += world.load.completed;
     let World { mut broker, mut load, .. } = match ended {
@@ -183,7 +187,10 @@ fn holdings(world: &mut World, baseline: Option<&Holdings>) -> anyhow::Result<Ho
     let mut now = Holdings::default();
     for _ in 0..SETTLE_TRIES {
         let whole = world.broker_is_protected()?;
-        now = Holdings::of(world.broker.pid())?;
+        now = Holdings::of(world.broker.broker_pid()?)?;
+        if world.kills_broker {
+            now.and_keeper(&Holdings::of(world.broker.pid())?);
+        }
         if whole && now.zombies == 0 && baseline.is_none_or(|before| excess(before, &now) == 0) {
             break;
         }

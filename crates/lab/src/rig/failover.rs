@@ -31,6 +31,10 @@ const IMPATIENT_PERCENT: u64 = 5;
 const PREDICTED_MAX_NS: u64 = 3_000_000_000;
 /// Steps of a failover before one of which a backend is killed: more than a failover of four queues takes.
 const STEPS_MAX: u64 = 56;
+/// The same for the broker itself, which counts more of them.
+const BROKER_STEPS_MAX: u64 = 90;
+/// For so long the guest's waits are looked at before a broker is killed, and at least after that.
+const GAP_NS: u64 = 20_000_000;
 /// Whom it hits.
 const VICTIMS: [&str; 3] = ["primary", "shadow", "both"];
 /// Alarms that are made up.
@@ -122,8 +126,37 @@ pub(crate) fn inject(world: &mut World, kind: Kind, tally: &mut Tally) -> anyhow
     let detail = world.choices.next();
     world.pace = Pace::Full;
     world.run_for(load_for)?;
+    if world.kills_broker {
+        kill_broker(world, detail, tally)?;
+    }
     tally.injected(kind);
     strike(world, &before, kind, quiet, detail, tally)
+}
+
+/// Kills the broker at an instant under load, and waits for the next one; or has it die in the middle of the failover that comes.
+fn kill_broker(world: &mut World, detail: u64, tally: &mut Tally) -> anyhow::Result<()> {
+    if detail / 3 % 3 == 0 {
+        world.broker.set_failpoint(1 + detail / 9 % BROKER_STEPS_MAX, "broker")?;
+        return wait_until_set(world);
+    }
+    // As long as the guest's own waits are looked at beside it.
+    let start = now_ns();
+    world.load.start_gap(start);
+    world.run_for(GAP_NS)?;
+    tally.waited("gap-before", world.load.longest_gap_ns());
+    world.load.start_gap(now_ns());
+    world.broker.kill()?;
+    tally.broker_kills += 1;
+    world.say("the broker is killed");
+    let killed = now_ns();
+    world.run_until("the next broker", false, |world| Ok(world.broker.is_connected() && now_ns() > killed + GAP_NS))?;
+    tally.waited("gap-killed", world.load.longest_gap_ns());
+    world.broker.take_readopted().into_iter().for_each(|took| tally.waited("readopt", took));
+    // Rings that were busy are followed again when what was in flight then has come back.
+    world.run_until_status("a broker that follows the rings", |status| {
+        status.state == "protected" && status.recovery_level != "refused"
+    })?;
+    Ok(())
 }
 
 /// Does it, and follows it to its end.
@@ -194,6 +227,11 @@ fn strike(
     };
     tally.waited("end", now_ns() - start);
     tally.points(world.broker.take_points());
+    for took in world.broker.take_readopted() {
+        tally.broker_kills += 1;
+        tally.broker_kills_in_failover += 1;
+        tally.waited("readopt", took);
+    }
     let timed = !raced && !vmm::any_masked(world);
     after(world, Seen { kind, inflight, timed, blackout_ns: None, report: ended }, tally)
 }
@@ -233,6 +271,7 @@ fn wait_for_end(world: &mut World, before: &Before, start: u64, asked: bool) -> 
     let count = before.status.failovers.ended();
     let mut answer = None;
     let hang = world.pace == Pace::Quiet && !asked;
+    let mut never_begun = false;
     world.run_until("the end of the failover", true, |world| {
         if let Some(came) = world.broker.take_answer() {
             answer = Some(came);
@@ -242,8 +281,16 @@ fn wait_for_end(world: &mut World, before: &Before, start: u64, asked: bool) -> 
             world.pace = Pace::Full;
         }
         let counted = world.broker.status_since(start).is_some_and(|status| status.failovers.ended() > count);
-        Ok(if asked { answer.is_some() } else { counted })
+        // Nobody knows whether a broker that has died had begun with it: one that is at rest again had not.
+        let lost = world.broker.has_lost_answer();
+        let at_rest = |status: &DeviceStatus| status.state == "protected" && status.phase == "Idle";
+        never_begun = lost && !counted && world.broker.status_since(start).is_some_and(at_rest);
+        Ok(if asked && !lost { answer.is_some() } else { counted || never_begun })
     })?;
+    if never_begun {
+        let message = Some("the broker died before it had begun".to_owned());
+        return Ok(Failover { result: "refused".into(), message, ..Failover::default() });
+    }
     match answer {
         Some(Answer::Ended(failover)) => Ok(failover),
         Some(Answer::Refused(message)) => {

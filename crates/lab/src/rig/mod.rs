@@ -96,6 +96,10 @@ pub(crate) struct Args {
     /// First epoch, to repeat one of a longer run.
     #[arg(long, default_value_t = 0)]
     first_epoch: u64,
+    /// Start the broker under a keeper, and kill it once for each failover: two times out of three at some instant under load, and once in the
+    /// middle of the failover, between any two things that it does
+    #[arg(long)]
+    kill_broker: bool,
     /// Only the control: no broker, kills, reconnect by the VMMs' rules.
     #[arg(long)]
     no_guard: bool,
@@ -176,6 +180,7 @@ fn epochs(args: &Args, workspace: &Workspace, tally: &mut Tally) -> anyhow::Resu
             directory: &directory,
             direct_possible,
             guard: &args.guard,
+            kills_broker: args.kill_broker,
             verbose: args.verbose,
         };
         let started = Instant::now();
@@ -250,6 +255,9 @@ fn command(args: &Args) -> String {
     }
     if args.epoch_failovers != EPOCH_FAILOVERS {
         command.push_str(&format!(" --epoch-failovers {}", args.epoch_failovers));
+    }
+    if args.kill_broker {
+        command.push_str(" --kill-broker");
     }
     if args.no_guard {
         command.push_str(" --no-guard");

@@ -51,6 +51,18 @@ impl Holdings {
     }
 }
 
+impl Holdings {
+    /// Adds what its keeper holds for it, and counts its children, which are the keeper's where brokers have died.
+    pub(crate) fn and_keeper(&mut self, keeper: &Holdings) {
+        for (kind, count) in &keeper.fd_kinds {
+            *self.fd_kinds.entry(format!("keeper's {kind}")).or_default() += count;
+        }
+        // One of them is the broker.
+        self.children += keeper.children.saturating_sub(1);
+        self.zombies += keeper.zombies;
+    }
+}
+
 /// Descriptors by what they are: `socket:[]`, `anon_inode:[eventfd]`, a file's path.
 fn fd_kinds(pid: u32) -> anyhow::Result<BTreeMap<String, usize>> {
     let mut kinds = BTreeMap::new();

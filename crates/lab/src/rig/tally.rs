@@ -42,6 +42,13 @@ pub(crate) fn quantiles(histogram: &Histogram<u64>) -> Value {
     })
 }
 
+/// The same in milliseconds.
+fn milliseconds(histogram: &Histogram<u64>) -> Value {
+    let ms = |us: u64| us as f64 / 1e3;
+    let quantile = |q| ms(histogram.value_at_quantile(q));
+    json!({ "p50": quantile(0.5), "p99": quantile(0.99), "max": ms(histogram.max()), "n": histogram.len() })
+}
+
 /// One failover, as the rig saw it.
 #[derive(Debug)]
 pub(crate) struct Seen {
@@ -134,6 +141,10 @@ pub(crate) struct Tally {
     behaviours: BTreeMap<&'static str, u64>,
     /// Where a backend was killed in the course of a failover.
     points: BTreeMap<String, u64>,
+    /// Brokers that were killed.
+    pub(crate) broker_kills: u64,
+    /// Of these, in the middle of a failover.
+    pub(crate) broker_kills_in_failover: u64,
     waits: BTreeMap<&'static str, Histogram<u64>>,
     /// Descriptors, processes, mappings or memory that were not given back.
     pub(crate) leaks: u64,
@@ -254,6 +265,9 @@ impl Tally {
             "shadows_replaced": self.shadows_replaced,
             "vmm_behaviours": self.behaviours,
             "points": self.points,
+            "broker_kills": self.broker_kills,
+            "broker_kills_in_failover": self.broker_kills_in_failover,
+            "readopt_ms": self.waits.get("readopt").map(milliseconds),
             "waits_us": waits,
             "broker_rss_max_bytes": self.broker_rss_max_bytes,
             "rig_rss_bytes": self.rig_rss,

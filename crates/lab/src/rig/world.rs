@@ -53,6 +53,8 @@ pub(crate) struct World {
     verbose: bool,
     /// Settled failovers the rig knows of.
     pub(crate) settled: u64,
+    /// The broker is killed as well, and its keeper starts another one.
+    pub(crate) kills_broker: bool,
     /// A backend was killed where it need not lead to a failover: take the broker's count as it is next time.
     pub(crate) resynchronise: bool,
     looked_ns: u64,
@@ -80,6 +82,7 @@ impl World {
             behaviours: behaviours.to_vec(),
             verbose,
             settled: 0,
+            kills_broker: false,
             resynchronise: false,
             looked_ns: now_ns(),
         })
@@ -148,7 +151,7 @@ impl World {
                 self.guest.queues.iter().map(|queue| PollFd::from_borrowed_fd(queue.call_fd().as_fd(), PollFlags::IN)),
             );
         }
-        fds.extend(self.broker.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        fds.extend(self.broker.fds().into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         let timeout = Timespec { tv_sec: 0, tv_nsec: nanoseconds.cast_signed() };
         // An interrupted sleep is a short one.
         let _ = rustix::event::poll(&mut fds, Some(&timeout));

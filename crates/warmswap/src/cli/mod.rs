@@ -83,6 +83,9 @@ enum Verb {
     Upgrade(upgrade::Args),
     /// Hold descriptors for a command and start it again whenever it dies
     Keeper {
+        /// Where
+        #[arg(long)]
+        run_dir: PathBuf,
         /// The command
         #[arg(last = true)]
         command: Vec<std::ffi::OsString>,
@@ -186,8 +189,8 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
         Verb::Events { name, follow, control, json } => events::run(name, follow, &control, json),
         Verb::Failover(args) => failover::run(&args),
         Verb::Upgrade(args) => upgrade::run(&args),
-        Verb::Keeper { command } => {
-            let options = warmswap_keeper::Options { descriptors_max: None, run_dir: "/run/warmswap".into(), command };
+        Verb::Keeper { run_dir, command } => {
+            let options = warmswap_keeper::Options { descriptors_max: None, run_dir, command };
             warmswap_keeper::Keeper::prepare(&options).map(warmswap_keeper::Keeper::run).map_err(Failure::from)
         }
         Verb::Export(args) => export::run(&args),
