@@ -170,9 +170,12 @@ impl Connection {
                 Err(error) => return Err(error.into()),
             }
         };
+        // Every look at a part of what was sent with descriptors shows them again.
+        let seen = self.looking && !self.fds.is_empty();
         for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(fds) = message {
-                self.fds.extend(fds);
+            match message {
+                RecvAncillaryMessage::ScmRights(fds) if !seen => self.fds.extend(fds),
+                _ => {}
             }
         }
         if received.flags.contains(ReturnFlags::CTRUNC) || self.fds.len() > FDS_MAX {
