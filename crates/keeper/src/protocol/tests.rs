@@ -13,7 +13,7 @@ fn slow(datagram: &[u8]) -> Result<Notice<'_>, Refusal> {
     if datagram.len() > 4096 {
         return Err(Refusal::TooLong);
     }
-    if text.iter().any(|byte| *byte == 0) {
+    if text.contains(&0) {
         return Err(Refusal::Zero);
     }
     let lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).collect();

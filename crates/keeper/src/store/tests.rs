@@ -65,7 +65,7 @@ fn the_same_description_is_sent_once_and_let_go_of_with_its_last_reference() {
     assert_eq!((heard(&receiver).len(), store.references(first)), (0, Some(1)));
     store.let_go(first).expect("it is kept");
     assert_eq!(heard(&receiver), ["FDSTOREREMOVE=1\nFDNAME=0"]);
-    assert!(store.let_go(first).is_err());
+    let _refused = store.let_go(first).expect_err("it is kept no longer");
     // It is put anew, in this order, and under a name that was not used just now.
     let third = store.put(again.as_fd()).expect("it is sent");
     assert_eq!(heard(&receiver), ["FDSTORE=1\nFDPOLL=0\nFDNAME=2"]);
@@ -117,7 +117,7 @@ fn what_was_inherited_keeps_its_name_until_it_is_adopted_or_discarded() {
     for (name, fd) in [("zzz", &events[1]), ("0", &events[0]), ("2", &events[2]), ("vm.socket", &events[2])] {
         assert!(store.adopt(name, fd.as_fd()).is_err(), "{name}");
     }
-    assert!(store.discard("zzz").is_err());
+    let _refused = store.discard("zzz").expect_err("it was adopted");
     store.discard("0").expect("it was not adopted");
     assert_eq!(heard(&receiver), ["FDSTORE=1\nFDPOLL=0\nFDNAME=1", "FDSTOREREMOVE=1\nFDNAME=0"]);
     assert_eq!(store.put(events[1].as_fd()).expect("there is room").to_string(), "2");
@@ -140,8 +140,8 @@ fn a_full_queue_is_waited_for() {
     }
     drop(reader.join().expect("it has read everything"));
     // Nobody listens any more: nothing is changed by what could not be sent.
-    assert!(store.put(eventfd().as_fd()).is_err());
-    assert!(store.let_go(Kept(7)).is_err());
+    let _refused = store.put(eventfd().as_fd()).expect_err("nobody listens");
+    let _refused = store.let_go(Kept(7)).expect_err("nobody listens");
     assert_eq!((store.len(), store.references(Kept(7))), (300, Some(1)));
 }
 

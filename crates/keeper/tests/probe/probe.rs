@@ -110,17 +110,17 @@ impl Command {
             "limit" => format!("{:?}", rustix::process::getrlimit(rustix::process::Resource::Nofile).current),
             "barrier" => self.store.barrier().map(|()| "done".to_owned())?,
             "ready" => self.store.ready().map(|()| "done".to_owned())?,
-            "eventfd" => self.put_new(eventfd(rest.parse().expect("a count")))?,
+            "eventfd" => self.put_new(&eventfd(rest.parse().expect("a count")))?,
             "memfd" => {
                 let file = rustix::fs::memfd_create("kept", MemfdFlags::CLOEXEC)?;
                 rustix::io::write(&file, rest.as_bytes())?;
-                self.put_new(file)?
+                self.put_new(&file)?
             }
-            "connect" => self.put_new(UnixStream::connect(rest)?.into())?,
+            "connect" => self.put_new(&UnixStream::connect(rest)?.into())?,
             // As many eventfds as it says, each with its own place in the order as its count.
             "many" => {
                 for count in 1..=rest.parse::<u64>().expect("a number") {
-                    self.put_new(eventfd(count))?;
+                    self.put_new(&eventfd(count))?;
                 }
                 "done".to_owned()
             }
@@ -175,7 +175,7 @@ impl Command {
         })
     }
 
-    fn put_new(&mut self, fd: OwnedFd) -> std::io::Result<String> {
+    fn put_new(&mut self, fd: &OwnedFd) -> std::io::Result<String> {
         let kept = self.store.put(fd.as_fd())?;
         Ok(kept.to_string())
     }
