@@ -465,3 +465,6 @@ fn inherit(count: &OsStr, names: Option<&OsStr>) -> io::Result<Vec<(String, Owne
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,7 @@ mod example;
 mod export;
 mod failover;
 mod guard;
+mod keeper;
 mod model;
 mod plain;
 mod profile;
@@ -121,6 +122,9 @@ enum Verb {
         #[arg(long, conflicts_with = "json")]
         markdown: bool,
     },
+    /// Hold the descriptors of a command, and start it again with them when it dies
+    #[command(after_help = keeper::LEGEND)]
+    Keeper(keeper::Args),
     /// Print a ready-made VMM configuration for a guarded device
     Example {
         /// For which VMM
@@ -199,6 +203,7 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
         Verb::Snapshot { verb } => snapshot::run(&verb),
         Verb::Model { verb } => model::run(&verb),
         Verb::Schema { json, markdown } => schema::run(json, markdown),
+        Verb::Keeper(args) => keeper::run(args),
         Verb::Example { vmm, name, socket, json } => example::print(vmm, &name, socket, json),
     })
 }
