@@ -373,11 +373,12 @@ impl Policy {
         if took > beyond_chance.max(SURELY_SLOW) {
             self.slow_read = Some((now, took));
         }
-        if let Some(common) = self.common.as_mut().filter(|_| took > slow_beyond(Alarm::Harm, usual)) {
-            (common.at, common.took, common.usual) = (now, took, usual);
-        } else if took > beyond_chance.max(HANGING) {
+        let is_over = self.common.as_ref().is_none_or(|it| now.since(it.at) >= SAID_AGAIN);
+        if is_over && took > beyond_chance.max(HANGING) {
             // Nobody has to ask whether a store stands still that does.
             self.common = Some(Common { found: now, at: now, took, usual });
+        } else if let Some(common) = self.common.as_mut().filter(|_| took > slow_beyond(Alarm::Harm, usual)) {
+            (common.at, common.took, common.usual) = (now, took, usual);
         }
     }
 

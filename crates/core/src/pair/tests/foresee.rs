@@ -366,7 +366,15 @@ fn a_lost_interrupt_is_given_again_and_only_a_guest_that_goes_on_has_its_backend
 fn a_lost_kick_is_given_again_and_a_backend_that_does_not_hear_that_is_looked_into() {
     check(
         "~ready 1\n~wait 11000ms\n~submit 0 3\n~wait 60ms\nalarm 1 kick\n~wait 160ms\nalarm 1 kick",
-        &expect![[r#""#]],
+        &expect![[r#"
+            > alarm 1 kick
+                signal kick0
+                * FailoverWithheld backend=1 alarm="law" why="kicked-again" reason="a kick seems to be lost: the backend is given it once more" next="nothing, if it was one; look at the guest and its VMM if it goes on: the shadow takes over only from a backend that is deaf"
+            > alarm 1 kick
+                signal kick0
+                #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
+                signal #2.probe
+        "#]],
     );
 }
 
@@ -393,7 +401,23 @@ fn kicks_that_are_lost_again_and_again_are_given_to_a_ring_that_stands_still_and
             submit 0 6
             wait 30ms
             ",
-        &expect![[r#""#]],
+        &expect![[r#"
+            > alarm 1 kick
+                signal kick0
+                * FailoverWithheld backend=1 alarm="law" why="kicked-again" reason="a kick seems to be lost: the backend is given it once more" next="nothing, if it was one; look at the guest and its VMM if it goes on: the shadow takes over only from a backend that is deaf"
+            > alarm 1 kick
+                signal kick0
+                signal kick0
+            > wait 100ms
+            > submit 0 5
+            > wait 30ms
+                signal kick0
+                signal kick0
+                signal kick0
+                signal kick0
+            > submit 0 6
+            > wait 30ms
+        "#]],
     );
 }
 
