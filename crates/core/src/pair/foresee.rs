@@ -79,7 +79,11 @@ impl Pair {
                 let submitted = rings.map(Observer::submissions).sum();
                 (self.policy.interrupt_lost(submitted, &self.config.limits, step.now), true)
             }
-            Alarm::Law(Law::KickIsSeen) => (self.policy.kick_lost(self.waiting_since(), step.now), false),
+            Alarm::Law(Law::KickIsSeen) => {
+                // What was submitted without a kick to a ring that is watched by its kick may not have been seen yet.
+                self.served_rings().into_iter().for_each(|index| self.observe(index, step));
+                (self.policy.kick_lost(self.waiting_since(), step.now), false)
+            }
             _ => return None,
         };
         for index in self.served_rings() {

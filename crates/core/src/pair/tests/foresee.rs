@@ -379,6 +379,23 @@ fn a_lost_kick_is_given_again_and_a_backend_that_does_not_hear_that_is_looked_in
 }
 
 #[test]
+fn a_deaf_backend_is_told_at_the_second_alarm_where_nobody_saw_the_submission_before_the_first() {
+    // Idle, the ring is watched by its kick, which does not come.
+    check(
+        "~ready 1\n~wait 11000ms\n~submit 0 3\nalarm 1 kick\n~wait 160ms\nalarm 1 kick",
+        &expect![[r#"
+        > alarm 1 kick
+            signal kick0
+            * FailoverWithheld backend=1 alarm="law" why="kicked-again" reason="a kick seems to be lost: the backend is given it once more" next="nothing, if it was one; look at the guest and its VMM if it goes on: the shadow takes over only from a backend that is deaf"
+        > alarm 1 kick
+            signal kick0
+            #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
+            signal #2.probe
+    "#]],
+    );
+}
+
+#[test]
 fn kicks_that_are_lost_again_and_again_are_given_to_a_ring_that_stands_still_and_to_no_other() {
     check(
         "
