@@ -30,6 +30,10 @@ const COMMON_LEAST: Nanos = Nanos::from_micros(500);
 const HANGING: Nanos = Nanos::from_millis(250);
 /// Other devices of the host whose failure is predicted at the same time: so many and it is the host.
 const OTHERS_MAX: u32 = 2;
+/// A read of the shadow that took so long, and ten times as long as usual, is not slow by chance.
+const SURELY_SLOW: Nanos = Nanos::from_millis(25);
+/// One that ended so long before an alarm, two of those that are made anyway, was made while the primary did what the alarm is about.
+const SAME_TIME: Nanos = Nanos::from_millis(2_000);
 /// An hour.
 const HOUR: Nanos = Nanos::from_millis(3_600_000);
 /// A failover did not help if the next alarm comes within so many rests.
@@ -136,8 +140,9 @@ impl Withheld {
                 "look at the device: one that alarms again after a swap has its fault elsewhere"
             }
             Withheld::CommonCause { .. } => "look at the storage: the fault lies below both backends",
-            Withheld::GivenAgain | Withheld::KickedAgain => {
-                "nothing: if the next one is lost as well the shadow takes over"
+            Withheld::GivenAgain => "nothing: if the next one is lost as well the shadow takes over",
+            Withheld::KickedAgain => {
+                "nothing, if it was one; look at the guest and its VMM if it goes on: the shadow takes over only from a backend that is deaf"
             }
             Withheld::GuestAbsent => "look at the guest: it has stopped, or hangs",
             Withheld::NotWorth { .. } => "nothing: it is watched on",
@@ -281,12 +286,18 @@ pub(crate) struct Policy {
     alarm_at: Option<Nanos>,
     /// When the shadow was last found slow as well, and how slow.
     common: Option<Common>,
+    /// The last read that was made without an alarm and surely slow: when it ended, and what it took.
+    slow_read: Option<(Nanos, Nanos)>,
     /// An alarm came so soon after the last failover that it cannot have helped.
     unhelped: bool,
     /// When the guest was given its interrupts once more, and what had been submitted by then.
     nudged: Option<(u64, Nanos)>,
+    /// When a failover was last made for interrupts that were lost, and when one was last found lost soon after that.
+    for_interrupts: (Option<Nanos>, Option<Nanos>),
     /// When the backend was last given the guest's kicks once more.
     kicked: Option<Nanos>,
+    /// When one was last lost less than a minute after another, which giving it once more had helped.
+    kicks_lost: Option<Nanos>,
     /// The reason that was said last, and when.
     #[serde(skip)]
     said: Option<(&'static str, Nanos)>,
@@ -326,6 +337,14 @@ impl Policy {
         if let Some(Common { took, usual, .. }) = self.common.as_ref().filter(explains) {
             return Some(Withheld::CommonCause { took: Some(*took), usual: *usual });
         }
+        // An alarm is about the windows before it. What comes and goes may have gone by now: the control is what the shadow did then. It is
+        // asked again at the next alarm.
+        if let (Some((at, took)), Some(usual), true) = (self.slow_read, self.usual.value(), slow)
+            && now.since(at) < SAME_TIME
+            && !loose(Animal::CommonCauseIgnored)
+        {
+            return Some(Withheld::CommonCause { took: Some(took), usual });
+        }
         if foresight.others >= OTHERS_MAX {
             return Some(Withheld::Host { others: foresight.others });
         }
@@ -354,9 +373,16 @@ impl Policy {
         } else if self.alarm_at.is_none_or(|at| now.since(at) >= UNWELL_FOR) {
             self.usual.learn(took);
         }
-        if let (Some(common), Some(usual)) = (&mut self.common, self.usual.value())
-            && took > slow_beyond(Alarm::Harm, usual)
-        {
+        let Some(usual) = self.usual.value() else { return };
+        let beyond_chance = slow_beyond(Alarm::Errors, usual);
+        if took > beyond_chance.max(SURELY_SLOW) {
+            self.slow_read = Some((now, took));
+        }
+        let is_over = self.common.as_ref().is_none_or(|it| now.since(it.at) >= SAID_AGAIN);
+        if is_over && took > beyond_chance.max(HANGING) {
+            // Nobody has to ask whether a store stands still that does.
+            self.common = Some(Common { found: now, at: now, took, usual });
+        } else if let Some(common) = self.common.as_mut().filter(|_| took > slow_beyond(Alarm::Harm, usual)) {
             (common.at, common.took, common.usual) = (now, took, usual);
         }
     }
@@ -385,36 +411,55 @@ impl Policy {
         (gain <= (1.0 - risk) * warm.0 as f32).then_some(Withheld::NotWorth { risk })
     }
 
-    /// The shadow was asked, and is slow as well.
-    pub(crate) fn found_common(&mut self, why: &Withheld, now: Nanos) {
-        // A read that hangs says it again by itself.
-        if let Withheld::CommonCause { took: Some(took), usual } = *why {
+    /// The shadow was asked, and is slow as well. `waiting` is how long a read of it has been under way.
+    pub(crate) fn found_common(&mut self, why: &Withheld, waiting: Option<Nanos>, now: Nanos) {
+        if let Withheld::CommonCause { took, usual } = *why
+            && let Some(took) = took.or(waiting)
+        {
             self.common = Some(Common { found: now, at: now, took, usual });
         }
     }
 
     /// An interrupt seems to be lost: the guest is given it once more, and the next one is looked into only if it has gone on since.
     /// `submitted` is how much it has asked for so far. None: it has gone on, and has lost another one soon.
-    pub(crate) fn interrupt_lost(&mut self, submitted: u64, now: Nanos) -> Option<Withheld> {
+    /// After a swap that did not end it nobody else is asked for an hour: what is given again helps, and nothing else does.
+    pub(crate) fn interrupt_lost(&mut self, submitted: u64, limits: &Limits, now: Nanos) -> Option<Withheld> {
+        let soon = Nanos(limits.cool_down_min.0.saturating_mul(HELPED_AFTER));
+        let (swapped, unhelped) = &mut self.for_interrupts;
+        if swapped.is_some_and(|at| now.since(at) < soon) {
+            *unhelped = Some(now);
+        }
+        let is_hopeless = unhelped.is_some_and(|at| now.since(at) < HOUR);
         match self.nudged.replace((submitted, now)) {
             Some((before, _)) if before == submitted => Some(Withheld::GuestAbsent),
-            Some((_, at)) if now.since(at) < SAID_AGAIN => None,
+            Some((_, at)) if now.since(at) < SAID_AGAIN && !is_hopeless => None,
             _ => Some(Withheld::GivenAgain),
         }
     }
 
-    /// A kick seems to be lost: the backend is given it once more. None: another one was given a while ago, and that did not help, or not for
-    /// long.
-    pub(crate) fn kick_lost(&mut self, now: Nanos) -> Option<Withheld> {
-        match self.kicked {
-            // Whether it helped is seen at the next look.
-            Some(at) if now.since(at) < LOOKED_AGAIN => Some(Withheld::KickedAgain),
-            Some(at) if now.since(at) < SAID_AGAIN => None,
-            _ => {
-                self.kicked = Some(now);
-                Some(Withheld::KickedAgain)
+    /// A kick seems to be lost: the backend is given it once more. `waiting_since` is since when a ring of it has been owed something and got
+    /// nothing. None: that is since before the last time, so the backend does not hear what it is given, and is looked into.
+    ///
+    /// What is given again takes the same way into the backend as a kick of the guest. A backend that takes the one and not the other is not
+    /// what loses them: no other one would get them either.
+    pub(crate) fn kick_lost(&mut self, waiting_since: Option<Nanos>, now: Nanos) -> Option<Withheld> {
+        let given = self.kicked.filter(|at| now.since(*at) < SAID_AGAIN);
+        if let Some(at) = given {
+            if now.since(at) < LOOKED_AGAIN {
+                return Some(Withheld::KickedAgain);
             }
+            if waiting_since.is_some_and(|since| since <= at) {
+                return None;
+            }
+            self.kicks_lost = Some(now);
         }
+        self.kicked = Some(now);
+        Some(Withheld::KickedAgain)
+    }
+
+    /// Whether kicks are lost so often, and giving them again helps so well, that a ring which stands still is given one without an alarm.
+    pub(crate) fn gives_kicks(&self, now: Nanos) -> bool {
+        self.kicks_lost.is_some_and(|at| now.since(at) < SAID_AGAIN)
     }
 
     /// Whether a read that has been under way for so long says that the shadow is slow, without waiting for its end.
@@ -434,6 +479,9 @@ impl Policy {
         self.made.retain(|at| now.since(*at) < HOUR);
         self.made.push(now);
         self.last_withheld = None;
+        if considered.foresight.alarm == Alarm::Law(Law::InterruptIsTaken) {
+            self.for_interrupts.0 = Some(now);
+        }
         Some(considered.foresight)
     }
 
@@ -557,7 +605,7 @@ mod tests {
     fn after_a_common_cause_the_shadow_has_to_be_well_for_a_while() {
         let mut policy = experienced();
         let why = judged(&mut policy, Alarm::Harm, [4_000; READS], after(100)).expect("the shadow is slow");
-        policy.found_common(&why, after(100));
+        policy.found_common(&why, None, after(100));
         policy.read(after(104), Nanos::from_micros(5_000), after(104));
         for (second, common) in [(105, true), (113, true), (114, false)] {
             let now = judged(&mut policy.clone(), Alarm::Harm, [400; READS], after(second));
@@ -621,28 +669,131 @@ mod tests {
     #[test]
     fn a_guest_that_takes_no_interrupts_is_told_from_one_that_loses_them() {
         let mut policy = Policy::default();
-        assert_eq!(policy.interrupt_lost(7, after(1)), Some(Withheld::GivenAgain));
-        assert_eq!(policy.interrupt_lost(7, after(2)), Some(Withheld::GuestAbsent));
-        assert_eq!(policy.interrupt_lost(7, after(300)), Some(Withheld::GuestAbsent));
-        assert_eq!(policy.interrupt_lost(9, after(302)), None, "it went on, and lost another one");
-        assert_eq!(policy.interrupt_lost(10, after(900)), Some(Withheld::GivenAgain));
+        let limits = Limits::default();
+        assert_eq!(policy.interrupt_lost(7, &limits, after(1)), Some(Withheld::GivenAgain));
+        assert_eq!(policy.interrupt_lost(7, &limits, after(2)), Some(Withheld::GuestAbsent));
+        assert_eq!(policy.interrupt_lost(7, &limits, after(300)), Some(Withheld::GuestAbsent));
+        assert_eq!(policy.interrupt_lost(9, &limits, after(302)), None, "it went on, and lost another one");
+        assert_eq!(policy.interrupt_lost(10, &limits, after(900)), Some(Withheld::GivenAgain));
     }
 
     #[test]
-    fn a_kick_is_given_once_more_before_anybody_else_is() {
-        let mut policy = Policy::default();
-        let soon = |nanos: Nanos| Nanos(nanos.0 + 100_000_000);
-        assert_eq!(policy.kick_lost(after(1)), Some(Withheld::KickedAgain));
-        assert_eq!(policy.kick_lost(soon(after(1))), Some(Withheld::KickedAgain), "it is not seen yet what that did");
-        assert_eq!(policy.kick_lost(after(2)), None, "it is deaf, or loses one after the other");
-        assert_eq!(policy.kick_lost(after(62)), Some(Withheld::KickedAgain));
+    fn interrupts_that_are_lost_behind_a_swap_as_well_are_only_given_again() {
+        // When one is lost, in seconds, and whether the backend is looked into for it; it is swapped then.
+        let scripts: [&[(u64, bool)]; 2] = [
+            &[
+                (1, false),
+                (2, true),
+                (20, false),
+                (40, false),
+                (100, false),
+                (3_600, false),
+                (3_705, false),
+                (3_720, true),
+            ],
+            // That one helped: it is another backend which loses them now.
+            &[(1, false), (2, true), (200, false), (210, true)],
+        ];
+        let limits = Limits::default();
+        for script in scripts {
+            let mut policy = experienced();
+            for (at, (second, looked_into)) in (0..).zip(script) {
+                let why = policy.interrupt_lost(at, &limits, after(*second));
+                assert_eq!(why, (!looked_into).then_some(Withheld::GivenAgain), "{second}: {script:?}");
+                if *looked_into {
+                    policy.consider(alarm(Alarm::Law(Law::InterruptIsTaken)), after(*second));
+                    policy.act(&limits, after(*second)).expect("it was considered");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn kicks_are_given_again_as_long_as_the_backend_hears_those() {
+        let ms = Nanos::from_millis;
+        // Alarms: when, since when a ring waits, whether it is looked into, whether rings that stand still are given kicks afterwards.
+        let scripts: [&[(u64, u64, bool, bool)]; 4] = [
+            // Deaf: nothing was completed since the kick was given again, which is seen after a while.
+            &[(1_000, 900, false, false), (1_100, 900, false, false), (1_160, 900, true, false)],
+            // The guest's are lost: each time it helps.
+            &[
+                (1_000, 900, false, false),
+                (1_400, 1_300, false, true),
+                (1_900, 1_800, false, true),
+                (9_000, 8_900, false, true),
+            ],
+            // It went deaf later on.
+            &[
+                (1_000, 900, false, false),
+                (1_400, 1_300, false, true),
+                (1_500, 1_300, false, true),
+                (1_600, 1_300, true, true),
+            ],
+            // One in a while.
+            &[(1_000, 900, false, false), (70_000, 69_900, false, false), (140_000, 139_900, false, false)],
+        ];
+        for script in scripts {
+            let mut policy = Policy::default();
+            for (at, since, looked_into, gives) in script {
+                let why = policy.kick_lost(Some(ms(*since)), ms(*at));
+                assert_eq!(why, (!looked_into).then_some(Withheld::KickedAgain), "{at}: {script:?}");
+                assert_eq!(policy.gives_kicks(ms(*at)), *gives, "{at}: {script:?}");
+            }
+            assert!(!policy.gives_kicks(ms(200_000)), "it is over: {script:?}");
+        }
+    }
+
+    #[test]
+    fn a_store_that_comes_and_goes_is_a_common_cause_while_it_is_gone() {
+        let silence = Alarm::Law(Law::AnythingIsCompleted);
+        let ms = Nanos::from_millis;
+        // The last read before the alarm: what it took, and when it ended before it; the alarm; whether that is a common cause although reads
+        // are quick by now.
+        let cases = [
+            (400, 500, Alarm::Harm, true),
+            (400, 500, silence, true),
+            (400, 9_000, Alarm::Harm, true),
+            (400, 9_000, silence, true),
+            (400, 11_000, Alarm::Harm, false),
+            (400, 11_000, silence, false),
+            (40, 500, Alarm::Harm, true),
+            (40, 1_900, Alarm::Risk, true),
+            (40, 2_100, Alarm::Harm, false),
+            // Slow is not silent, what has run out has, and what happens by chance is no evidence.
+            (40, 500, silence, false),
+            (40, 500, Alarm::Exhaustion(Feature::DescriptorShare), false),
+            (10, 500, Alarm::Harm, false),
+        ];
+        for (took, before, what, common) in cases {
+            let mut policy = experienced();
+            let now = after(100);
+            policy.read(Nanos(now.0 - ms(before + took).0), ms(took), Nanos(now.0 - ms(before).0));
+            let why = judged(&mut policy, what, [400; READS], now);
+            let found = matches!(why, Some(Withheld::CommonCause { .. }));
+            assert_eq!(found, common, "{took} ms, {before} ms before {what:?}: {why:?}");
+        }
+    }
+
+    #[test]
+    fn a_read_that_hung_is_remembered_like_one_that_was_slow() {
+        let mut policy = experienced();
+        let silence = Alarm::Law(Law::AnythingIsCompleted);
+        policy.consider(alarm(silence), after(100));
+        let waiting = Some(Nanos::from_millis(300));
+        let why = policy.against(waiting, None, &Limits::default()).expect("it hangs");
+        policy.found_common(&why, waiting, after(100));
+        policy.withhold(&why, after(100));
+        for (second, common) in [(101, true), (109, true), (110, false)] {
+            let now = judged(&mut policy.clone(), silence, [400; READS], after(second));
+            assert_eq!(matches!(now, Some(Withheld::CommonCause { .. })), common, "{second}: {now:?}");
+        }
     }
 
     #[test]
     fn a_store_that_is_slow_for_good_does_not_switch_foresight_off() {
         let mut policy = experienced();
         let why = judged(&mut policy, Alarm::Harm, [4_000; READS], after(100)).expect("the shadow is slow");
-        policy.found_common(&why, after(100));
+        policy.found_common(&why, None, after(100));
         (101..161).for_each(|second| policy.read(after(second), Nanos::from_millis(4), after(second)));
         let first = policy.at_first(&alarm(Alarm::Harm), OnPrediction::Act, &Limits::default(), after(161));
         assert_eq!(first, None, "the shadow is asked again");
@@ -654,7 +805,7 @@ mod tests {
     fn silence_is_no_evidence_just_after_the_store_stood_still_for_both() {
         let mut policy = experienced();
         let why = judged(&mut policy, Alarm::Harm, [4_000; READS], after(100)).expect("the shadow is slow");
-        policy.found_common(&why, after(100));
+        policy.found_common(&why, None, after(100));
         let silence = alarm(Alarm::Law(Law::AnythingIsCompleted));
         let asked = |policy: &mut Policy, second| {
             policy.at_first(&silence, OnPrediction::Act, &Limits::default(), after(second))

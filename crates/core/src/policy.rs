@@ -143,6 +143,12 @@ impl Limits {
         if kind == Kind::Predicted { self.drain_max.min(Nanos(self.hang.0 / 2)) } else { self.drain_max }
     }
 
+    /// A ring whose kicks get lost is looked at this often, and given one if nothing was completed meanwhile.
+    #[must_use]
+    pub(crate) fn standstill(&self) -> Nanos {
+        Nanos(self.observe_max.0 / 4)
+    }
+
     /// Time to the next look at something that has been waited for since `waited`: often at first, then less, so that a slow disk
     /// does not cost a processor.
     #[must_use]

@@ -64,7 +64,7 @@ impl Pair {
         let swap = self.last_report.as_ref().filter(swaps).map(|report| report.blackout);
         let against = self.policy.against(waiting, swap, &limits).or_else(|| hinders.map(Withheld::Refused));
         if let Some(why) = against {
-            self.policy.found_common(&why, step.now);
+            self.policy.found_common(&why, waiting, step.now);
             return self.withhold(&foresight, &why, step);
         }
         self.act_on_prediction(step);
@@ -77,9 +77,13 @@ impl Pair {
             Alarm::Law(Law::InterruptIsTaken) => {
                 let rings = self.rings.iter().filter_map(|ring| ring.observer.as_ref());
                 let submitted = rings.map(Observer::submissions).sum();
-                (self.policy.interrupt_lost(submitted, step.now), true)
+                (self.policy.interrupt_lost(submitted, &self.config.limits, step.now), true)
             }
-            Alarm::Law(Law::KickIsSeen) => (self.policy.kick_lost(step.now), false),
+            Alarm::Law(Law::KickIsSeen) => {
+                // What was submitted without a kick to a ring that is watched by its kick may not have been seen yet.
+                self.served_rings().into_iter().for_each(|index| self.observe(index, step));
+                (self.policy.kick_lost(self.waiting_since(), step.now), false)
+            }
             _ => return None,
         };
         for index in self.served_rings() {
@@ -88,6 +92,25 @@ impl Pair {
             fd.into_iter().for_each(|fd| step.out.push(Action::Signal(fd)));
         }
         why
+    }
+
+    /// A minute long after kicks were lost again and again, a ring that stands still is given one without waiting for an alarm: half as long
+    /// again each time, for a backend that is only slow hears it as well.
+    pub(crate) fn give_kicks(&mut self, step: &mut Step<'_>) {
+        if !self.policy.gives_kicks(step.now) || self.failover.is_some() {
+            return;
+        }
+        for (index, ring) in (0_u32..).zip(&mut self.rings) {
+            let owes = ring.observer.as_ref().is_some_and(|it| it.outstanding() > 0);
+            let due = ring.progressed_at.max(ring.kick_given_at);
+            let pause = self.config.limits.standstill().max(Nanos(step.now.since(ring.progressed_at).0 / 2));
+            if !ring.served || !owes || step.now < due + pause {
+                continue;
+            }
+            ring.kick_given_at = step.now;
+            let kick = self.session.ring(index).and_then(|ring| ring.kick);
+            kick.into_iter().for_each(|fd| step.out.push(Action::Signal(fd)));
+        }
     }
 
     fn act_on_prediction(&mut self, step: &mut Step<'_>) {

@@ -39,6 +39,7 @@ impl Pair {
                 self.observe(u32::try_from(index).expect("bounded by RINGS_MAX"), step);
             }
         }
+        self.give_kicks(step);
         self.check_progress(step);
     }
 
@@ -108,6 +109,7 @@ impl Pair {
         let limits = self.config.limits;
         let now = step.now;
         let event_idx = self.session.has_event_idx();
+        let gives_kicks = self.policy.gives_kicks(now);
         let kick = self.session.ring(index).and_then(|ring| ring.kick);
         let ring = &mut self.rings[index as usize];
         ring.observed_at = now;
@@ -128,6 +130,9 @@ impl Pair {
             // Counting off what was open at the cut goes wrong, harmlessly, for heads that come round twice between two looks.
             let mean = f64::from(seen.outstanding) / ring.rate.max(1.0);
             period = period.min(Nanos((mean / 4.0 * 1e9) as u64).max(RESYNC_MIN));
+        }
+        if gives_kicks {
+            period = period.min(limits.standstill());
         }
         if let Some(drain) = ring.drain.filter(|drain| drain.state == DrainState::Settling) {
             // Looking often takes time from the backend that is waited for, where the two share a processor. Only rest has to be looked for;
@@ -155,7 +160,7 @@ impl Pair {
         match kick {
             // A backend may read a kick before it is seen here, so how long nothing is looked at grows with the rest.
             Some(_) if ring.watched => ring.observe_at = now + now.since(idle_since).min(limits.observe_idle),
-            Some(kick) if rested && will_kick(index, event_idx, step) => {
+            Some(kick) if rested && !gives_kicks && will_kick(index, event_idx, step) => {
                 ring.watched = true;
                 if let Some(observer) = &mut ring.observer {
                     observer.remember(index, step.memory);

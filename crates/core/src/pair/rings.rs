@@ -39,6 +39,8 @@ pub(crate) struct RingState {
     pub(super) observe_at: Nanos,
     /// Last completion, or the moment it became busy.
     pub(crate) progressed_at: Nanos,
+    /// When it was last given a kick because it stood still.
+    pub(super) kick_given_at: Nanos,
     /// When a look last found something completed, since the ring was given to the backend that serves it.
     pub(super) completed_at: Option<Nanos>,
     pub(super) idle_since: Option<Nanos>,

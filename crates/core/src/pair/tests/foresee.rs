@@ -363,18 +363,78 @@ fn a_lost_interrupt_is_given_again_and_only_a_guest_that_goes_on_has_its_backend
 }
 
 #[test]
-fn a_lost_kick_is_given_again_and_only_a_backend_that_goes_on_losing_them_is_looked_into() {
+fn a_lost_kick_is_given_again_and_a_backend_that_does_not_hear_that_is_looked_into() {
     check(
-        "~ready 1\n~wait 11000ms\n~submit 0 3\nalarm 1 kick\n~wait 300ms\nalarm 1 kick",
+        "~ready 1\n~wait 11000ms\n~submit 0 3\n~wait 60ms\nalarm 1 kick\n~wait 160ms\nalarm 1 kick",
+        &expect![[r#"
+            > alarm 1 kick
+                signal kick0
+                * FailoverWithheld backend=1 alarm="law" why="kicked-again" reason="a kick seems to be lost: the backend is given it once more" next="nothing, if it was one; look at the guest and its VMM if it goes on: the shadow takes over only from a backend that is deaf"
+            > alarm 1 kick
+                signal kick0
+                #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
+                signal #2.probe
+        "#]],
+    );
+}
+
+#[test]
+fn a_deaf_backend_is_told_at_the_second_alarm_where_nobody_saw_the_submission_before_the_first() {
+    // Idle, the ring is watched by its kick, which does not come.
+    check(
+        "~ready 1\n~wait 11000ms\n~submit 0 3\nalarm 1 kick\n~wait 160ms\nalarm 1 kick",
         &expect![[r#"
         > alarm 1 kick
             signal kick0
-            * FailoverWithheld backend=1 alarm="law" why="kicked-again" reason="a kick seems to be lost: the backend is given it once more" next="nothing: if the next one is lost as well the shadow takes over"
+            * FailoverWithheld backend=1 alarm="law" why="kicked-again" reason="a kick seems to be lost: the backend is given it once more" next="nothing, if it was one; look at the guest and its VMM if it goes on: the shadow takes over only from a backend that is deaf"
         > alarm 1 kick
             signal kick0
             #2 <- SET_VRING_NUM 0=64, SET_VRING_BASE 0=0, SET_VRING_ADDR 0, SET_VRING_CALL #2.call, SET_VRING_KICK #2.probe, SET_VRING_ENABLE 0=1
             signal #2.probe
     "#]],
+    );
+}
+
+#[test]
+fn kicks_that_are_lost_again_and_again_are_given_to_a_ring_that_stands_still_and_to_no_other() {
+    check(
+        "
+            ~ready 1
+            ~wait 11000ms
+            ~submit 0 3
+            ~wait 60ms
+            alarm 1 kick
+            ~complete 0 3
+            ~wait 400ms
+            ~submit 0 4
+            ~wait 60ms
+            alarm 1 kick
+            ~complete 0 4
+            wait 100ms
+            submit 0 5
+            wait 30ms
+            ~complete 0 5
+            ~wait 61000ms
+            submit 0 6
+            wait 30ms
+            ",
+        &expect![[r#"
+            > alarm 1 kick
+                signal kick0
+                * FailoverWithheld backend=1 alarm="law" why="kicked-again" reason="a kick seems to be lost: the backend is given it once more" next="nothing, if it was one; look at the guest and its VMM if it goes on: the shadow takes over only from a backend that is deaf"
+            > alarm 1 kick
+                signal kick0
+                signal kick0
+            > wait 100ms
+            > submit 0 5
+            > wait 30ms
+                signal kick0
+                signal kick0
+                signal kick0
+                signal kick0
+            > submit 0 6
+            > wait 30ms
+        "#]],
     );
 }
 
