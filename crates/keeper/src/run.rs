@@ -66,7 +66,8 @@ pub struct Options {
 #[derive(Clone, Copy, Debug)]
 enum Main {
     Waiting { until: Instant },
-    Running { pid: Pid, since: Instant },
+    /// `worked`: it has said that it is ready.
+    Running { pid: Pid, since: Instant, worked: bool },
 }
 
 /// How a process ended.
@@ -181,7 +182,7 @@ impl Keeper {
         let since = Instant::now();
         match self.command.start(&mut self.table) {
             Ok(pid) => {
-                self.main = Main::Running { pid, since };
+                self.main = Main::Running { pid, since, worked: false };
                 if !self.reason.bytes().is_empty() {
                     let (reason, held) = (text(self.reason.bytes()), self.table.len());
                     say(format_args!("{reason}; started again as {} with {held} descriptors", pid.as_raw_nonzero()));
@@ -230,24 +231,23 @@ impl Keeper {
     fn reap(&mut self) -> Option<u8> {
         let mut outcome = None;
         while let Some((pid, end)) = ended() {
-            let ours = match self.main {
-                Main::Running { pid: main, since } if main == pid => Some(since),
-                _ => None,
-            };
-            if ours.is_some() {
+            if matches!(self.main, Main::Running { pid: main, .. } if main == pid) {
                 self.receive(DRAIN_MAX);
             }
             // Seen just now, and nobody else waits.
             let _reaped = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::NOHANG);
-            if let Some(since) = ours {
-                outcome = self.ended(pid, since.elapsed(), end);
+            // What it said last was read just now.
+            if let Main::Running { pid: main, since, worked } = self.main
+                && main == pid
+            {
+                outcome = self.ended(pid, since.elapsed(), worked, end);
             }
         }
         outcome
     }
 
     /// What follows from the end of the command.
-    fn ended(&mut self, pid: Pid, lived: Duration, end: End) -> Option<u8> {
+    fn ended(&mut self, pid: Pid, lived: Duration, worked: bool, end: End) -> Option<u8> {
         let failure = self.command.failure();
         self.has_run |= failure.is_none();
         self.reason = Line::new();
@@ -267,6 +267,8 @@ impl Keeper {
             End::Signal(signal) if self.stopping => return Some(u8::try_from(128 + signal).unwrap_or(1)),
             End::Status(status) if status == i32::from(RESTART) => {}
             _ if failure.is_some() => self.early_deaths = self.early_deaths.max(EARLY_FREE).saturating_add(1),
+            // One that had begun its work was whole, however soon somebody killed it.
+            End::Signal(libc::SIGKILL) if worked => self.early_deaths = 0,
             _ if lived < EARLY => self.early_deaths = self.early_deaths.saturating_add(1),
             _ => self.early_deaths = 0,
         }
@@ -304,7 +306,11 @@ impl Keeper {
             return self.refuse(format_args!("not every descriptor could be received"));
         }
         let (bytes, fds) = datagram.parts();
-        match protocol::parse(bytes).map(|notice| notice.store) {
+        let notice = protocol::parse(bytes);
+        if let (Ok(notice), Main::Running { worked, .. }) = (&notice, &mut self.main) {
+            *worked |= notice.ready;
+        }
+        match notice.map(|notice| notice.store) {
             Err(refusal) => self.refuse(format_args!("{}", refusal.text())),
             Ok(Some(Request::Put { name, .. })) => {
                 for fd in fds {

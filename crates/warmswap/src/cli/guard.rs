@@ -236,25 +236,38 @@ pub(super) fn run(args: Args) -> Result<u8, Failure> {
     guard(vec![args])
 }
 
-/// Each line holds the options of `guard` for one device. All of them are guarded by this process: one control thread, one journal, one
-/// sampler and one historian. What is not of a single device is taken from the first line.
-#[cfg(feature = "lab")]
-pub(super) fn together(lines: Vec<Vec<String>>) -> Result<u8, Failure> {
+/// The options of `guard` for one device, as words.
+///
+/// # Errors
+/// They are not what `guard` takes.
+pub(super) fn parse(line: Vec<String>) -> Result<Args, clap::Error> {
     #[derive(clap::Parser)]
     struct Line {
         #[command(flatten)]
         args: Args,
     }
-    let parse = |line: Vec<String>| {
-        let words = std::iter::once("guard".to_owned()).chain(line);
-        <Line as clap::Parser>::try_parse_from(words).map_err(|error| Failure::new(2, error.to_string()))
-    };
-    let devices = lines.into_iter().map(|line| parse(line).map(|line| line.args)).collect::<Result<Vec<_>, _>>()?;
-    guard(devices)
+    let words = std::iter::once("guard".to_owned()).chain(line);
+    <Line as clap::Parser>::try_parse_from(words).map(|line| line.args)
+}
+
+/// What is wrong with a device can be seen before anything is started.
+///
+/// # Errors
+/// What is wrong, in words.
+pub(super) fn check(args: Args) -> Result<(), String> {
+    configure(args).and_then(|config| check_paths(&config)).map_err(|failure| failure.message)
+}
+
+/// Each line holds the options of `guard` for one device. All of them are guarded by this process: one control thread, one journal, one
+/// sampler and one historian. What is not of a single device is taken from the first line.
+#[cfg(feature = "lab")]
+pub(super) fn together(lines: Vec<Vec<String>>) -> Result<u8, Failure> {
+    let parse = |line| parse(line).map_err(|error| Failure::new(2, error.to_string()));
+    guard(lines.into_iter().map(parse).collect::<Result<Vec<_>, _>>()?)
 }
 
 /// Guards these devices, of which there is at least one.
-fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
+pub(super) fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     let Some(first) = devices.first() else { return Err(Failure::new(2, "there is no device to guard")) };
     let shared = Shared::of(first);
     if let Some(path) = &first.model {
@@ -279,6 +292,7 @@ fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     let (mut driver, commander) = Driver::new(signals, janitor, sampler, cpus, keeping)?;
     history.tell_of_alarms(commander.clone(), &configs[0].control_dir);
     let mut control_sockets = Vec::new();
+    end_strangers(&left, &names, &sender)?;
     for config in &mut configs {
         let listener = prepare(config, left.contains(&config.name), &sender)?;
         control_sockets.push(config.control_socket());
@@ -382,6 +396,16 @@ fn described(args: &Args) -> Vec<(String, String)> {
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .to_vec()
+}
+
+/// A device that was kept and is not to be guarded any more ends here: nobody looks after its backends.
+fn end_strangers(left: &[String], names: &[Arc<str>], journal: &JournalSender) -> Result<(), Failure> {
+    for name in left.iter().filter(|name| !names.iter().any(|known| **known == ***name)) {
+        let entry = Entry::warning("DeviceDropped").with("reason", "it was kept, and is not to be guarded any more");
+        journal.entry(name, entry.with("next", "its backends are ended; its VMM has lost the device"));
+        crate::cgroup::end_leftovers(name, &[])?;
+    }
+    Ok(())
 }
 
 /// Takes a device's paths, and returns the listener of its control socket.
@@ -593,7 +617,7 @@ fn bury_predecessors(run_dir: &Path, name: &str) -> Option<u32> {
 /// Whether that process is a living broker; its number may have been given to somebody else.
 fn is_broker(pid: u32) -> bool {
     let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    words.split(|byte| *byte == 0).any(|word| word == b"guard")
+    words.split(|byte| *byte == 0).any(|word| word == b"guard" || word == b"daemon")
 }
 
 /// A reason with what a backend printed on lines of its own.

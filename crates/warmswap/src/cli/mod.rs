@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 usage, 3 refused, 4 no warmswap answers, 5 not protected (`status --check`).
 
 mod blk;
+mod daemon;
 mod device;
 mod events;
 mod example;
@@ -82,15 +83,6 @@ enum Verb {
     /// Replace the running program by the one that is installed now, under load: the guest's I/O goes on, and the next process goes on
     /// with every device of the old one
     Upgrade(upgrade::Args),
-    /// Hold descriptors for a command and start it again whenever it dies
-    Keeper {
-        /// Where
-        #[arg(long)]
-        run_dir: PathBuf,
-        /// The command
-        #[arg(last = true)]
-        command: Vec<std::ffi::OsString>,
-    },
     /// Write the profile of a device as a table: CSV or Parquet, one row per window or tick, one column per feature
     Export(export::Args),
     /// Write every tick and window of a device to a file as they happen, for `replay`
@@ -122,6 +114,10 @@ enum Verb {
         #[arg(long, conflicts_with = "json")]
         markdown: bool,
     },
+    /// Guard every device of a configuration file in one process
+    Daemon(daemon::Args),
+    /// Say whether a configuration file could be used, and where it is wrong if not
+    CheckConfig(daemon::Args),
     /// Hold the descriptors of a command, and start it again with them when it dies
     #[command(after_help = keeper::LEGEND)]
     Keeper(keeper::Args),
@@ -193,16 +189,14 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
         Verb::Events { name, follow, control, json } => events::run(name, follow, &control, json),
         Verb::Failover(args) => failover::run(&args),
         Verb::Upgrade(args) => upgrade::run(&args),
-        Verb::Keeper { run_dir, command } => {
-            let options = warmswap_keeper::Options { descriptors_max: None, run_dir, command };
-            warmswap_keeper::Keeper::prepare(&options).map(warmswap_keeper::Keeper::run).map_err(Failure::from)
-        }
         Verb::Export(args) => export::run(&args),
         Verb::Record(args) => record::record(&args),
         Verb::Replay { file, json } => record::replay(&file, json),
         Verb::Snapshot { verb } => snapshot::run(&verb),
         Verb::Model { verb } => model::run(&verb),
         Verb::Schema { json, markdown } => schema::run(json, markdown),
+        Verb::Daemon(args) => daemon::run(&args),
+        Verb::CheckConfig(args) => daemon::check(&args),
         Verb::Keeper(args) => keeper::run(args),
         Verb::Example { vmm, name, socket, json } => example::print(vmm, &name, socket, json),
     })

@@ -79,6 +79,12 @@ pub(crate) fn warmswap(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_warmswap")).args(args).stdin(Stdio::null()).output().expect("the program starts")
 }
 
+/// Signals a process.
+pub(crate) fn kill(pid: u64, signal: Signal) {
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).expect("a process");
+    rustix::process::kill_process(pid, signal).expect("it lives");
+}
+
 /// Waits until `done` says so.
 pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let until = Instant::now() + PATIENCE;
@@ -110,8 +116,25 @@ impl Broker {
         backend: &[String],
         change: impl FnOnce(&mut Command),
     ) -> Self {
-        let (socket, journal) = (scratch.path("vmm.sock"), scratch.path("journal"));
+        let command = Command::new(env!("CARGO_BIN_EXE_warmswap"));
+        Self::start_by(command, scratch, options, backend, change)
+    }
+
+    /// Starts one under a keeper, which is the child then.
+    pub(crate) fn start_kept(scratch: &Scratch, options: &[&str], backend: &[String]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_warmswap"));
+        command.args(["keeper", "--run-dir"]).arg(&scratch.0).arg("--").arg(env!("CARGO_BIN_EXE_warmswap"));
+        Self::start_by(command, scratch, &[&["--quiet"], options].concat(), backend, |_| {})
+    }
+
+    fn start_by(
+        mut command: Command,
+        scratch: &Scratch,
+        options: &[&str],
+        backend: &[String],
+        change: impl FnOnce(&mut Command),
+    ) -> Self {
+        let (socket, journal) = (scratch.path("vmm.sock"), scratch.path("journal"));
         let named = options.windows(2).find(|pair| pair[0] == "--name");
         let name = named.map_or("disk", |pair| pair[1]);
         command.args(["guard", "--socket"]).arg(&socket);
@@ -178,6 +201,27 @@ impl Broker {
             assert!(Instant::now() < until, "it is not {state}: {status}\n{}", self.noted());
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// The process that guards, where a keeper is the child.
+    pub(crate) fn pid(&self) -> u64 {
+        self.status()["broker"]["pid"].as_u64().expect("a broker has a process")
+    }
+
+    /// Kills that process and waits until another one answers.
+    pub(crate) fn replace(&self) {
+        let old = self.pid();
+        kill(old, Signal::KILL);
+        self.wait_for_another(old);
+    }
+
+    pub(crate) fn wait_for_another(&self, old: u64) {
+        let control = self.control.to_str().expect("plain text");
+        wait_for("the next broker", || {
+            let output = warmswap(&["status", &self.name, "--json", "--control", control]);
+            let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+            status["devices"][0]["broker"]["pid"].as_u64().is_some_and(|pid| pid != old)
+        });
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

@@ -1,0 +1,322 @@
+//! `warmswap daemon` and `warmswap check-config`: many devices in one process, from a file.
+//!
+//! ```toml
+//! control = "/run/warmswap"            # what all devices share
+//!
+//! [device.disk0]                       # one device: the options of `guard` by their names
+//! socket = "/run/disk0.sock"
+//! disk = "/srv/disk0.raw"
+//!
+//! [device.net0]
+//! socket = "/run/net0.sock"
+//! type = "net"
+//! command = ["testpmd-wrapper", "{socket}"]
+//! ```
+//! Files of `FILE.d` that end in `.toml` add to it, in the order of their names. What stands twice is an error, wherever it stands: nobody
+//! has to know which one wins.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use toml::{Spanned, Value};
+
+use super::{Failure, guard};
+
+/// Options that all devices of a process share.
+const SHARED: [&str; 10] =
+    ["control", "journal", "quiet", "store", "tick-ms", "window-ms", "offload-cpus", "hook", "no-profile", "model"];
+
+/// Options of `warmswap daemon` and `warmswap check-config`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The file; files in FILE.d that end in .toml add to it
+    #[arg(long, value_name = "FILE", default_value = "/etc/warmswap/warmswap.toml")]
+    config: PathBuf,
+}
+
+/// Keys with their values, and where they stand.
+type Table = BTreeMap<Spanned<String>, Spanned<Value>>;
+
+/// One file of the configuration.
+struct Source {
+    path: PathBuf,
+    text: String,
+}
+
+impl Source {
+    fn read(path: PathBuf) -> Result<Self, String> {
+        let text = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok(Source { path, text })
+    }
+
+    /// A place in the file, as editors have it.
+    fn place(&self, at: usize) -> String {
+        let before = self.text.get(..at).unwrap_or(&self.text);
+        let line = before.matches('\n').count() + 1;
+        let column = before.rsplit('\n').next().unwrap_or("").chars().count() + 1;
+        format!("{}:{line}:{column}", self.path.display())
+    }
+
+    fn tables(&self) -> Result<(Table, BTreeMap<Spanned<String>, Table>), String> {
+        #[derive(serde::Deserialize)]
+        struct Devices {
+            #[serde(default)]
+            device: BTreeMap<Spanned<String>, Table>,
+        }
+        let fail = |error: toml::de::Error| {
+            let place = self.place(error.span().map_or(0, |span| span.start));
+            format!("{place}: {}", error.message())
+        };
+        let shared: Table = toml::from_str(&self.text).map_err(fail)?;
+        let devices: Devices = toml::from_str(&self.text).map_err(fail)?;
+        Ok((shared.into_iter().filter(|(key, _)| key.get_ref() != "device").collect(), devices.device))
+    }
+}
+
+/// A device: its options as words, and where each of them comes from.
+struct Device {
+    name: String,
+    words: Vec<String>,
+    /// Place of the device, and of each of its keys.
+    place: String,
+    places: BTreeMap<String, String>,
+}
+
+/// Everything that a configuration says, or everything that is wrong with it.
+fn devices(config: &Path) -> Result<Vec<guard::Args>, Vec<String>> {
+    let sources = sources(config).map_err(|error| vec![error])?;
+    let mut wrong = Vec::new();
+    let mut shared: BTreeMap<String, (Vec<String>, String)> = BTreeMap::new();
+    let mut devices: Vec<Device> = Vec::new();
+    for source in &sources {
+        let (globals, tables) = match source.tables() {
+            Ok(tables) => tables,
+            Err(error) => {
+                wrong.push(error);
+                continue;
+            }
+        };
+        for (key, value) in globals {
+            let place = source.place(key.span().start);
+            if !SHARED.contains(&key.get_ref().as_str()) {
+                let text = format!("{place}: {} is not known here; shared are {}", key.get_ref(), SHARED.join(", "));
+                wrong.push(text);
+                continue;
+            }
+            match words_of(key.get_ref(), value.get_ref()) {
+                Err(why) => wrong.push(format!("{}: {why}", source.place(value.span().start))),
+                Ok(words) => {
+                    if let Some((_, first)) = shared.get(key.get_ref()) {
+                        wrong.push(format!("{place}: {} stands at {first} already", key.get_ref()));
+                    } else {
+                        shared.insert(key.get_ref().clone(), (words, place));
+                    }
+                }
+            }
+        }
+        for (name, table) in tables {
+            let device = device_of(source, &name, &table, &mut wrong);
+            match devices.iter().find(|known| known.name == device.name) {
+                Some(first) => wrong.push(format!("{}: device {} stands at {} already", device.place, device.name, first.place)),
+                None => devices.push(device),
+            }
+        }
+    }
+    if devices.is_empty() && wrong.is_empty() {
+        wrong.push(format!("{}: there is no device in it", config.display()));
+    }
+    let shared: Vec<String> = shared.into_values().flat_map(|(words, _)| words).collect();
+    let mut parsed = Vec::new();
+    for device in devices {
+        // What follows -- is the backend's.
+        let mut words = shared.clone();
+        words.extend(device.words.iter().cloned());
+        match guard::parse(words.clone()) {
+            Ok(args) => match guard::parse(words).map_err(|error| error.to_string()).and_then(guard::check) {
+                Ok(()) => parsed.push(args),
+                Err(why) => wrong.push(format!("{}: device {}: {why}", device.place_of(&why), device.name)),
+            },
+            Err(error) => {
+                let text = error.to_string();
+                let why = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+                wrong.push(format!("{}: device {}: {why}", device.place_of(&why), device.name));
+            }
+        }
+    }
+    if wrong.is_empty() { Ok(parsed) } else { Err(wrong) }
+}
+
+impl Device {
+    /// Where what is wrong stands: at the option that it names, or at the device.
+    fn place_of(&self, why: &str) -> &str {
+        let named = self.places.iter().find(|(key, _)| {
+            why.split(|letter: char| letter.is_whitespace() || letter == '\'' || letter == ':').any(|word| word == format!("--{key}"))
+        });
+        named.map_or(self.place.as_str(), |(_, place)| place.as_str())
+    }
+}
+
+fn sources(config: &Path) -> Result<Vec<Source>, String> {
+    let mut sources = vec![Source::read(config.to_path_buf())?];
+    let mut directory = config.as_os_str().to_owned();
+    directory.push(".d");
+    let directory = PathBuf::from(directory);
+    let entries = match std::fs::read_dir(&directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(sources),
+        Err(error) => return Err(format!("{}: {error}", directory.display())),
+    };
+    let mut paths: Vec<PathBuf> = entries
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<Result<_, _>>()
+        .map_err(|error| format!("{}: {error}", directory.display()))?;
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "toml"));
+    paths.sort();
+    for path in paths {
+        sources.push(Source::read(path)?);
+    }
+    Ok(sources)
+}
+
+fn device_of(source: &Source, name: &Spanned<String>, table: &Table, wrong: &mut Vec<String>) -> Device {
+    let mut words = vec!["--name".to_owned(), name.get_ref().clone()];
+    let mut places = BTreeMap::new();
+    let mut command = Vec::new();
+    for (key, value) in table {
+        let place = source.place(key.span().start);
+        match key.get_ref().as_str() {
+            "command" => match texts(value.get_ref()) {
+                Some(texts) => command = texts,
+                None => wrong.push(format!("{}: command is a list of texts", source.place(value.span().start))),
+            },
+            "name" => wrong.push(format!("{place}: the name of a device stands in the brackets")),
+            shared if SHARED.contains(&shared) => {
+                wrong.push(format!("{place}: {shared} is of all devices: write it above the first of them"));
+            }
+            key => match words_of(key, value.get_ref()) {
+                Ok(more) => words.extend(more),
+                Err(why) => wrong.push(format!("{}: {why}", source.place(value.span().start))),
+            },
+        }
+        places.insert(key.get_ref().clone(), place);
+    }
+    if !command.is_empty() {
+        words.push("--".to_owned());
+        words.extend(command);
+    }
+    Device { name: name.get_ref().clone(), words, place: source.place(name.span().start), places }
+}
+
+/// An option as words of a command line.
+fn words_of(key: &str, value: &Value) -> Result<Vec<String>, String> {
+    let option = format!("--{key}");
+    match value {
+        Value::Boolean(true) => Ok(vec![option]),
+        Value::Boolean(false) => Ok(Vec::new()),
+        Value::String(text) => Ok(vec![format!("{option}={text}")]),
+        Value::Integer(number) => Ok(vec![format!("{option}={number}")]),
+        other => Err(format!("{key} is a text, a number, true or false, not {}", kind_of(other))),
+    }
+}
+
+fn texts(value: &Value) -> Option<Vec<String>> {
+    value.as_array()?.iter().map(|word| word.as_str().map(str::to_owned)).collect()
+}
+
+fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Float(_) => "a number with a fraction",
+        Value::Datetime(_) => "a date",
+        Value::Array(_) => "a list",
+        Value::Table(_) => "a table",
+        _ => "that",
+    }
+}
+
+fn refuse(wrong: &[String]) -> Failure {
+    Failure::new(2, wrong.join("\n"))
+}
+
+/// Guards every device of a configuration until a signal.
+pub(super) fn run(args: &Args) -> Result<u8, Failure> {
+    guard::guard(devices(&args.config).map_err(|wrong| refuse(&wrong))?)
+}
+
+/// Says whether a configuration could be used, and what is wrong with it if not.
+pub(super) fn check(args: &Args) -> Result<u8, Failure> {
+    let devices = devices(&args.config).map_err(|wrong| refuse(&wrong))?;
+    println!("{}: {} devices, nothing wrong", args.config.display(), devices.len());
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Dir(PathBuf);
+
+    impl Dir {
+        fn with(files: &[(&str, &str)]) -> Self {
+            static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+            let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let dir = std::env::temp_dir().join(format!("warmswap-config-{}-{number}", std::process::id()));
+            for (name, text) in files {
+                let path = dir.join(name);
+                std::fs::create_dir_all(path.parent().expect("in a directory")).expect("a directory");
+                std::fs::write(path, text).expect("a file");
+            }
+            Dir(dir)
+        }
+
+        fn wrong(&self) -> Vec<String> {
+            let Err(wrong) = devices(&self.0.join("w.toml")) else { panic!("it is accepted") };
+            let prefix = format!("{}/", self.0.display());
+            wrong.into_iter().map(|text| text.replace(&prefix, "")).collect()
+        }
+    }
+
+    impl Drop for Dir {
+        fn drop(&mut self) {
+            let _left = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    const ONE: &str = "[device.a]\nsocket = \"/run/a.sock\"\ncommand = [\"backend\", \"{socket}\"]\n";
+
+    #[test]
+    fn devices_come_from_the_file_and_its_drop_ins() {
+        let two = ONE.replace("device.a", "device.b").replace("a.sock", "b.sock");
+        let dir = Dir::with(&[
+            ("w.toml", &format!("quiet = true\ntick-ms = 200\n{ONE}hang-ms = 300\nobserve = true\n")),
+            ("w.toml.d/b.toml", &two),
+            ("w.toml.d/readme.txt", "no part of it"),
+        ]);
+        assert_eq!(devices(&dir.0.join("w.toml")).map(|devices| devices.len()).map_err(|wrong| wrong.join("\n")), Ok(2));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_file_line_and_column() {
+        let cases: [(&str, &[&str]); 9] = [
+            ("[device.a]\nsocket = 3 4\n", &["w.toml:2:12: "]),
+            ("color = 1\n[device.a]\n", &["w.toml:1:1: color is not known here"]),
+            ("[device.a]\nsocket = \"/a\"\ncommand = [\"b\"]\n", &["w.toml:1:9: device a: the backend's command line needs {socket}"]),
+            (&format!("{ONE}hang-ms = 1\n"), &["w.toml:4:1: device a: invalid value '1' for '--hang-ms"]),
+            (&format!("{ONE}hang-s = 1\n"), &["w.toml:4:1: device a: unexpected argument '--hang-s'"]),
+            (&format!("{ONE}journal = \"j\"\n"), &["w.toml:4:1: journal is of all devices"]),
+            (&format!("{ONE}  hang-ms = [1]\n"), &["w.toml:4:13: hang-ms is a text, a number, true or false, not a list"]),
+            (&format!("{ONE}command = 3\n").replacen("command = [\"backend\", \"{socket}\"]\n", "", 1), &["w.toml:3:11: command is a list of texts"]),
+            ("", &["w.toml: there is no device in it"]),
+        ];
+        for (text, expected) in cases {
+            let dir = Dir::with(&[("w.toml", text)]);
+            let wrong = dir.wrong();
+            let found = expected.iter().all(|start| wrong.iter().any(|line| line.starts_with(start)));
+            assert!(found, "{text:?}: expected {expected:?}, found {wrong:?}");
+        }
+        let twice = Dir::with(&[("w.toml", &format!("quiet = true\n{ONE}")), ("w.toml.d/1.toml", &format!("quiet = true\n{ONE}"))]);
+        assert_eq!(twice.wrong(), [
+            "w.toml.d/1.toml:1:1: quiet stands at w.toml:1:1 already",
+            "w.toml.d/1.toml:2:9: device a stands at w.toml:2:9 already",
+        ]);
+    }
+}
