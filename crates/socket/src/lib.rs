@@ -107,6 +107,14 @@ impl Connection {
         self.looking = true;
     }
 
+    /// From now on what is received is taken. A message that was looked at in part is received from its beginning.
+    pub fn take_from_now_on(&mut self) {
+        self.looking = false;
+        (self.head_len, self.header, self.payload_len) = (0, None, 0);
+        self.payload.clear();
+        self.fds.clear();
+    }
+
     /// Whether what is received is only looked at.
     #[must_use]
     pub fn looks_only(&self) -> bool {

@@ -116,6 +116,8 @@ pub(crate) struct Device {
     reporter: Option<Reporter>,
     /// Keeps the device for the next broker, where there is a store.
     keeper: Option<keep::Keeper>,
+    /// It began as one that is kept: its connections are only looked at, and watched accordingly.
+    looks: bool,
     #[cfg(feature = "lab")]
     failpoint: Option<super::failpoint::Failpoint>,
 }
@@ -217,6 +219,7 @@ impl Device {
             unconnected: None,
             entries: Vec::new(),
             reporter,
+            looks: keeper.is_some(),
             keeper,
             #[cfg(feature = "lab")]
             failpoint: None,

@@ -358,11 +358,11 @@ impl Driver {
 
     fn add_one(&mut self, config: DeviceConfig, journal: JournalSender) -> std::io::Result<()> {
         let number = u16::try_from(self.devices.len()).map_err(|_| std::io::ErrorKind::QuotaExceeded)?;
-        let kept = self.kept(&config);
+        let kept = self.kept(&config)?;
         let groups = kept.as_ref().map(Kept::groups).unwrap_or_default();
         // Before anything is started: what is left of a broker that was killed may still write.
         let leftovers = crate::cgroup::end_leftovers(&config.name, &groups)?;
-        let threads = Threads {
+        let threads = || Threads {
             spawner: self.spawner.clone(),
             inspector: self.inspector.clone(),
             maps: self.maps.clone(),
@@ -372,9 +372,8 @@ impl Driver {
             keeping: self.keeping.clone(),
         };
         let mut device = match kept {
-            Some(kept) => Device::take_over(number, config, journal, threads, kept, &self.janitor, now(), &self.poller)
-                .map_err(std::io::Error::other)?,
-            None => Device::new(number, config, journal, threads, now())?,
+            Some(kept) => self.take_over_or_begin(number, config, journal, &threads, kept)?,
+            None => Device::new(number, config, journal, threads(), now())?,
         };
         for group in leftovers {
             let entry = Entry::warning("LeftoversKilled").with("group", group.display().to_string());
@@ -391,9 +390,37 @@ impl Driver {
     }
 
     /// What a broker before this one has kept of a device.
-    fn kept(&self, config: &DeviceConfig) -> Option<Kept> {
-        let taken = self.keeping.as_ref()?.borrow_mut().take(&config.name)?;
-        Kept::read(taken).map_err(|why| eprintln!("warmswap: {}: {why}", config.name)).ok()
+    ///
+    /// # Errors
+    /// This version does not understand it: it is left to one that does.
+    fn kept(&self, config: &DeviceConfig) -> std::io::Result<Option<Kept>> {
+        let taken = self.keeping.as_ref().and_then(|keeping| keeping.borrow_mut().take(&config.name));
+        let read = taken.map(Kept::read).transpose();
+        read.map_err(|why| std::io::Error::other(format!("{}: {why}", config.name)))
+    }
+
+    /// Goes on with a device, or, where that cannot be, begins it anew: its VMM has to connect again.
+    fn take_over_or_begin(
+        &self,
+        number: u16,
+        config: DeviceConfig,
+        journal: JournalSender,
+        threads: &dyn Fn() -> Threads,
+        kept: Kept,
+    ) -> std::io::Result<Device> {
+        let (again, log) = (config.clone(), journal.clone());
+        let taken = Device::take_over(number, config, journal, threads(), kept, &self.janitor, now(), &self.poller);
+        taken.or_else(|why| {
+            let entry = Entry::error("NotTakenOver").with("reason", why);
+            log.entry(&again.name, entry.with("next", "the device begins anew: its VMM has to connect again, or to be restarted"));
+            if let Some(keeping) = &self.keeping {
+                keeping.borrow_mut().forget(&again.name);
+            }
+            crate::cgroup::end_leftovers(&again.name, &[])?;
+            // What listened there was the last broker's.
+            let _gone = std::fs::remove_file(&again.socket);
+            Device::new(number, again, log, threads(), now())
+        })
     }
 
     /// Runs until a signal or a device that cannot start. `ready` is told of each device the VMM can connect to.

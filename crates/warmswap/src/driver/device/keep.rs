@@ -110,7 +110,7 @@ impl Device {
 
     /// How connections to backends are watched. What is only looked at stays readable.
     pub(super) fn interest(&self) -> Interest {
-        if self.keeper.is_some() { Interest::Edge } else { Interest::Read }
+        if self.looks { Interest::Edge } else { Interest::Read }
     }
 
     /// From now on messages are looked at where they lie.
@@ -174,7 +174,7 @@ impl Device {
         let Wanted { outbox, rest, .. } = wanted;
         let written = if tells { self.commit(&mut keeper, &outbox, poller) } else { Ok(()) };
         if let Err(error) = &written {
-            self.do_without(&outbox, error, poller);
+            self.do_without(&keeper, &outbox, error, poller);
         }
         self.keeper = written.is_ok().then_some(keeper);
         let fences = !outbox.fences.is_empty();
@@ -392,7 +392,7 @@ impl Device {
     }
 
     /// What cannot be written down is done all the same: the guest comes first. The device is not kept any more.
-    fn do_without(&mut self, outbox: &Outbox, error: &io::Error, poller: &Poller) {
+    fn do_without(&mut self, keeper: &Keeper, outbox: &Outbox, error: &io::Error, poller: &Poller) {
         let entry = Entry::error("NotKept").with("reason", error.to_string());
         let next = "a broker that ends now ends the device for its guest; restart the guest's device at a convenient time";
         self.entries.push(entry.with("next", next));
@@ -400,10 +400,12 @@ impl Device {
         for store in &outbox.stores {
             memory.make(store);
         }
-        let Some(keeper) = self.keeper.take() else { return };
         let keeping = Rc::clone(&keeper.keeping);
         keeping.borrow_mut().forget(self.config.name.as_str());
-        self.perform(&keeper, &mut keeping.borrow_mut(), outbox, poller);
+        self.perform(keeper, &mut keeping.borrow_mut(), outbox, poller);
+        let links = self.backends.iter_mut().flat_map(|it| [it.link.as_mut(), it.requests.as_mut()]);
+        let looking = links.chain([self.vmm.as_mut()]).flatten().filter(|it| it.looks_only());
+        looking.for_each(Connection::take_from_now_on);
     }
 
     /// Everything that the next broker has to know beyond the pair, and the names of all its descriptors.
