@@ -8,9 +8,9 @@
 
 use std::collections::VecDeque;
 
-use serde::{Deserialize, Serialize};
 use crate::event::{BackendId, CommandId, FenceLevel};
 use crate::time::Nanos;
+use serde::{Deserialize, Serialize};
 
 /// Phase of a failover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -65,9 +65,15 @@ pub struct Options {
 /// The command, as far as the keeper knows.
 #[derive(Clone, Copy, Debug)]
 enum Main {
-    Waiting { until: Instant },
+    Waiting {
+        until: Instant,
+    },
     /// `worked`: it has said that it is ready.
-    Running { pid: Pid, since: Instant, worked: bool },
+    Running {
+        pid: Pid,
+        since: Instant,
+        worked: bool,
+    },
 }
 
 /// How a process ended.

@@ -327,10 +327,7 @@ impl Options {
             on_prediction: if random.percent(90) { OnPrediction::Act } else { OnPrediction::Observe },
             limits: limits(random),
             // Drawn by itself: the seeds that were there before it go on as they did.
-            faults: Faults {
-                broker_dies: Random::new(seed ^ 0x6272_6f6b_6572).percent(30),
-                ..faults(random)
-            },
+            faults: Faults { broker_dies: Random::new(seed ^ 0x6272_6f6b_6572).percent(30), ..faults(random) },
             fault_every: random.span(Nanos::from_micros(400), Nanos::from_millis(4)),
             safety: Nanos::from_millis(random.between(10, 60)),
             liveness: Nanos::from_millis(4_000),

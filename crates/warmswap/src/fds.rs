@@ -40,7 +40,10 @@ impl FdTable {
     }
 
     /// Slot and name of every descriptor; those that have no name yet are given one by `put`. Sorted by slot.
-    pub(crate) fn keep(&mut self, put: &mut dyn FnMut(BorrowedFd<'_>) -> io::Result<u32>) -> io::Result<Vec<(u32, u32)>> {
+    pub(crate) fn keep(
+        &mut self,
+        put: &mut dyn FnMut(BorrowedFd<'_>) -> io::Result<u32>,
+    ) -> io::Result<Vec<(u32, u32)>> {
         for (slot, fd) in &self.fds {
             if !self.kept.contains_key(slot) {
                 self.kept.insert(*slot, put(fd.as_fd())?);

@@ -436,8 +436,8 @@ mod tests {
         let script = "for fd in /proc/$$/fd/*; do readlink $fd >&2; done; # {fd}";
         let command = ["/bin/sh", "-c", script].map(str::to_owned);
         let group = crate::cgroup::name("test-inherit", 1);
-        let mut process =
-            Process::spawn(&command, &Endpoint::Listener(listener.as_fd()), &group, &janitor).expect("it starts");
+        let mut process = Process::spawn(&command, &Endpoint::Listener(listener.as_fd()), &group, &janitor, false)
+            .expect("it starts");
         while process.reap().is_none() {
             std::thread::sleep(std::time::Duration::from_millis(2));
         }

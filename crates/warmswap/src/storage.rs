@@ -21,9 +21,9 @@ use warmswap_core::Nanos;
 use warmswap_zoo::{Animal, loose};
 
 use self::kind::Kind;
-use crate::driver::{MemberRecord, StorageRecord};
 pub(crate) use self::mark::Mark;
 pub(crate) use self::members::{Subject, name as process_name, parent};
+use crate::driver::{MemberRecord, StorageRecord};
 
 /// Most descriptions of one backend that are marked.
 const MARKS_MAX: usize = 256;
@@ -200,7 +200,10 @@ impl Storage {
             match Mark::recall(mark) {
                 Ok(mark) => storage.marks.push(mark),
                 Err(error) => {
-                    let why = format!("{} was open when the broker was replaced, and cannot be asked for: {error}", mark.path);
+                    let why = format!(
+                        "{} was open when the broker was replaced, and cannot be asked for: {error}",
+                        mark.path
+                    );
                     storage.hidden.get_or_insert(why);
                 }
             }

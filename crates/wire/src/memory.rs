@@ -1,8 +1,8 @@
 //! The guest's memory as the VMM describes it.
 
-use serde::{Deserialize, Serialize};
 use crate::Error;
 use crate::bytes::{Put, Reader};
+use serde::{Deserialize, Serialize};
 
 /// Most regions of one SET_MEM_TABLE (`VHOST_MEMORY_BASELINE_NREGIONS`). More come one by one with ADD_MEM_REG.
 pub const REGIONS_MAX: usize = 8;

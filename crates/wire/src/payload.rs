@@ -1,8 +1,8 @@
 //! The structures that payloads are made of.
 
-use serde::{Deserialize, Serialize};
 use crate::bytes::{Put, Reader};
 use crate::{Error, PAYLOAD_SIZE_MAX};
+use serde::{Deserialize, Serialize};
 
 /// A descriptor by its number in the caller's table. The codec never sees a real one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

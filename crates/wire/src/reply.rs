@@ -1,10 +1,10 @@
 //! Replies of the back-end to front-end requests, and of either side to a wish for acknowledgement.
 
-use serde::{Deserialize, Serialize};
 use crate::bytes::{Put, Reader};
 use crate::header::frame;
 use crate::payload::{ConfigSpace, FdSlot, InflightDescription, LogRegion, VringState, at_most_one_fd, no_fds};
 use crate::{Error, Header, HeaderFlags};
+use serde::{Deserialize, Serialize};
 
 /// The shape of a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

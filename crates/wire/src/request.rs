@@ -2,7 +2,6 @@
 //!
 //! Ids and payloads: `docs/interop/vhost-user.rst`, "Front-end message types".
 
-use serde::{Deserialize, Serialize};
 use crate::bytes::{Put, Reader};
 use crate::header::frame;
 use crate::memory::{MemoryRegion, REGIONS_MAX};
@@ -12,6 +11,7 @@ use crate::payload::{
 };
 use crate::reply::ReplyKind;
 use crate::{Channel, Error, Header, HeaderFlags};
+use serde::{Deserialize, Serialize};
 
 macro_rules! request_codes {
     ($($(#[$doc:meta])* $name:ident = $id:literal, $text:literal;)*) => {

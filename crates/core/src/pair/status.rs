@@ -1,6 +1,5 @@
 //! What is shown of a pair to people and programs.
 
-use serde::{Deserialize, Serialize};
 use super::Pair;
 use crate::event::BackendId;
 use crate::failover::{Phase, Report};
@@ -8,6 +7,7 @@ use crate::foresight::PolicyStatus;
 use crate::link::LinkState;
 use crate::observer::Observer;
 use crate::time::Nanos;
+use serde::{Deserialize, Serialize};
 
 /// Counters since the pair was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -101,7 +101,8 @@ impl Pair {
 
     /// State of the device that was under way between two backends has ended with the broker that carried it.
     fn renew_transfer(&mut self, step: &mut Step<'_>) {
-        let carried = |step: TransferStep| matches!(step, TransferStep::Saving | TransferStep::Saved | TransferStep::Loading);
+        let carried =
+            |step: TransferStep| matches!(step, TransferStep::Saving | TransferStep::Saved | TransferStep::Loading);
         let under_way = self.failover.as_ref().and_then(|it| it.transfer).is_some_and(|it| carried(it.step));
         if under_way {
             self.undo_transfer("the broker that carried the state has ended", step);

@@ -29,8 +29,14 @@ impl Broker {
     pub(super) fn start(directory: &Path, options: &[&str], backend: &[String]) -> anyhow::Result<Self> {
         // What is measured is what it does, not what it comes to think of a machine under load.
         let options: Vec<String> = options.iter().copied().chain(["--observe"]).map(str::to_owned).collect();
-        let process =
-            BrokerProcess::start(&Launch { name: NAME, directory, options: &options, backend, environment: None, kept: false })?;
+        let process = BrokerProcess::start(&Launch {
+            name: NAME,
+            directory,
+            options: &options,
+            backend,
+            environment: None,
+            kept: false,
+        })?;
         Ok(Broker { commands: process.connect()?, status: process.connect()?, process })
     }
 

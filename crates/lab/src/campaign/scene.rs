@@ -202,7 +202,14 @@ fn start_broker(plan: &Plan, directory: &Path, backend: &[String]) -> anyhow::Re
         "200",
     ];
     let options = options.map(str::to_owned);
-    BrokerProcess::start(&Launch { name: DEVICE, directory, options: &options, backend, environment: None, kept: false })
+    BrokerProcess::start(&Launch {
+        name: DEVICE,
+        directory,
+        options: &options,
+        backend,
+        environment: None,
+        kept: false,
+    })
 }
 
 /// The process of the backend.

@@ -41,7 +41,14 @@ impl Broker {
     pub(super) fn start(directory: &Path, arm: Arm, backend: &[String]) -> anyhow::Result<Result<Self, Refusal>> {
         let options = ["--observe".to_owned(), "--journal".to_owned(), directory.join("journal").display().to_string()];
         let environment = Some((TRUST_EXIT, (arm == Arm::Sabotaged).then_some("1")));
-        match BrokerProcess::try_start(&Launch { name: NAME, directory, options: &options, backend, environment, kept: false })? {
+        match BrokerProcess::try_start(&Launch {
+            name: NAME,
+            directory,
+            options: &options,
+            backend,
+            environment,
+            kept: false,
+        })? {
             Ok(process) => Ok(Ok(Broker { status: process.connect()?, process })),
             Err(refusal) => Ok(Err(refusal)),
         }

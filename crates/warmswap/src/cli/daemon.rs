@@ -117,7 +117,9 @@ fn devices(config: &Path) -> Result<Vec<guard::Args>, Vec<String>> {
         for (name, table) in tables {
             let device = device_of(source, &name, &table, &mut wrong);
             match devices.iter().find(|known| known.name == device.name) {
-                Some(first) => wrong.push(format!("{}: device {} stands at {} already", device.place, device.name, first.place)),
+                Some(first) => {
+                    wrong.push(format!("{}: device {} stands at {} already", device.place, device.name, first.place));
+                }
                 None => devices.push(device),
             }
         }
@@ -150,7 +152,8 @@ impl Device {
     /// Where what is wrong stands: at the option that it names, or at the device.
     fn place_of(&self, why: &str) -> &str {
         let named = self.places.iter().find(|(key, _)| {
-            why.split(|letter: char| letter.is_whitespace() || letter == '\'' || letter == ':').any(|word| word == format!("--{key}"))
+            why.split(|letter: char| letter.is_whitespace() || letter == '\'' || letter == ':')
+                .any(|word| word == format!("--{key}"))
         });
         named.map_or(self.place.as_str(), |(_, place)| place.as_str())
     }
@@ -291,7 +294,10 @@ mod tests {
             ("w.toml.d/b.toml", &two),
             ("w.toml.d/readme.txt", "no part of it"),
         ]);
-        assert_eq!(devices(&dir.0.join("w.toml")).map(|devices| devices.len()).map_err(|wrong| wrong.join("\n")), Ok(2));
+        assert_eq!(
+            devices(&dir.0.join("w.toml")).map(|devices| devices.len()).map_err(|wrong| wrong.join("\n")),
+            Ok(2)
+        );
     }
 
     #[test]
@@ -299,12 +305,21 @@ mod tests {
         let cases: [(&str, &[&str]); 9] = [
             ("[device.a]\nsocket = 3 4\n", &["w.toml:2:12: "]),
             ("color = 1\n[device.a]\n", &["w.toml:1:1: color is not known here"]),
-            ("[device.a]\nsocket = \"/a\"\ncommand = [\"b\"]\n", &["w.toml:1:9: device a: the backend's command line needs {socket}"]),
+            (
+                "[device.a]\nsocket = \"/a\"\ncommand = [\"b\"]\n",
+                &["w.toml:1:9: device a: the backend's command line needs {socket}"],
+            ),
             (&format!("{ONE}hang-ms = 1\n"), &["w.toml:4:1: device a: invalid value '1' for '--hang-ms"]),
             (&format!("{ONE}hang-s = 1\n"), &["w.toml:4:1: device a: unexpected argument '--hang-s'"]),
             (&format!("{ONE}journal = \"j\"\n"), &["w.toml:4:1: journal is of all devices"]),
-            (&format!("{ONE}  hang-ms = [1]\n"), &["w.toml:4:13: hang-ms is a text, a number, true or false, not a list"]),
-            (&format!("{ONE}command = 3\n").replacen("command = [\"backend\", \"{socket}\"]\n", "", 1), &["w.toml:3:11: command is a list of texts"]),
+            (
+                &format!("{ONE}  hang-ms = [1]\n"),
+                &["w.toml:4:13: hang-ms is a text, a number, true or false, not a list"],
+            ),
+            (
+                &format!("{ONE}command = 3\n").replacen("command = [\"backend\", \"{socket}\"]\n", "", 1),
+                &["w.toml:3:11: command is a list of texts"],
+            ),
             ("", &["w.toml: there is no device in it"]),
         ];
         for (text, expected) in cases {
@@ -313,10 +328,16 @@ mod tests {
             let found = expected.iter().all(|start| wrong.iter().any(|line| line.starts_with(start)));
             assert!(found, "{text:?}: expected {expected:?}, found {wrong:?}");
         }
-        let twice = Dir::with(&[("w.toml", &format!("quiet = true\n{ONE}")), ("w.toml.d/1.toml", &format!("quiet = true\n{ONE}"))]);
-        assert_eq!(twice.wrong(), [
-            "w.toml.d/1.toml:1:1: quiet stands at w.toml:1:1 already",
-            "w.toml.d/1.toml:2:9: device a stands at w.toml:2:9 already",
+        let twice = Dir::with(&[
+            ("w.toml", &format!("quiet = true\n{ONE}")),
+            ("w.toml.d/1.toml", &format!("quiet = true\n{ONE}")),
         ]);
+        assert_eq!(
+            twice.wrong(),
+            [
+                "w.toml.d/1.toml:1:1: quiet stands at w.toml:1:1 already",
+                "w.toml.d/1.toml:2:9: device a stands at w.toml:2:9 already",
+            ]
+        );
     }
 }

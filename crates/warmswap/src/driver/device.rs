@@ -23,8 +23,8 @@ use warmswap_wire::{BackendRequest, FdSlot, Request, RequestCode};
 
 use super::backends::{self, Backend};
 use super::fence::{Fence, Progress};
-use super::keeping::{Channel, Keeping};
 use super::inspector::{Inspector, Look, Search};
+use super::keeping::{Channel, Keeping};
 use super::maps::{self, Maps};
 use super::offload::{Move, Offload};
 use super::poller::{Interest, Poller, Source as PollSource, Token};
@@ -57,7 +57,7 @@ const ACCEPT_AGAIN: Nanos = Nanos::from_millis(500);
 /// Messages of one peer that are taken before the others are looked at again.
 const MESSAGES_PER_WAKE: usize = 32;
 
-pub(crate) use take_over::Kept;
+pub(crate) use take_over::{Around, Kept};
 
 /// One device.
 pub(crate) struct Device {

@@ -11,8 +11,8 @@ use std::process::{Child, Command, Stdio};
 use warmswap_core::{BackendId, FenceLevel, Nanos};
 use warmswap_zoo::{Animal, loose};
 
-use crate::process::Process;
 use super::keeping::StorageRecord;
+use crate::process::Process;
 use crate::storage::{FenceBasis, Mark, Storage};
 
 /// First and longest time between two looks. The end of a process makes itself heard; looking for it often would only take time from it,

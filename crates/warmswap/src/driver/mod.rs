@@ -30,7 +30,7 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, Sender};
 use warmswap_core::{BackendId, Entry, Foresight, Nanos, Report, Value};
 
-use self::device::{Device, Kept, Threads};
+use self::device::{Around, Device, Kept, Threads};
 use self::inspector::Inspector;
 use self::maps::Maps;
 use self::offload::Offload;
@@ -408,11 +408,15 @@ impl Driver {
         threads: &dyn Fn() -> Threads,
         kept: Kept,
     ) -> std::io::Result<Device> {
+        let around = Around { janitor: &self.janitor, poller: &self.poller, now: now() };
         let (again, log) = (config.clone(), journal.clone());
-        let taken = Device::take_over(number, config, journal, threads(), kept, &self.janitor, now(), &self.poller);
+        let taken = Device::take_over(number, config, journal, threads(), kept, around);
         taken.or_else(|why| {
             let entry = Entry::error("NotTakenOver").with("reason", why);
-            log.entry(&again.name, entry.with("next", "the device begins anew: its VMM has to connect again, or to be restarted"));
+            log.entry(
+                &again.name,
+                entry.with("next", "the device begins anew: its VMM has to connect again, or to be restarted"),
+            );
             if let Some(keeping) = &self.keeping {
                 keeping.borrow_mut().forget(&again.name);
             }

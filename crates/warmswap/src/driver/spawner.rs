@@ -45,7 +45,12 @@ pub(crate) struct Spawner {
 
 impl Spawner {
     /// Starts the thread. The results come back as commands. What is started ends with the broker unless it is to `survive` it.
-    pub(crate) fn start(commander: Commander, janitor: Janitor, cpus: Vec<usize>, survive: bool) -> std::io::Result<Self> {
+    pub(crate) fn start(
+        commander: Commander,
+        janitor: Janitor,
+        cpus: Vec<usize>,
+        survive: bool,
+    ) -> std::io::Result<Self> {
         let (sender, starts) = crossbeam_channel::bounded(STARTS_MAX);
         let work = move || run(&starts, &commander, &janitor, &cpus, survive);
         std::thread::Builder::new().name("spawner".to_owned()).spawn(work)?;

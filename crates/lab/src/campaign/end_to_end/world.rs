@@ -225,5 +225,12 @@ fn start_broker(
     }
     let options: Vec<String> = options.into_iter().map(str::to_owned).collect();
     let backend = turns.command_line(&directory.join("turns.json"))?;
-    BrokerProcess::start(&Launch { name: DEVICE, directory, options: &options, backend: &backend, environment: None, kept: false })
+    BrokerProcess::start(&Launch {
+        name: DEVICE,
+        directory,
+        options: &options,
+        backend: &backend,
+        environment: None,
+        kept: false,
+    })
 }

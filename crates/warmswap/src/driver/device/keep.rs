@@ -12,8 +12,8 @@ use warmswap_wire::{FdSlot, HEADER_SIZE, RequestCode};
 
 use super::super::backends::Backend;
 use super::super::keeping::{
-    self, BackendRecord, Channel, ConnectionRecord, Deed, FORMAT, FenceRecord, Keeping, Ledger, Message, Outbox, ProcessRecord, Record, Shell,
-    StorageRecord, VmmRecord,
+    self, BackendRecord, Channel, ConnectionRecord, Deed, FORMAT, FenceRecord, Keeping, Ledger, Message, Outbox,
+    ProcessRecord, Record, Shell, StorageRecord, VmmRecord,
 };
 use super::super::poller::{Interest, Poller, Source as PollSource};
 use super::{Device, INSPECT_SOON, watch_room};
@@ -213,7 +213,9 @@ impl Device {
                     self.carry_out(action, now, poller);
                 }
                 Action::Journal(_) => self.carry_out(action, now, poller),
-                Action::WatchKick { .. } | Action::UnwatchKick { .. } | Action::Answer { .. } => wanted.rest.push(action),
+                Action::WatchKick { .. } | Action::UnwatchKick { .. } | Action::Answer { .. } => {
+                    wanted.rest.push(action);
+                }
                 other => {
                     wanted.tells = true;
                     let outbox = &mut wanted.outbox;
@@ -366,7 +368,8 @@ impl Device {
             Channel::Requests(id) => (self.token(PollSource::Requests(id)), Some(BackendId(id))),
         };
         let fds: Vec<_> = if result <= 0 { message.fds.clone() } else { Vec::new() };
-        let fds: Vec<_> = fds.iter().filter_map(|slot| self.fds.get(FdSlot(*slot))?.try_clone_to_owned().ok()).collect();
+        let fds: Vec<_> =
+            fds.iter().filter_map(|slot| self.fds.get(FdSlot(*slot))?.try_clone_to_owned().ok()).collect();
         let Some(connection) = self.connection(message.to) else { return };
         let again = -Errno::AGAIN.raw_os_error();
         let kept = match usize::try_from(result) {
@@ -394,7 +397,8 @@ impl Device {
     /// What cannot be written down is done all the same: the guest comes first. The device is not kept any more.
     fn do_without(&mut self, keeper: &Keeper, outbox: &Outbox, error: &io::Error, poller: &Poller) {
         let entry = Entry::error("NotKept").with("reason", error.to_string());
-        let next = "a broker that ends now ends the device for its guest; restart the guest's device at a convenient time";
+        let next =
+            "a broker that ends now ends the device for its guest; restart the guest's device at a convenient time";
         self.entries.push(entry.with("next", next));
         let mut memory = MemoryAccess { memory: &mut self.memory, fds: &mut self.fds, waiting: None };
         for store in &outbox.stores {
@@ -420,10 +424,11 @@ impl Device {
             }
             Ok(*kept)
         };
-        let mut connection = |kept: &mut Option<u32>, it: Option<&Connection>| -> io::Result<Option<ConnectionRecord>> {
-            let socket = named(kept, it.map(AsFd::as_fd))?;
-            Ok(socket.map(|socket| ConnectionRecord { socket, unsent: it.is_some_and(Connection::has_unsent) }))
-        };
+        let mut connection =
+            |kept: &mut Option<u32>, it: Option<&Connection>| -> io::Result<Option<ConnectionRecord>> {
+                let socket = named(kept, it.map(AsFd::as_fd))?;
+                Ok(socket.map(|socket| ConnectionRecord { socket, unsent: it.is_some_and(Connection::has_unsent) }))
+            };
         let vmm = connection(&mut keeper.vmm, self.vmm.as_ref())?;
         let mut links = Vec::with_capacity(self.backends.len());
         for backend in &mut self.backends {

@@ -11,7 +11,8 @@ use warmswap_wire::FdSlot;
 use super::super::backends::Backend;
 use super::super::fence::Fence;
 use super::super::keeping::{
-    BackendRecord, ConnectionRecord, FORMAT, FenceRecord, Keeping, Outbox, ProcessRecord, Record, Shell, Taken, VmmRecord,
+    BackendRecord, ConnectionRecord, FORMAT, FenceRecord, Keeping, Outbox, ProcessRecord, Record, Shell, Taken,
+    VmmRecord,
 };
 use super::super::poller::{Interest, Poller, Source as PollSource};
 use super::keep::{Keeper, names_of};
@@ -57,6 +58,14 @@ impl Kept {
 /// What to do about a record that is not understood.
 const WITH_THE_OTHER: &str = "start the version that wrote it, which goes on with the device";
 
+/// What a device that is gone on with finds around it.
+#[derive(Clone, Copy)]
+pub(crate) struct Around<'a> {
+    pub(crate) janitor: &'a Janitor,
+    pub(crate) poller: &'a Poller,
+    pub(crate) now: Nanos,
+}
+
 /// Descriptors that were kept, by name.
 struct Inherited<'a> {
     keeping: &'a Rc<RefCell<Keeping>>,
@@ -91,10 +100,9 @@ impl Device {
         journal: JournalSender,
         threads: Threads,
         kept: Kept,
-        janitor: &Janitor,
-        now: Nanos,
-        poller: &Poller,
+        around: Around<'_>,
     ) -> Result<Self, String> {
+        let Around { poller, now, .. } = around;
         let Kept { record, taken: Taken { mut ledger, done, .. } } = kept;
         let Record { at, pair, shell, outbox, version, .. } = record;
         let keeping = threads.keeping.clone().ok_or("there is no descriptor store")?;
@@ -125,22 +133,18 @@ impl Device {
         let mut device = Device::around(number, config, journal, threads, (pair, run_dir, Some(keeper)), now);
         (device.fds, device.memory, device.actions) = (fds, memory, actions);
         device.commands = shell.commands;
-        let entry = Entry::info("DeviceKept").with("version", version).with("written_us_ago", Value::Micros(now.since(at).as_micros()));
+        let entry = Entry::info("DeviceKept")
+            .with("version", version)
+            .with("written_us_ago", Value::Micros(now.since(at).as_micros()));
         device.note(entry.with("outbox_done", done).with("descriptors", device.fds.len() as u64));
-        device.resume_shell(shell, &mut inherited, janitor, now, poller);
+        device.resume_shell(shell, &mut inherited, around);
         device.redo(&outbox, done, now, poller);
         device.run(now, poller);
         Ok(device)
     }
 
-    fn resume_shell(
-        &mut self,
-        shell: Shell,
-        inherited: &mut Inherited<'_>,
-        janitor: &Janitor,
-        now: Nanos,
-        poller: &Poller,
-    ) {
+    fn resume_shell(&mut self, shell: Shell, inherited: &mut Inherited<'_>, around: Around<'_>) {
+        let Around { janitor, poller, .. } = around;
         self.private_memory = shell.private_memory;
         self.refused_ring = shell.refused_ring;
         self.listening_at = shell.listening_at;
@@ -155,10 +159,10 @@ impl Device {
             self.resume_vmm(&vmm, inherited, poller);
         }
         for backend in shell.backends {
-            self.resume_backend(backend, inherited, janitor, now, poller);
+            self.resume_backend(backend, inherited, around);
         }
         for fence in shell.fences {
-            self.resume_fence(fence, inherited, janitor, now, poller);
+            self.resume_fence(fence, inherited, around);
         }
         for record in shell.retired {
             self.retired.extend(inherited.process(&record, janitor).inspect(Process::kill));
@@ -166,7 +170,11 @@ impl Device {
         self.end_strangers();
     }
 
-    fn resume_connection(&mut self, record: ConnectionRecord, inherited: &mut Inherited<'_>) -> Result<Connection, String> {
+    fn resume_connection(
+        &mut self,
+        record: ConnectionRecord,
+        inherited: &mut Inherited<'_>,
+    ) -> Result<Connection, String> {
         if record.unsent {
             return Err("something still waited to be sent when the broker ended".to_owned());
         }
@@ -196,14 +204,8 @@ impl Device {
         }
     }
 
-    fn resume_backend(
-        &mut self,
-        record: BackendRecord,
-        inherited: &mut Inherited<'_>,
-        janitor: &Janitor,
-        now: Nanos,
-        poller: &Poller,
-    ) {
+    fn resume_backend(&mut self, record: BackendRecord, inherited: &mut Inherited<'_>, around: Around<'_>) {
+        let Around { janitor, poller, now } = around;
         let id = BackendId(record.id);
         let mut backend = Backend::new(id, record.path, None);
         (backend.primary, backend.given_at) = (record.primary, record.given_at);
@@ -237,14 +239,8 @@ impl Device {
         self.inspect_at = now;
     }
 
-    fn resume_fence(
-        &mut self,
-        record: FenceRecord,
-        inherited: &mut Inherited<'_>,
-        janitor: &Janitor,
-        now: Nanos,
-        poller: &Poller,
-    ) {
+    fn resume_fence(&mut self, record: FenceRecord, inherited: &mut Inherited<'_>, around: Around<'_>) {
+        let Around { janitor, poller, now } = around;
         let id = BackendId(record.backend);
         let Some(process) = inherited.process(&record.process, janitor) else { return };
         // If it cannot be watched it is looked at all the same.

@@ -21,20 +21,11 @@ const CONTROL: usize = 16 + (FDS_MAX * 4).next_multiple_of(8);
 #[derive(Debug)]
 pub(crate) enum Deed<'a> {
     /// Take so many bytes away that lie on a socket. Descriptors that came with them are closed: they have been looked at already.
-    Take {
-        socket: BorrowedFd<'a>,
-        bytes: usize,
-    },
+    Take { socket: BorrowedFd<'a>, bytes: usize },
     /// Send a message.
-    Send {
-        socket: BorrowedFd<'a>,
-        bytes: &'a [u8],
-        fds: Vec<BorrowedFd<'a>>,
-    },
+    Send { socket: BorrowedFd<'a>, bytes: &'a [u8], fds: Vec<BorrowedFd<'a>> },
     /// Count one more.
-    Count {
-        counter: BorrowedFd<'a>,
-    },
+    Count { counter: BorrowedFd<'a> },
 }
 
 /// Room for a control message, aligned as one must be.
@@ -96,9 +87,7 @@ impl Doing {
                     let prepared = headers.next().expect("one for each message");
                     opcode::SendMsg::new(types::Fd(socket.as_raw_fd()), &raw const prepared.header).flags(flags).build()
                 }
-                Deed::Count { counter } => {
-                    opcode::Write::new(types::Fd(counter.as_raw_fd()), one.as_ptr(), 8).build()
-                }
+                Deed::Count { counter } => opcode::Write::new(types::Fd(counter.as_raw_fd()), one.as_ptr(), 8).build(),
             };
             // SAFETY: everything the entries point to, `trash`, `one`, `prepared` and the deeds' own bytes, lives until the call below has
             // returned, which it does when all of them are completed.
@@ -139,10 +128,9 @@ impl Prepared {
                 (*control).cmsg_level = libc::SOL_SOCKET;
                 (*control).cmsg_type = libc::SCM_RIGHTS;
                 (*control).cmsg_len = libc::CMSG_LEN(len) as usize;
-                let mut place = libc::CMSG_DATA(control).cast::<libc::c_int>();
-                for fd in fds {
-                    place.write_unaligned(fd.as_raw_fd());
-                    place = place.add(1);
+                for (at, fd) in fds.iter().enumerate() {
+                    let number = fd.as_raw_fd().to_ne_bytes();
+                    std::ptr::copy_nonoverlapping(number.as_ptr(), libc::CMSG_DATA(control).add(4 * at), number.len());
                 }
             }
         }
@@ -153,7 +141,7 @@ impl Prepared {
 /// Does one deed by itself.
 fn one(deed: &Deed<'_>, trash: &mut [u8]) -> i32 {
     let done = |result: rustix::io::Result<usize>| match result {
-        Ok(count) => count as i32,
+        Ok(count) => i32::try_from(count).unwrap_or(i32::MAX),
         Err(error) => -error.raw_os_error(),
     };
     match deed {
@@ -269,10 +257,7 @@ mod tests {
         };
         assert_eq!((look(4), look(3), look(9)), (b"head".to_vec(), b"pay".to_vec(), b"load".to_vec()));
         assert_eq!(look(1), b"");
-        let take = [
-            Deed::Take { socket: ours.as_fd(), bytes: 4 },
-            Deed::Take { socket: ours.as_fd(), bytes: 7 },
-        ];
+        let take = [Deed::Take { socket: ours.as_fd(), bytes: 4 }, Deed::Take { socket: ours.as_fd(), bytes: 7 }];
         assert_eq!(doing.all(&take), [4, 7]);
         (&theirs).write_all(b"next").expect("room");
         assert_eq!(look(9), b"next");

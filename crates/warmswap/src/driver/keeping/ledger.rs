@@ -180,7 +180,9 @@ impl Keeping {
         self.write_directory()?;
         self.left.clear();
         let unclaimed: Vec<u32> = std::mem::take(&mut self.inherited).into_keys().collect();
-        let unclaimed = unclaimed.into_iter().filter(|name| Kept::from_number(*name).is_some_and(|it| self.store.references(it).is_none()));
+        let unclaimed = unclaimed
+            .into_iter()
+            .filter(|name| Kept::from_number(*name).is_some_and(|it| self.store.references(it).is_none()));
         let names: Vec<u32> = unclaimed.collect();
         names.iter().try_for_each(|name| self.store.discard(&name_of(*name)))?;
         Ok(names.len())

@@ -17,6 +17,6 @@ mod record;
 pub(crate) use self::doing::{Deed, has_room_for, look_without_taking};
 pub(crate) use self::ledger::{Keeping, Ledger, Taken};
 pub(crate) use self::record::{
-    BackendRecord, Channel, ConnectionRecord, FORMAT, FenceRecord, MarkRecord, MemberRecord, Message, Outbox, ProcessRecord, Record,
-    Shell, StorageRecord, VmmRecord,
+    BackendRecord, Channel, ConnectionRecord, FORMAT, FenceRecord, MarkRecord, MemberRecord, Message, Outbox,
+    ProcessRecord, Record, Shell, StorageRecord, VmmRecord,
 };
