@@ -72,6 +72,12 @@ impl Drain {
         }
     }
 
+    /// Nobody has looked for a while: rest counts from now on.
+    pub(crate) fn look_again(&mut self, now: Nanos) {
+        self.rested_since = now;
+        self.event_seen = None;
+    }
+
     /// Whether the ring has come to rest, so that the backend may be asked to stop. Only a hint: the proof is made afterwards.
     ///
     /// At rest means: everything submitted is completed; or, with EVENT_IDX, everything the backend says it has popped is (both

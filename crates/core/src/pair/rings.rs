@@ -46,6 +46,7 @@ pub(crate) struct RingState {
     pub(super) idle_since: Option<Nanos>,
     pub(super) watched: bool,
     /// Entries per second, a decaying peak.
+    #[serde(skip)]
     pub(super) rate: f64,
     /// Entries since then.
     pub(super) counted: u64,

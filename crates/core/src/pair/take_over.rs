@@ -93,6 +93,7 @@ impl Pair {
             (ring.observe_at, ring.observed_at, ring.progressed_at) = (now, now, now);
             (ring.rate, ring.counted, ring.counting_since) = (BURST_RATE, 0, now);
             ring.meter.start(now);
+            ring.drain.iter_mut().for_each(|drain| drain.look_again(now));
         }
         if let Some(failover) = &mut self.failover {
             failover.poll_at = now;

@@ -29,6 +29,8 @@ mod start;
 #[cfg(test)]
 mod stops;
 #[cfg(test)]
+mod take_over;
+#[cfg(test)]
 mod transfer;
 #[cfg(test)]
 mod vmm;

@@ -59,6 +59,7 @@ impl World {
         let harness = &self.harness;
         let mut choices =
             vec!["wait 1ms".to_owned(), "wait 600ms".to_owned(), "failover".to_owned(), "failover now".to_owned()];
+        choices.push("another 60ms".to_owned());
         let driver = harness.drivers.get(&0);
         let broken = driver.is_some_and(|driver| driver.broken);
         let inflight = driver.map_or(&[][..], |driver| &driver.inflight);

@@ -25,6 +25,7 @@
 //! moved 1 4096 · moved 1 fails    that backend's state was received, or sent, whole, or was not
 //! unwhole 1                       it says of the next check of its state that it is not whole
 //! wait 25ms                       time passes, ticks come when they are due
+//! another 20ms                    the broker has died, and so much later another one goes on
 //! jump 90ms                       time passes unnoticed: the control thread was not given the processor
 //! ring 0 · status                 shows a ring · shows the pair
 //! ```
@@ -124,6 +125,7 @@ pub(super) struct Driver {
 
 pub(super) struct Harness {
     pub(super) pair: Pair,
+    config: PairConfig,
     pub(super) memory: PlainMemory,
     pub(super) now: Nanos,
     pub(super) backends: BTreeMap<u64, Backend>,
@@ -163,6 +165,7 @@ pub(super) struct Harness {
 impl Harness {
     pub(super) fn new(config: PairConfig) -> Self {
         Harness {
+            config: config.clone(),
             pair: Pair::new(config),
             memory: PlainMemory::default(),
             now: Nanos::from_millis(1_000),
@@ -330,6 +333,7 @@ impl Harness {
                 self.now = self.now + nanos(args[0]);
                 self.event(Event::Tick);
             }
+            "another" => self.take_over(nanos(args[0])),
             "ring" => self.show_ring(number(args[0])),
             "status" => self.show_status(),
             other => panic!("unknown line: {other}"),
@@ -868,6 +872,22 @@ impl Harness {
             rings.remove(&index);
             self.keeper_stopped(id, index);
         }
+    }
+
+    /// The broker has died, and after a while another one goes on with what it had written down, in a process that has nothing mapped.
+    fn take_over(&mut self, after: Nanos) {
+        self.now = self.now + after;
+        let record = serde_json::to_string(&self.pair).expect("a pair can be written down");
+        let pair: Pair = serde_json::from_str(&record).expect("and read");
+        assert!(serde_json::to_string(&pair).expect("again") == record, "what is read is what was written");
+        let config = self.config.clone();
+        self.memory.regions.clear();
+        self.memory.detached.extend(self.memory.rings.keys());
+        self.watched.clear();
+        let mut out = Actions::default();
+        self.pair = pair.take_over(config, None, self.now, &mut self.memory, &mut out).expect("guest memory is there");
+        self.act(out);
+        self.event(Event::Tick);
     }
 
     pub(super) fn event_once(&mut self, event: Event) {
