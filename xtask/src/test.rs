@@ -11,12 +11,14 @@ use anyhow::Context as _;
 use super::{backends, setup, shell};
 
 /// Short runs of the instruments, all but the first with real processes: the words after `lab`.
-const INSTRUMENTS: [&[&str]; 13] = [
+const INSTRUMENTS: [&[&str]; 14] = [
     &["sim", "--seeds", "0..3000"],
     &["rig", "--failovers", "60", "--seed", "5", "--kinds", "point"],
     &["rig", "--failovers", "120", "--seed", "1"],
     &["rig", "--failovers", "60", "--seed", "2", "--backend", "mixed"],
     &["rig", "--failovers", "60", "--seed", "3", "--kinds", "predicted"],
+    // The broker dies once for each failover.
+    &["rig", "--failovers", "60", "--seed", "4", "--kinds", "planned,now,crash", "--kill-broker"],
     // A silent hang that is foreseen.
     &["eval", "end-to-end", "--kinds", "lost-completion", "--modes", "predictive", "--seeds", "1"],
     &["crash", "--queue-size", "4"],
