@@ -120,3 +120,11 @@ fn nothing_halts_where_everything_can_be_known() {
     assert_eq!(all.halts, Default::default());
     assert!(all.failovers_inflight > 200, "{} failovers", all.failovers_inflight);
 }
+
+/// Seeds that once failed, far from the ranges above. What each found has a script of its own in `core`; this is the life it was found in.
+#[test]
+fn what_failed_once_fails_no_more() {
+    for seed in [48_339, 443_529, 2_137_903, 2_143_731] {
+        clean(seed, &Options::from_seed(seed));
+    }
+}
