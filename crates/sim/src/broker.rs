@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use warmswap_core::{Action, Actions, BackendId, Event as Happened, Nanos, Outcome, Pair, PairConfig};
 use warmswap_wire::Request;
 
+use crate::backend::written_writeback;
 use crate::memory::Obj;
 use crate::words::in_words;
 use crate::world::{Event, World};
@@ -34,6 +35,8 @@ pub(crate) struct Broker {
     pub(crate) unproved: Option<u64>,
     /// Started and not ended.
     pub(crate) running: Option<u64>,
+    /// What this VMM has had written to the configuration space, as far as the broker has read.
+    pub(crate) writeback: Option<u8>,
 }
 
 impl Broker {
@@ -52,6 +55,7 @@ impl Broker {
             needs_reset: false,
             unproved: None,
             running: None,
+            writeback: None,
         }
     }
 
@@ -159,6 +163,9 @@ impl World<'_> {
                     let (header, need_reply) = (message.header, message.header.needs_reply());
                     let event = match Request::decode(&header, &message.payload, &slots) {
                         Ok(request) => {
+                            if let Request::SetConfig(write) = &request {
+                                self.broker.writeback = written_writeback(write).or(self.broker.writeback);
+                            }
                             if let Request::RemMemReg(_) = request {
                                 slots.into_iter().for_each(|slot| self.mem.close(slot));
                             }
@@ -182,6 +189,7 @@ impl World<'_> {
 
     fn lose_vmm(&mut self, reason: &str) {
         self.broker.has_vmm = false;
+        self.broker.writeback = None;
         self.vmm.to_broker = crate::stream::Stream::default();
         self.hand(Happened::VmmGone { reason: reason.to_owned() });
         self.vmm_dropped();
