@@ -132,7 +132,7 @@ fn nothing_halts_where_everything_can_be_known() {
 /// Seeds that once failed, far from the ranges above. What each found has a script of its own in `core`; this is the life it was found in.
 #[test]
 fn what_failed_once_fails_no_more() {
-    for seed in [48_339, 443_529, 2_137_903, 2_143_731] {
+    for seed in [48_339, 443_529, 937_170, 945_913, 967_199, 2_137_903, 2_143_731] {
         // They were found before the simulation knew of these.
         clean(seed, &Options { cache_modes: false, ..Options::from_seed(seed) });
     }
