@@ -1,8 +1,9 @@
-//! Project chores: `cargo xtask setup`, `cargo xtask test`, `cargo xtask demo`.
+//! Project chores: `cargo xtask setup`, `cargo xtask test`, `cargo xtask demo`, `cargo xtask mutants`.
 
 mod apt;
 mod backends;
 mod demo;
+mod mutants;
 mod parts;
 mod setup;
 mod shell;
@@ -36,6 +37,19 @@ enum Chore {
         #[arg(long)]
         vm: bool,
     },
+    /// Change one thing in `wire` or `core` after the other and see whether a test notices. Needs cargo-mutants and cargo-nextest, and
+    /// most of a day for all of it.
+    Mutants {
+        /// About so many, spread over all of them.
+        #[arg(long)]
+        sample: Option<usize>,
+        /// Which ones of a sample.
+        #[arg(long, default_value_t = 0)]
+        seed: usize,
+        /// Only in files that match these patterns.
+        #[arg(long = "file", value_name = "GLOB")]
+        files: Vec<String>,
+    },
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -49,6 +63,7 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         Chore::Test => test::run(),
         Chore::Demo { vm } => demo::run(vm).map(|()| true),
+        Chore::Mutants { sample, seed, files } => mutants::run(sample, seed, &files).map(|()| true),
     }?;
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -25,6 +25,8 @@ const BLK_FLUSH: u64 = 1 << 9;
 const BLK_MQ: u64 = 1 << 12;
 /// Bytes of the configuration space.
 const CONFIG: usize = 60;
+/// Where in it stands whether the device caches writes (virtio 1.2, 5.2.4).
+pub(crate) const WRITEBACK: usize = 32;
 
 /// What a message is answered with.
 enum Answer {
@@ -93,6 +95,12 @@ impl BackendRing {
     }
 }
 
+/// What a write to the configuration space says of the cache.
+pub(crate) fn written_writeback(write: &ConfigSpace) -> Option<u8> {
+    let at = WRITEBACK.checked_sub(write.offset as usize)?;
+    write.bytes.get(at).copied()
+}
+
 /// A backend process.
 #[derive(Debug)]
 pub(crate) struct Backend {
@@ -132,6 +140,9 @@ pub(crate) struct Backend {
     pub(crate) fencing: bool,
     pub(crate) reaped: bool,
     pub(crate) exit_told: bool,
+    /// What the guest has written to the configuration space, as far as it has read of it; and the last the broker has sent.
+    writeback: u8,
+    pub(crate) told_writeback: Option<u8>,
 }
 
 impl Backend {
@@ -165,6 +176,8 @@ impl Backend {
             fencing: false,
             reaped: false,
             exit_told: false,
+            writeback: 0,
+            told_writeback: None,
         }
     }
 
@@ -317,7 +330,7 @@ impl World<'_> {
             Request::GetQueueNum => Reply::U64(RINGS as u64),
             Request::GetMaxMemSlots => Reply::U64(SLOTS),
             Request::GetConfig(wanted) => {
-                let config = self.config_space();
+                let config = self.config_space(id);
                 let fits = wanted.bytes.len() <= CONFIG && wanted.offset == 0;
                 let bytes = config.get(..wanted.bytes.len()).map(<[u8]>::to_vec).unwrap_or_default();
                 Reply::Config(fits.then_some(ConfigSpace { offset: 0, flags: 0, bytes }))
@@ -339,10 +352,11 @@ impl World<'_> {
         Ok(Answer::Reply(reply))
     }
 
-    fn config_space(&self) -> Vec<u8> {
+    fn config_space(&self, id: u64) -> Vec<u8> {
         let mut config = vec![0; CONFIG];
         config[..8].copy_from_slice(&self.options.blocks.to_le_bytes());
         config[20..24].copy_from_slice(&512_u32.to_le_bytes());
+        config[WRITEBACK] = self.backends[id as usize - 1].writeback;
         config[34..36].copy_from_slice(&self.options.rings.to_le_bytes());
         config
     }
@@ -392,6 +406,7 @@ impl World<'_> {
                 }
             }
             Request::SetInflightFd { region, fd } => backend.region = Some((*region, fd.0)),
+            Request::SetConfig(write) => backend.writeback = written_writeback(write).unwrap_or(backend.writeback),
             _ => {}
         }
         Ok(())

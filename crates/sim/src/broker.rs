@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use warmswap_core::{Action, Actions, BackendId, Event as Happened, Nanos, Outcome, Pair, PairConfig};
 use warmswap_wire::Request;
 
+use crate::backend::written_writeback;
 use crate::death::Left;
 use crate::memory::Obj;
 use crate::words::in_words;
@@ -41,6 +42,8 @@ pub(crate) struct Broker {
     pub(crate) killed_at: Option<Nanos>,
     /// Started and not ended.
     pub(crate) running: Option<u64>,
+    /// What this VMM has had written to the configuration space, as far as the broker has read.
+    pub(crate) writeback: Option<u8>,
 }
 
 impl Broker {
@@ -62,6 +65,7 @@ impl Broker {
             left: None,
             killed_at: None,
             running: None,
+            writeback: None,
         }
     }
 
@@ -176,6 +180,9 @@ impl World<'_> {
                     let (header, need_reply) = (message.header, message.header.needs_reply());
                     let event = match Request::decode(&header, &message.payload, &slots) {
                         Ok(request) => {
+                            if let Request::SetConfig(write) = &request {
+                                self.broker.writeback = written_writeback(write).or(self.broker.writeback);
+                            }
                             if let Request::RemMemReg(_) = request {
                                 slots.into_iter().for_each(|slot| self.mem.close(slot));
                             }
@@ -199,6 +206,7 @@ impl World<'_> {
 
     fn lose_vmm(&mut self, reason: &str) {
         self.broker.has_vmm = false;
+        self.broker.writeback = None;
         self.vmm.to_broker = crate::stream::Stream::default();
         self.hand(Happened::VmmGone { reason: reason.to_owned() });
         self.vmm_dropped();

@@ -2,10 +2,11 @@
 
 use warmswap_core::{BackendId, CommandId, Event as Happened, Foresight, Nanos};
 use warmswap_predict::{Alarm, Feature, Law};
-use warmswap_wire::{Request, VringFd};
+use warmswap_wire::{ConfigSpace, Request, VringFd};
 
+use crate::backend::WRITEBACK;
 use crate::options::Faults;
-use crate::script::Step;
+use crate::script::{Step, get_config};
 use crate::world::{Event, World};
 
 /// One kind.
@@ -46,7 +47,7 @@ impl<'t> World<'t> {
         if self.options.faults.broker_dies && self.broker.left.is_none() && self.random.one_in(3) {
             self.broker.dies_in = Some(self.random.below(40) as u32);
         }
-        let kinds: [(bool, Inject<'t>); 19] = [
+        let kinds: [(bool, Inject<'t>); 20] = [
             (kill, Self::fault_kill),
             (kill_at_store, Self::fault_kill_at_store),
             (kill_at_message, Self::fault_kill_at_message),
@@ -65,6 +66,7 @@ impl<'t> World<'t> {
             (options.disconnects, Self::vmm_leaves),
             (options.resets, Self::vmm_resets),
             (options.call_swaps, Self::vmm_swaps_calls),
+            (options.cache_modes, Self::vmm_changes_cache_mode),
             (options.bad_messages, Self::vmm_sends_nonsense),
         ];
         let on: Vec<Inject<'t>> = kinds.iter().filter(|(on, _)| *on).map(|(_, inject)| *inject).collect();
@@ -323,6 +325,21 @@ impl<'t> World<'t> {
     fn vmm_swaps_calls(&mut self) {
         let ring = self.random.below(u64::from(self.options.rings)) as u16;
         self.vmm_begins(vec![Step::Call(ring)]);
+    }
+
+    /// The guest writes to the configuration space, and reads now and then what stands there.
+    fn vmm_changes_cache_mode(&mut self) {
+        if !self.vmm.is_idle() || !self.guest.runs {
+            return;
+        }
+        self.count_fault("cache mode");
+        let byte = self.random.below(2) as u8;
+        let write = ConfigSpace { offset: WRITEBACK as u32, flags: 0, bytes: vec![byte] };
+        let mut steps = vec![Step::Say(Request::SetConfig(write))];
+        if self.random.one_in(2) {
+            steps.push(Step::Say(get_config()));
+        }
+        self.vmm_begins(steps);
     }
 
     fn vmm_sends_nonsense(&mut self) {

@@ -205,6 +205,8 @@ pub struct Options {
     pub resets: bool,
     /// The VMM replaces call descriptors.
     pub call_swaps: bool,
+    /// The guest writes to the configuration space: whether the device caches what it writes.
+    pub cache_modes: bool,
     /// The VMM sends messages that nobody can follow: with a missing descriptor, of an unknown kind.
     pub bad_messages: bool,
     /// Class of every second backend, beginning with the first.
@@ -308,6 +310,8 @@ impl Options {
             disconnects: random.percent(30),
             resets: random.percent(20),
             call_swaps: random.percent(30),
+            // Drawn by itself: the seeds without it live as they did before there was any.
+            cache_modes: Random::new(seed ^ 0x0077_7269_7465_6273).percent(25),
             bad_messages: random.percent(20),
             primary,
             shadow,
@@ -415,7 +419,7 @@ impl fmt::Display for Options {
             }};
         }
         lines!(rings ring_size start_index event_idx indirect depth burst pause blocks request_blocks reads flushes
-            vmm stops hotplug disconnects resets call_swaps bad_messages primary shadow keeping service late_writes
+            vmm stops hotplug disconnects resets call_swaps cache_modes bad_messages primary shadow keeping service late_writes
             preempted torn_looks pieces start_takes fence_takes drain region fence canary survivors on_prediction
             limits faults fault_every safety liveness sabotage);
         Ok(())

@@ -21,6 +21,8 @@ impl World<'_> {
         self.backends.push(Backend::new(id, class, self.options.keeping, thread));
         self.stats.backends += 1;
         let takes = self.random.around(self.options.start_takes);
+        // The first two have to come, or there is no device at all: a pair that never had a backend has ended.
+        let takes = if id <= 2 { takes.min(Nanos(self.options.limits.start_max.0 / 2)) } else { takes };
         self.after(takes, Event::Started(id));
     }
 
@@ -28,7 +30,7 @@ impl World<'_> {
         if self.backend(id).retired {
             return;
         }
-        // The first two have to come, or there is no device at all.
+        // As above.
         let fails = self.unsafe_phase && id > 2 && self.options.faults.start_fails && self.random.one_in(3);
         if self.ending || fails {
             self.count_fault("start fails");

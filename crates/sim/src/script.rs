@@ -52,9 +52,13 @@ pub(crate) enum Step {
     Unknown,
 }
 
+/// Asks for the configuration space.
+pub(crate) fn get_config() -> Request {
+    Request::GetConfig(ConfigSpace { offset: 0, flags: 0, bytes: vec![0; 60] })
+}
+
 /// Connects, negotiates, describes everything and starts all rings.
 pub(crate) fn boot(rule: VmmRule, rings: u16) -> VecDeque<Step> {
-    let config = || Request::GetConfig(ConfigSpace { offset: 0, flags: 0, bytes: vec![0; 60] });
     let mut steps = vec![Step::Connect, Step::Say(Request::GetFeatures)];
     if rule != VmmRule::Qemu {
         steps.push(Step::Say(Request::SetOwner));
@@ -66,7 +70,7 @@ pub(crate) fn boot(rule: VmmRule, rings: u16) -> VecDeque<Step> {
     if rule == VmmRule::Qemu {
         steps.extend([Step::Say(Request::GetMaxMemSlots), Step::Say(Request::SetOwner)]);
     }
-    steps.extend([Step::Say(config()), Step::Features, Step::Memory]);
+    steps.extend([Step::Say(get_config()), Step::Features, Step::Memory]);
     steps.extend(start_rings(rule, rings));
     steps.push(Step::Run);
     steps.into()

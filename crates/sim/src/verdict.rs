@@ -1,13 +1,13 @@
 //! What is made of what the broker says and does: the checks, and the counts.
 //!
 //! Checked here: no ring is given to a backend while another one may still write; what lies in a ring that is handed over is exactly
-//! what is owed, in the order of its submission; a ring that is said to be stopped is at rest; a failover that halts has a reason
+//! what is owed, in the order of its submission, to a backend that knows what the guest has written to the configuration space; a ring that is said to be stopped is at rest; a failover that halts has a reason
 //! the simulation knows of, too; in the end no descriptor is open, and what was flushed is on the medium.
 
 use warmswap_core::{Entry, Kind, Nanos, PRIVATE_ADDR, PairState, Report, Value};
 use warmswap_wire::{FdSlot, HEADER_SIZE, Header, Request, VringFd};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, written_writeback};
 use crate::memory::Obj;
 use crate::options::{Keeping, Sabotage};
 use crate::words::{entry_in_words, generic, request_in_words};
@@ -31,6 +31,10 @@ impl World<'_> {
             }
         };
         self.note(|| format!("broker: #{id} <- {}", request_in_words(&request)));
+        if let Request::SetConfig(write) = &request {
+            let told = &mut self.backends[id as usize - 1].told_writeback;
+            *told = written_writeback(write).or(*told);
+        }
         if let Request::SetVringAddr(addr) = &request
             && addr.descriptor < PRIVATE_ADDR
         {
@@ -72,6 +76,12 @@ impl World<'_> {
         if owed != slots {
             let detail = format!("ring {index} goes to #{id} with heads {slots:?}; owed are {owed:?}");
             self.fail("ring handed over", detail);
+        }
+        let (wanted, told) = (self.broker.writeback, self.backends[id as usize - 1].told_writeback);
+        if wanted.is_some() && wanted != told {
+            let detail =
+                format!("ring {index} goes to #{id}, which was told {told:?} of its cache; the guest wrote {wanted:?}");
+            self.fail("configuration handed over", detail);
         }
     }
 

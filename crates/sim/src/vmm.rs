@@ -10,6 +10,7 @@ use warmswap_wire::{
     VringState,
 };
 
+use crate::backend::written_writeback;
 use crate::guest::{HOT_SIZE, hot_region};
 use crate::memory::Object;
 use crate::options::{Options, VmmRule};
@@ -48,6 +49,8 @@ pub(crate) struct Vmm {
     pub(crate) excused_until: Nanos,
     /// It begins nothing any more.
     pub(crate) finishes: bool,
+    /// What it has written to the configuration space since it connected.
+    writeback: Option<u8>,
 }
 
 impl Vmm {
@@ -69,6 +72,7 @@ impl Vmm {
             is_whole: false,
             excused_until: Nanos(0),
             finishes: false,
+            writeback: None,
         }
     }
 
@@ -177,6 +181,15 @@ impl World<'_> {
             (Some(RequestCode::AddMemReg | RequestCode::SetMemTable), Reply::U64(value)) if value != 0 => {
                 self.fail("memory refused", format!("{name} was refused"));
             }
+            (Some(RequestCode::SetConfig), Reply::U64(value)) if value != 0 => {
+                self.fail("configuration refused", format!("{name} was refused"));
+            }
+            (Some(RequestCode::GetConfig), Reply::Config(space)) => {
+                let (read, wrote) = (space.as_ref().and_then(written_writeback), self.vmm.writeback);
+                if wrote.is_some() && read != wrote {
+                    self.fail("configuration read", format!("the guest wrote {wrote:?} and reads {read:?}"));
+                }
+            }
             _ => {}
         }
     }
@@ -213,6 +226,7 @@ impl World<'_> {
                 self.vmm.to_broker = Stream::default();
                 self.vmm.waiting = None;
                 self.vmm.is_whole = false;
+                self.vmm.writeback = None;
                 self.note(|| "VMM: connects".to_owned());
                 self.wake_broker(self.now);
             }
@@ -337,6 +351,9 @@ impl World<'_> {
             }
             other => other,
         };
+        if let Request::SetConfig(write) = &request {
+            self.vmm.writeback = written_writeback(write).or(self.vmm.writeback);
+        }
         let code = request.code();
         let acknowledged = insists && self.vmm.protocol.contains(ProtocolFeatures::REPLY_ACK) && !code.always_replies();
         let flags = if acknowledged { HeaderFlags::NEED_REPLY } else { HeaderFlags::empty() };

@@ -23,8 +23,16 @@ fn nothing_is_lost_in_a_thousand_lives() {
     for kind in ["crash", "hang", "planned", "predicted"] {
         assert!(all.kinds.get(kind).is_some_and(|count| *count > 3), "hardly any {kind} failover: {:?}", all.kinds);
     }
-    for fault in ["kill at a store", "kill at a message", "kill both", "drop the link", "stall", "mute", "late broker"]
-    {
+    for fault in [
+        "kill at a store",
+        "kill at a message",
+        "kill both",
+        "drop the link",
+        "stall",
+        "mute",
+        "late broker",
+        "cache mode",
+    ] {
         assert!(all.faults.get(fault).is_some_and(|count| *count > 10), "hardly any {fault}: {:?}", all.faults);
     }
     assert!(all.connections > 1_100 && all.stops > 500 && all.memory_changes > 100 && all.resets > 100, "{all:?}");
@@ -119,4 +127,13 @@ fn nothing_halts_where_everything_can_be_known() {
     }
     assert_eq!(all.halts, Default::default());
     assert!(all.failovers_inflight > 200, "{} failovers", all.failovers_inflight);
+}
+
+/// Seeds that once failed, far from the ranges above. What each found has a script of its own in `core`; this is the life it was found in.
+#[test]
+fn what_failed_once_fails_no_more() {
+    for seed in [48_339, 443_529, 937_170, 945_913, 967_199, 2_137_903, 2_143_731] {
+        // They were found before the simulation knew of these.
+        clean(seed, &Options { cache_modes: false, ..Options::from_seed(seed) });
+    }
 }

@@ -32,6 +32,7 @@ const CAUGHT_SOON: &[Animal] = &[
     Animal::AddressEarly,
     Animal::EarlyKick,
     Animal::KicksSwapped,
+    Animal::WriteCacheForgotten,
     Animal::ReplyMismatched,
     Animal::MemoryStale,
     Animal::DoubleClose,

@@ -176,6 +176,13 @@ mod tests {
     }
 
     #[test]
+    fn a_descriptor_lies_in_its_table_as_the_specification_says() {
+        let descriptor = Descriptor { addr: 0x1122_3344_5566_7788, len: 0x99aa_bbcc, flags: 0xddee, next: 0xff01 };
+        let bytes = *b"\x88\x77\x66\x55\x44\x33\x22\x11\xcc\xbb\xaa\x99\xee\xdd\x01\xff";
+        assert_eq!((descriptor.to_le_bytes(), Descriptor::from_le_bytes(bytes)), (bytes, descriptor));
+    }
+
+    #[test]
     fn event_crossing_wraps() {
         assert!(crosses_event(65535, 1, 65534));
         assert!(!crosses_event(5, 5, 4));

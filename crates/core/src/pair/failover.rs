@@ -3,6 +3,7 @@
 use warmswap_wire::ring::Layout;
 use warmswap_zoo::{Animal, loose};
 
+use super::rings::RingState;
 use super::vmm::Ticket;
 use super::{Pair, Step};
 use crate::event::{Action, BackendId, CommandId, FenceLevel};
@@ -138,11 +139,14 @@ impl Pair {
     /// Counts what the victim owed, and makes the rings say so.
     fn collect(&mut self, step: &mut Step<'_>) {
         self.enter(Phase::Collecting, step);
-        self.rings.iter_mut().for_each(|ring| ring.served = false);
+        let recovery = self.failover.as_ref().map(|failover| failover.report.recovery);
+        // What the VMM has started since the drain began was never the old primary's, and nobody has drained it.
+        let drained = |ring: &mut RingState| std::mem::take(&mut ring.served) && recovery == Some(Recovery::Drained);
+        let drained: Vec<bool> = self.rings.iter_mut().map(drained).collect();
         let mut survivors = 0;
         let rings = self.waiting_rings();
         for index in &rings {
-            match self.collect_ring(*index, step) {
+            match self.collect_ring(*index, drained[*index as usize], step) {
                 // Buffers that wait to be filled owe nothing.
                 Ok(count) if self.config.device.carries_requests(*index) => survivors += u32::from(count),
                 Ok(_) => {}
@@ -170,9 +174,10 @@ impl Pair {
     }
 
     /// The last look at a ring nobody serves, and its survivors placed from `used.idx` on. Returns their number.
-    pub(crate) fn collect_ring(&mut self, index: u32, step: &mut Step<'_>) -> Result<u16, String> {
+    ///
+    /// `drained`: whoever served it last has completed everything it had taken, as was proved.
+    pub(crate) fn collect_ring(&mut self, index: u32, drained: bool, step: &mut Step<'_>) -> Result<u16, String> {
         self.observe(index, step);
-        let drained = self.failover.as_ref().is_some_and(|it| it.report.recovery == Recovery::Drained);
         let ring = &mut self.rings[index as usize];
         let observer = ring.observer.as_mut().expect("waiting rings are observed");
         if drained && matches!(observer.knowledge(), Knowledge::Inexact(_)) {

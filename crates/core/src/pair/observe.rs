@@ -136,10 +136,10 @@ impl Pair {
         }
         if let Some(drain) = ring.drain.filter(|drain| drain.state == DrainState::Settling) {
             // Looking often takes time from the backend that is waited for, where the two share a processor. Only rest has to be looked for;
-            // everything else a failover waits for makes itself heard. But one that does not come to rest is followed: it may have to be
-            // fenced.
+            // everything else a failover waits for makes itself heard. But never more rarely than a ring at work: that nothing moved between
+            // two looks is no rest, some backends go on taking new work, and one that does not come to rest has to be fenced.
             let rest = limits.poll_interval(now.since(drain.began));
-            ring.observe_at = now + if moved > 0 { rest.min(period) } else { rest };
+            ring.observe_at = now + rest.min(period);
             return;
         }
         let quiet = moved == 0 && seen.outstanding == 0;

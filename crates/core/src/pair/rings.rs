@@ -254,7 +254,7 @@ impl Pair {
         let proved = self.failover.as_ref().is_none_or(|failover| failover.phase > Phase::Fencing);
         if goes_on && proved {
             // Its old backend is gone by now: the slots are made to say what is owed before anybody reads them.
-            if let Err(reason) = self.collect_ring(index, step) {
+            if let Err(reason) = self.collect_ring(index, false, step) {
                 self.release_ring(index, true, step);
                 return Err(format!("ring {index}: {reason}; reset the guest"));
             }

@@ -1324,3 +1324,18 @@ fn a_primary_that_does_not_come_to_rest_is_followed_while_it_is_drained() {
         "#]],
     );
 }
+
+/// That nothing moved between two looks is no rest.
+#[test]
+fn a_primary_that_pauses_and_goes_on_taking_new_work_is_followed_while_it_is_drained() {
+    let busy =
+        "~submit 0 4\n~wait 50us\n~complete 0 3\n~wait 50us\n~submit 0 3\n~wait 50us\n~complete 0 4\n~wait 50us\n";
+    let (long, short) = (busy.repeat(50), busy.repeat(6));
+    check(
+        &format!("~ready 1\n~submit 0 3\n~wait 1ms\n~failover\n{long}~wait 200us\n{short}status"),
+        &expect![[r#"
+            > status
+                failing-over Draining; primary #1 active, shadow #2 ready; recovery exact; ring 0 served exact inflight 2
+        "#]],
+    );
+}

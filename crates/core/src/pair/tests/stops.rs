@@ -649,3 +649,55 @@ fn a_ring_that_is_set_up_anew_begins_at_zero_whatever_was_in_flight_before() {
         "#]],
     );
 }
+
+/// What was owed there when it was abandoned is out of order, and says nothing of the primary that is drained meanwhile.
+#[test]
+fn an_abandoned_ring_that_is_started_again_during_a_drain_is_handed_over_with_what_it_owes() {
+    check(
+        "
+        ~ready 2
+        ~submit 1 3 4 5
+        ~wait 1ms
+        ~complete 1 4
+        ~wait 1ms
+        ~exit 1
+        ~vmm GET_VRING_BASE 1
+        ~wait 6ms
+        ~fenced 1
+        ~up 3
+        ~wait 1ms
+        ~submit 0 1
+        ~wait 1ms
+        failover
+        vmm SET_VRING_KICK 1
+        complete 0 1
+        wait 1ms
+        ring 1
+        status
+        ",
+        &expect![[r#"
+            > failover
+                * FailoverStarted kind="planned" cause="operator: test" backend=2
+                #2 <- SET_VRING_KICK! #2.kick
+            > vmm SET_VRING_KICK 1
+                close kick1
+                * RingStarted ring=1 size=8 base=1 pending=2 goes_on=true
+                vmm <- SET_VRING_KICK ok
+            > complete 0 1
+            > wait 1ms
+                #2 <- GET_VRING_BASE 0
+                #3 is primary
+                #3 <- SET_VRING_BASE 0=1, SET_VRING_ADDR 0, SET_VRING_KICK kick0, SET_VRING_ENABLE 0=1, SET_VRING_BASE 1=1, SET_VRING_ADDR 1, SET_VRING_KICK kick1, SET_VRING_ENABLE! 1=1
+                signal kick0
+                signal call0
+                signal kick1
+                signal call1
+                signal kick0
+                signal kick1
+            > ring 1
+                avail 3 used 1 owed [3 5] flags 0 avail_event 0
+            > status
+                failing-over Confirming; primary #2 active, shadow #3 active; recovery exact; ring 0 served exact inflight 0; ring 1 served exact inflight 2
+        "#]],
+    );
+}
