@@ -630,8 +630,8 @@ impl Device {
             }
             let Some(vmm) = &mut self.vmm else { return };
             match vmm.receive() {
-                Ok(Some(message)) => {
-                    self.note_taken(Channel::Vmm, &message);
+                Ok(Some(mut message)) => {
+                    self.note_taken(Channel::Vmm, &mut message);
                     self.vmm_message(message);
                 }
                 Ok(None) => {
@@ -943,8 +943,8 @@ impl Device {
         for _ in 0..MESSAGES_PER_WAKE {
             let Some(link) = self.backend(id).and_then(|backend| backend.link.as_mut()) else { return };
             match link.receive() {
-                Ok(Some(message)) => {
-                    self.note_taken(Channel::Link(id.0), &message);
+                Ok(Some(mut message)) => {
+                    self.note_taken(Channel::Link(id.0), &mut message);
                     let Message { header, payload, fds } = message;
                     let fds = fds.into_iter().map(|fd| self.fds.insert(fd)).collect();
                     self.events.push_back(Event::LinkMessage { backend: id, header, payload, fds });
@@ -1005,8 +1005,8 @@ impl Device {
         for _ in 0..MESSAGES_PER_WAKE {
             let Some(requests) = self.backend(id).and_then(|backend| backend.requests.as_mut()) else { return };
             match requests.receive() {
-                Ok(Some(message)) => {
-                    self.note_taken(Channel::Requests(id.0), &message);
+                Ok(Some(mut message)) => {
+                    self.note_taken(Channel::Requests(id.0), &mut message);
                     let Message { header, payload, fds } = message;
                     let slots: Vec<FdSlot> = fds.into_iter().map(|fd| self.fds.insert(fd)).collect();
                     match BackendRequest::decode(&header, &payload, &slots) {

@@ -121,9 +121,14 @@ impl Device {
         }
     }
 
-    pub(super) fn note_taken(&mut self, from: Channel, message: &Received) {
+    /// A message was looked at, and is to be taken with what comes of it.
+    pub(super) fn note_taken(&mut self, from: Channel, message: &mut Received) {
         if let Some(keeper) = &mut self.keeper {
             keeper.taken.push((from, message.payload.len()));
+            // A look at a message without descriptors shows those of the next one that has some.
+            if !may_carry_descriptors(from, message) {
+                message.fds.clear();
+            }
         }
     }
 
@@ -492,6 +497,29 @@ impl Device {
 
     #[cfg(not(feature = "lab"))]
     fn strike_between(&mut self, _before: &str) {}
+}
+
+/// Whether descriptors that were seen with a message can be its own.
+fn may_carry_descriptors(from: Channel, message: &Received) -> bool {
+    // `VHOST_USER_VRING_NOFD_MASK`: the sender says that there is none.
+    let none = message.payload.get(1).is_some_and(|byte| byte & 1 != 0);
+    match (from, RequestCode::from_id(message.header.request)) {
+        (Channel::Vmm, Some(RequestCode::SetVringKick | RequestCode::SetVringCall | RequestCode::SetVringErr)) => !none,
+        (Channel::Vmm, Some(code)) => matches!(
+            code,
+            RequestCode::SetMemTable
+                | RequestCode::AddMemReg
+                | RequestCode::RemMemReg
+                | RequestCode::SetLogBase
+                | RequestCode::SetLogFd
+                | RequestCode::SetBackendReqFd
+                | RequestCode::SetInflightFd
+                | RequestCode::SetDeviceStateFd
+        ),
+        (Channel::Link(_), Some(code)) => matches!(code, RequestCode::GetInflightFd | RequestCode::SetDeviceStateFd),
+        // Nothing that a backend asks for by itself, and nothing unknown, is followed with its descriptors.
+        _ => false,
+    }
 }
 
 /// Every name a record mentions, as often as it does.

@@ -238,6 +238,24 @@ mod tests {
     }
 
     #[test]
+    fn descriptors_are_shown_once_for_their_message_and_for_those_before_it() {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let (mut ours, mut theirs) =
+            [ours, theirs].map(|end| warmswap_socket::Connection::new(end.into()).expect("a stream")).into();
+        look_without_taking(ours.as_fd()).expect("a socket of this kind can");
+        ours.look_only();
+        let message = |number: u32, payload: &[u8]| {
+            [[number, 1, payload.len() as u32].map(u32::to_ne_bytes).concat(), payload.to_vec()].concat()
+        };
+        let event = counter();
+        theirs.send(&message(1, b""), &[]).expect("room");
+        theirs.send(&message(2, b"12345678"), &[event.as_fd()]).expect("room");
+        let mut shown = || ours.receive().expect("it lives").map(|message| (message.header.request, message.fds.len()));
+        // The first is the kernel's doing: who reads has to know which messages have descriptors.
+        assert_eq!([shown(), shown(), shown()], [Some((1, 1)), Some((2, 1)), None]);
+    }
+
+    #[test]
     fn a_look_goes_on_behind_the_last_one_over_pieces_with_descriptors_and_taking_moves_it_back() {
         let (ours, theirs) = UnixStream::pair().expect("a pair");
         look_without_taking(ours.as_fd()).expect("a socket of this kind can");
