@@ -271,6 +271,16 @@ impl Link {
         }
     }
 
+    /// Every descriptor that belongs to the link.
+    pub(crate) fn descriptors(&self) -> impl Iterator<Item = FdSlot> + '_ {
+        let private = self.private.into_iter().flat_map(|events| [events.kick, events.call, events.probe]);
+        let regions = [self.region, self.canary_region].into_iter().filter_map(|region| match region {
+            Region::Set { fd, .. } => Some(fd),
+            _ => None,
+        });
+        private.chain(regions).chain(self.backend_req).chain(self.private_memory)
+    }
+
     pub(crate) fn tracks_in_flight(&self) -> bool {
         self.protocol.contains(ProtocolFeatures::INFLIGHT_SHMFD)
     }

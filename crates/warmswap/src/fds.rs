@@ -54,6 +54,12 @@ impl FdTable {
         Ok(names)
     }
 
+    /// Closes every descriptor but some.
+    pub(crate) fn retain(&mut self, keep: impl Fn(FdSlot) -> bool) {
+        self.fds.retain(|slot, _| keep(FdSlot(*slot)));
+        self.kept.retain(|slot, _| keep(FdSlot(*slot)));
+    }
+
     /// The slot that is given next.
     pub(crate) fn next_slot(&self) -> u32 {
         self.next

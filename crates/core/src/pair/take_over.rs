@@ -5,11 +5,16 @@
 //! rings, nobody heard what backends said. Knowledge of a ring that was busy is lost by the observer's own rules and comes back by them; a
 //! clock that ran against a backend is set anew, for it is not known whether the backend was silent, or nobody listened.
 
+use std::collections::BTreeSet;
+
+use warmswap_wire::FdSlot;
+
 use super::{Pair, Step};
 use crate::canary::CanaryState;
-use crate::event::{Action, Actions};
+use crate::event::{Action, Actions, BackendId};
 use crate::failover::{Phase, TransferStep};
 use crate::journal::Entry;
+use crate::link::{Link, LinkState};
 use crate::memory::GuestMemory;
 use crate::pair::rings::BURST_RATE;
 use crate::policy::PairConfig;
@@ -61,6 +66,19 @@ impl Pair {
     fn interrupt_once(&self, step: &mut Step<'_>) {
         let calls = self.session.rings.iter().filter(|ring| ring.started).filter_map(|ring| ring.call);
         calls.for_each(|call| step.out.push(Action::Signal(call)));
+    }
+
+    /// Whether it waits to hear that this backend is connected. One that was is not known to it as such, if the broker ended before.
+    #[must_use]
+    pub fn awaits_link(&self, backend: BackendId) -> bool {
+        self.link(backend).is_some_and(|link| link.state == LinkState::Starting)
+    }
+
+    /// Every descriptor that it knows of, and will close.
+    #[must_use]
+    pub fn descriptors(&self) -> BTreeSet<FdSlot> {
+        let session = self.session.fds().into_iter().map(|(fd, _)| fd);
+        session.chain(self.links.iter().flat_map(Link::descriptors)).collect()
     }
 
     fn reach_memory(&mut self, step: &mut Step<'_>) -> Result<(), String> {

@@ -880,6 +880,11 @@ impl Harness {
         let record = serde_json::to_string(&self.pair).expect("a pair can be written down");
         let pair: Pair = serde_json::from_str(&record).expect("and read");
         assert!(serde_json::to_string(&pair).expect("again") == record, "what is read is what was written");
+        let known: BTreeSet<u32> = pair.descriptors().iter().map(|slot| slot.0).collect();
+        let open: BTreeSet<u32> = self.open.keys().copied().collect();
+        // Those of requests that wait are not its yet.
+        let all = known == open || (!self.requests.is_empty() && known.is_subset(&open));
+        assert!(all, "who goes on knows of every descriptor: {known:?} of {open:?}");
         let config = self.config.clone();
         self.memory.regions.clear();
         self.memory.detached.extend(self.memory.rings.keys());

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 
 use rustix::io::Errno;
-use warmswap_core::{Action, BackendId, Entry, Event, Nanos};
+use warmswap_core::{Action, BackendId, Entry, Event, FenceLevel, Nanos};
 use warmswap_socket::{Connection, ConnectionError, Message as Received};
 use warmswap_wire::{FdSlot, HEADER_SIZE, RequestCode};
 
@@ -474,6 +474,7 @@ impl Device {
             vmm: vmm.map(|connection| VmmRecord { connection, process, pid: self.vmm_pid }),
             backends,
             fences,
+            proved: self.events.iter().filter_map(proved).collect(),
             retired: retired.collect::<io::Result<Vec<_>>>()?,
             run_dir: self.run_dir.path().to_path_buf(),
             commands: self.commands,
@@ -497,6 +498,14 @@ impl Device {
 
     #[cfg(not(feature = "lab"))]
     fn strike_between(&mut self, _before: &str) {}
+}
+
+/// A proof that is on its way to the pair.
+fn proved(event: &Event) -> Option<(u64, FenceLevel, String)> {
+    match event {
+        Event::Fenced { backend, level, evidence } => Some((backend.0, *level, evidence.clone())),
+        _ => None,
+    }
 }
 
 /// Whether descriptors that were seen with a message can be its own.

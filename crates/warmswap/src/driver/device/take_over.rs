@@ -164,6 +164,9 @@ impl Device {
         for fence in shell.fences {
             self.resume_fence(fence, inherited, around);
         }
+        for (backend, level, evidence) in shell.proved {
+            self.events.push_back(Event::Fenced { backend: BackendId(backend), level, evidence });
+        }
         for record in shell.retired {
             self.retired.extend(inherited.process(&record, janitor).inspect(Process::kill));
         }
@@ -213,8 +216,8 @@ impl Device {
         backend.recorded = record.storage;
         backend.process = record.process.as_ref().and_then(|process| inherited.process(process, janitor));
         let link = match record.link {
-            Some(link) => self.resume_connection(link, inherited),
-            None => Err("it was being started when the broker ended".to_owned()),
+            Some(link) if !self.pair.awaits_link(id) => self.resume_connection(link, inherited),
+            _ => Err("it was being started when the broker ended".to_owned()),
         };
         let watched = link.and_then(|link| {
             let token = self.token(PollSource::Link(id.0));
@@ -227,7 +230,8 @@ impl Device {
             }
             Err(reason) => self.events.push_back(Event::LinkDown { backend: id, reason }),
         }
-        if let Some(Ok(requests)) = record.requests.map(|requests| self.resume_connection(requests, inherited))
+        if backend.link.is_some()
+            && let Some(Ok(requests)) = record.requests.map(|requests| self.resume_connection(requests, inherited))
             && poller.add(requests.as_fd(), self.token(PollSource::Requests(id.0)), self.interest()).is_ok()
         {
             backend.requests = Some(requests);
@@ -276,6 +280,9 @@ impl Device {
         }
         outbox.retires.iter().for_each(|id| self.retire(BackendId(*id), poller));
         outbox.closes.iter().for_each(|slot| self.fds.close(FdSlot(*slot)));
+        // What came with something that the pair was not told of any more.
+        let known = self.pair.descriptors();
+        self.fds.retain(|slot| known.contains(&slot));
         if outbox.drop_vmm {
             self.vmm_gone("it sent what cannot be answered", poller);
         }

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use warmswap_core::Nanos;
+use warmswap_core::{FenceLevel, Nanos};
 
 use crate::shm::Store;
 
@@ -40,6 +40,8 @@ pub(crate) struct Shell {
     pub(crate) vmm: Option<VmmRecord>,
     pub(crate) backends: Vec<BackendRecord>,
     pub(crate) fences: Vec<FenceRecord>,
+    /// Backends that were proved harmless, of which the pair has not been told yet: which, how far, and how that is known.
+    pub(crate) proved: Vec<(u64, FenceLevel, String)>,
     /// Backends that serve nothing and have been killed.
     pub(crate) retired: Vec<ProcessRecord>,
     pub(crate) run_dir: PathBuf,
