@@ -263,7 +263,9 @@ fn swallow_calls(world: &mut World, primary: &Target, tally: &mut Tally) -> anyh
 
 /// Waits until the broker has set the failpoint.
 fn wait_until_set(world: &mut World) -> anyhow::Result<()> {
-    world.run_until("a failpoint", true, |world| Ok(world.broker.take_answer().is_some()))
+    world.run_until("a failpoint", true, |world| {
+        Ok(world.broker.take_answer().is_some() || world.broker.has_lost_answer())
+    })
 }
 
 /// Waits until the broker says that the failover has ended.
@@ -420,8 +422,13 @@ pub(crate) fn impatient(world: &mut World, tally: &mut Tally) -> anyhow::Result<
     let mut answer = None;
     world.run_until("the answer to an impatient failover", false, |world| {
         answer = world.broker.take_answer();
-        Ok(answer.is_some())
+        Ok(answer.is_some() || world.broker.has_lost_answer())
     })?;
+    if answer.is_none() {
+        // It died with a broker that had a failpoint left; whether it was made the counts will tell.
+        world.resynchronise = true;
+        return Ok(());
+    }
     let report = match answer.context("run_until returned with it")? {
         Answer::Ended(failover) => failover,
         Answer::Refused(message) => {
