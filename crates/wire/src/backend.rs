@@ -109,3 +109,16 @@ impl BackendRequest {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_request_has_a_name_of_its_own() {
+        let names: Vec<&str> = (0..=u32::from(u16::MAX)).filter_map(BackendRequest::name_of).collect();
+        let distinct: std::collections::BTreeSet<&&str> =
+            names.iter().filter(|it| it.starts_with("BACKEND_")).collect();
+        assert_eq!((names.len(), distinct.len()), (8, 8), "{names:?}");
+    }
+}

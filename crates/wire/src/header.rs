@@ -79,3 +79,19 @@ pub(crate) fn frame(out: &mut Vec<u8>, request: u32, flags: HeaderFlags, payload
     let size = u32::try_from(out.len() - start - HEADER_SIZE).expect("payloads are bounded by PAYLOAD_SIZE_MAX");
     out[start + 8..start + HEADER_SIZE].copy_from_slice(&size.to_ne_bytes());
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_payload_may_be_as_long_as_the_bound_and_no_longer() {
+        for (size, fits) in [(0, true), (PAYLOAD_SIZE_MAX, true), (PAYLOAD_SIZE_MAX + 1, false), (u32::MAX, false)] {
+            let mut bytes = Vec::new();
+            let header = Header { request: 1, flags: HeaderFlags::empty(), size };
+            header.encode(&mut bytes);
+            let bytes: [u8; HEADER_SIZE] = bytes.try_into().expect("a header's length");
+            assert_eq!(Header::decode(&bytes).is_ok_and(|decoded| decoded == header), fits, "{size}");
+        }
+    }
+}

@@ -96,3 +96,35 @@ impl MemoryTable {
 fn find(regions: &[MemoryRegion], offset: impl Fn(&MemoryRegion) -> Option<u64>) -> Option<(usize, u64)> {
     regions.iter().enumerate().find_map(|(index, region)| Some((index, offset(region)?)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_is_found_where_it_lies_wholly_inside_one_region() {
+        let region = |at: u64, size| MemoryRegion { guest_addr: at, size, user_addr: at + 0x1000_0000, mmap_offset: 7 };
+        // The first two touch: what lies across both is in neither. The last ends where addresses end.
+        let last = MemoryRegion { guest_addr: u64::MAX - 0x10, size: 0x10, user_addr: 0x7000_0000, mmap_offset: 0 };
+        let table = MemoryTable { regions: vec![region(0x1000, 0x1000), region(0x2000, 0x800), last] };
+        for (at, length, found) in [
+            (0x1000, 0x1000, Some((0, 0))),
+            (0x1001, 0xfff, Some((0, 1))),
+            (0x1001, 0x1000, None),
+            (0x1fff, 1, Some((0, 0xfff))),
+            (0x1fff, 2, None),
+            (0x2000, 0x800, Some((1, 0))),
+            (0x2345, 1, Some((1, 0x345))),
+            (0x2800, 1, None),
+            (0xfff, 1, None),
+            (0xfff, 2, None),
+            (0x1800, u64::MAX, None),
+        ] {
+            assert_eq!(table.find_guest(at, length), found, "guest {at:#x}, {length:#x} bytes");
+            assert_eq!(table.find_user(at + 0x1000_0000, length), found, "user {at:#x}, {length:#x} bytes");
+            assert_eq!(table.find_user(at, length), None, "{at:#x} is no address of the VMM's");
+        }
+        assert_eq!(table.find_guest(u64::MAX - 0x10, 0x10), Some((2, 0)));
+        assert_eq!(table.find_user(0x7000_000f, 1), Some((2, 0xf)));
+    }
+}

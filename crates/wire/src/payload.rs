@@ -326,3 +326,24 @@ pub(crate) fn at_most_one_fd(request: &'static str, fds: &[FdSlot]) -> Result<Op
 }
 
 const _: () = assert!(ConfigSpace::SIZE_MAX + 12 <= PAYLOAD_SIZE_MAX as usize);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offset_and_size_of_a_part_of_the_configuration_space_are_bounded_each() {
+        for (offset, size, fits) in [
+            (0_u32, 256_u32, true),
+            (256, 0, true),
+            (256, 256, true),
+            (257, 0, false),
+            (0, 257, false),
+            (257, 257, false),
+        ] {
+            let words = [offset, size, 0].map(u32::to_ne_bytes).concat();
+            let payload = [words, vec![0; size as usize]].concat();
+            assert_eq!(ConfigSpace::decode("GET_CONFIG", &payload).is_ok(), fits, "{size} bytes at {offset}");
+        }
+    }
+}

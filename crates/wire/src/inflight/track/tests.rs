@@ -318,3 +318,42 @@ fn every_state_that_a_death_within_a_batch_can_leave_is_told_right_for_rings_up_
     }
     assert!(deaths > 10_000, "only {deaths} deaths");
 }
+
+fn outliving(size: u16) -> Shared {
+    let region = vec![0; ring_bytes(size) as usize];
+    Shared(Rc::new(RefCell::new(World { region, used_idx: 0, used: Vec::new(), stores: 0, stores_max: usize::MAX })))
+}
+
+#[test]
+fn what_is_taken_after_a_repair_comes_behind_what_was_in_flight_before() {
+    let memory = outliving(8);
+    let start = |memory: &Shared| Tracker::start(memory.clone(), 8, 0, 0).expect("it is ours");
+    let (mut device, _) = start(&memory);
+    // Heads fall, so that their order is not that of the table.
+    let mut taken = Vec::new();
+    for life in [&[7_u16, 6, 5][..], &[4, 3], &[2]] {
+        life.iter().for_each(|head| device.taken(*head));
+        taken.extend(life);
+        let (next, begins) = start(&memory);
+        assert_eq!(begins.resubmit, taken);
+        device = next;
+    }
+}
+
+#[test]
+fn a_batch_that_was_repaired_is_not_repaired_again() {
+    let memory = outliving(4);
+    let (mut device, _) = Tracker::start(memory.clone(), 4, 0, 0).expect("a fresh one");
+    device.taken(1);
+    // It dies right behind the publication: the list is written, the mark is not cleared.
+    memory.live_for(2);
+    device.complete(&[1], 1, |_| {});
+    assert!(memory.is_dead());
+    memory.live_for(usize::MAX);
+    let (mut device, start) = Tracker::start(memory.clone(), 4, 1, 0).expect("it is ours");
+    assert_eq!((start.resubmit, start.repaired), (vec![], vec![1]));
+    // The driver submits the same head again, and the device dies of it.
+    device.taken(1);
+    let (_, start) = Tracker::start(memory, 4, 1, 0).expect("it is ours");
+    assert_eq!((start.resubmit, start.repaired), (vec![1], vec![]));
+}
