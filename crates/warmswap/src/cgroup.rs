@@ -9,6 +9,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
@@ -161,7 +162,11 @@ impl Cgroup {
     pub(crate) fn is_empty(&mut self) -> io::Result<bool> {
         let mut text = String::with_capacity(64);
         self.events.seek(SeekFrom::Start(0))?;
-        self.events.read_to_string(&mut text)?;
+        match self.events.read_to_string(&mut text) {
+            // The group has been removed, which only an empty one can be.
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(true),
+            read => read?,
+        };
         Ok(text.lines().any(|line| line == "populated 0"))
     }
 }
@@ -224,13 +229,28 @@ pub(crate) fn end_leftovers(device: &str, but: &[PathBuf]) -> io::Result<Vec<Pat
     Ok(ended)
 }
 
-/// Groups whose broker is gone.
+/// Brokers of one keeper come and go, and their backends stay: the groups are the keeper's, and nobody else's to end while it lives.
+static KEPT: AtomicBool = AtomicBool::new(false);
+
+/// What is started from now on lives on with the process that has started this one. Called before anything is.
+pub(crate) fn belong_to_keeper() {
+    KEPT.store(true, Ordering::Relaxed);
+}
+
+/// The process whose life tells whether a group of ours is somebody's.
+fn owner() -> u32 {
+    let parent = rustix::process::getppid().and_then(|pid| u32::try_from(pid.as_raw_nonzero().get()).ok());
+    parent.filter(|_| KEPT.load(Ordering::Relaxed)).unwrap_or_else(std::process::id)
+}
+
+/// Groups whose broker is gone; those of a keeper's own earlier brokers among them.
 fn abandoned() -> Vec<(PathBuf, Name)> {
     let (Ok(entries), Some(me)) = (own_path().and_then(fs::read_dir), Broker::find(std::process::id())) else {
         return Vec::new();
     };
     let named = entries.flatten().filter_map(|entry| Some((entry.path(), Name::parse(entry.file_name().to_str()?)?)));
-    named.filter(|(_, name)| name.broker.is_gone(me)).collect()
+    let ours = Broker::find(owner()).filter(|_| KEPT.load(Ordering::Relaxed));
+    named.filter(|(_, name)| name.broker.is_gone(me) || Some(name.broker) == ours).collect()
 }
 
 fn is_occupied(group: &Path) -> io::Result<bool> {
@@ -298,7 +318,7 @@ impl Name {
 
 /// Name of the group of one backend of this process.
 pub(crate) fn name(device: &str, generation: u64) -> String {
-    let pid = std::process::id();
+    let pid = owner();
     // Without /proc there are no groups either.
     let broker = Broker::find(pid).unwrap_or(Broker { pid, started: 0, namespace: 0 });
     Name { device: device.to_owned(), broker, generation }.to_string()

@@ -109,6 +109,7 @@ impl Keeping {
     /// The system refuses a descriptor, or the store does not take one.
     pub(crate) fn begin() -> io::Result<Option<Rc<RefCell<Self>>>> {
         let Some(mut store) = Store::from_env()? else { return Ok(None) };
+        crate::cgroup::belong_to_keeper();
         let mut inherited = HashMap::new();
         for (name, fd) in store.take_inherited() {
             // What has another name is not ours: a socket that systemd listens on, for example.
