@@ -119,7 +119,7 @@ fn nothing_halts_where_everything_can_be_known() {
             keeping: Keeping::Correct,
             survivors: warmswap_core::Survivors::Place,
             service: Nanos::from_micros(100).max(drawn.service),
-            faults: Faults { late: false, poison: false, ..drawn.faults },
+            faults: Faults { late: false, poison: false, broker_dies: false, ..drawn.faults },
             limits: warmswap_core::Limits { isolate_after: 1_000, ..drawn.limits },
             ..drawn
         };

@@ -303,7 +303,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_said_with_file_line_and_column() {
         let cases: [(&str, &[&str]); 9] = [
-            ("[device.a]\nsocket = 3 4\n", &["w.toml:2:12: "]),
+            ("[device.a]\nsocket = 3 4\n", &["w.toml:2:10: "]),
             ("color = 1\n[device.a]\n", &["w.toml:1:1: color is not known here"]),
             (
                 "[device.a]\nsocket = \"/a\"\ncommand = [\"b\"]\n",

@@ -220,20 +220,24 @@ mod tests {
             let (counter, passed) = (counter(), counter());
             rustix::io::write(&passed, &7_u64.to_ne_bytes()).expect("room");
             (&theirs).write_all(b"0123456789").expect("room");
+            let message = |number: u32| [number, 1, 0].map(u32::to_ne_bytes).concat();
+            let (with, without) = (message(1), message(2));
             let deeds = [
                 Deed::Take { socket: ours.as_fd(), bytes: 4 },
-                Deed::Send { socket: ours.as_fd(), bytes: b"with", fds: vec![passed.as_fd()] },
-                Deed::Send { socket: ours.as_fd(), bytes: b"without", fds: Vec::new() },
+                Deed::Send { socket: ours.as_fd(), bytes: &with, fds: vec![passed.as_fd()] },
+                Deed::Send { socket: ours.as_fd(), bytes: &without, fds: Vec::new() },
                 Deed::Count { counter: counter.as_fd() },
             ];
-            assert_eq!(doing.all(&deeds), [4, 4, 7, 8]);
+            assert_eq!(doing.all(&deeds), [4, 12, 12, 8]);
             assert_eq!(count(&counter), 1);
             let mut rest = [0; 6];
             (&ours).read_exact(&mut rest).expect("it is there");
             assert_eq!(&rest, b"456789");
             let mut theirs = warmswap_socket::Connection::new(theirs.into()).expect("a stream");
-            // Not a message, but the socket's reader takes the descriptor all the same.
-            assert!(theirs.receive().is_err());
+            let first = theirs.receive().expect("it lives").expect("it is there");
+            assert_eq!((first.header.request, first.fds.len(), count(&first.fds[0])), (1, 1, 7));
+            let second = theirs.receive().expect("it lives").expect("it is there");
+            assert_eq!((second.header.request, second.fds.len()), (2, 0));
         }
     }
 
