@@ -82,73 +82,79 @@ struct Device {
     places: BTreeMap<String, String>,
 }
 
-/// Everything that a configuration says, or everything that is wrong with it.
-fn devices(config: &Path) -> Result<Vec<guard::Args>, Vec<String>> {
-    let sources = sources(config).map_err(|error| vec![error])?;
-    let mut wrong = Vec::new();
-    let mut shared: BTreeMap<String, (Vec<String>, String)> = BTreeMap::new();
-    let mut devices: Vec<Device> = Vec::new();
-    for source in &sources {
-        let (globals, tables) = match source.tables() {
-            Ok(tables) => tables,
-            Err(error) => {
-                wrong.push(error);
-                continue;
+/// Everything that the files say, as far as it can be understood one by one.
+#[derive(Default)]
+struct Said {
+    /// Words of an option that all share, and where it stands.
+    shared: BTreeMap<String, (Vec<String>, String)>,
+    devices: Vec<Device>,
+    wrong: Vec<String>,
+}
+
+impl Said {
+    fn add(&mut self, source: &Source) {
+        match source.tables() {
+            Ok((shared, devices)) => {
+                shared.into_iter().for_each(|(key, value)| self.share(source, &key, &value));
+                devices.iter().for_each(|(name, table)| self.device(source, name, table));
             }
-        };
-        for (key, value) in globals {
-            let place = source.place(key.span().start);
-            if !SHARED.contains(&key.get_ref().as_str()) {
-                let text = format!("{place}: {} is not known here; shared are {}", key.get_ref(), SHARED.join(", "));
-                wrong.push(text);
-                continue;
-            }
-            match words_of(key.get_ref(), value.get_ref()) {
-                Err(why) => wrong.push(format!("{}: {why}", source.place(value.span().start))),
-                Ok(words) => {
-                    if let Some((_, first)) = shared.get(key.get_ref()) {
-                        wrong.push(format!("{place}: {} stands at {first} already", key.get_ref()));
-                    } else {
-                        shared.insert(key.get_ref().clone(), (words, place));
-                    }
-                }
-            }
-        }
-        for (name, table) in tables {
-            let device = device_of(source, &name, &table, &mut wrong);
-            match devices.iter().find(|known| known.name == device.name) {
-                Some(first) => {
-                    wrong.push(format!("{}: device {} stands at {} already", device.place, device.name, first.place));
-                }
-                None => devices.push(device),
-            }
+            Err(error) => self.wrong.push(error),
         }
     }
+
+    fn share(&mut self, source: &Source, key: &Spanned<String>, value: &Spanned<Value>) {
+        let (place, name) = (source.place(key.span().start), key.get_ref());
+        if !SHARED.contains(&name.as_str()) {
+            self.wrong.push(format!("{place}: {name} is not known here; shared are {}", SHARED.join(", ")));
+            return;
+        }
+        match (words_of(name, value.get_ref()), self.shared.get(name)) {
+            (Err(why), _) => self.wrong.push(format!("{}: {why}", source.place(value.span().start))),
+            (Ok(_), Some((_, first))) => self.wrong.push(format!("{place}: {name} stands at {first} already")),
+            (Ok(words), None) => _ = self.shared.insert(name.clone(), (words, place)),
+        }
+    }
+
+    fn device(&mut self, source: &Source, name: &Spanned<String>, table: &Table) {
+        let device = device_of(source, name, table, &mut self.wrong);
+        let Device { name, place, .. } = &device;
+        match self.devices.iter().find(|known| known.name == *name) {
+            Some(first) => self.wrong.push(format!("{place}: device {name} stands at {} already", first.place)),
+            None => self.devices.push(device),
+        }
+    }
+}
+
+/// Everything that a configuration says, or everything that is wrong with it.
+fn devices(config: &Path) -> Result<Vec<guard::Args>, Vec<String>> {
+    let mut said = Said::default();
+    sources(config).map_err(|error| vec![error])?.iter().for_each(|source| said.add(source));
+    let Said { shared, devices, mut wrong } = said;
     if devices.is_empty() && wrong.is_empty() {
         wrong.push(format!("{}: there is no device in it", config.display()));
     }
     let shared: Vec<String> = shared.into_values().flat_map(|(words, _)| words).collect();
     let mut parsed = Vec::new();
     for device in devices {
-        // What follows -- is the backend's.
-        let mut words = shared.clone();
-        words.extend(device.words.iter().cloned());
-        match guard::parse(words.clone()) {
-            Ok(args) => match guard::parse(words).map_err(|error| error.to_string()).and_then(guard::check) {
-                Ok(()) => parsed.push(args),
-                Err(why) => wrong.push(format!("{}: device {}: {why}", device.place_of(&why), device.name)),
-            },
-            Err(error) => {
-                let text = error.to_string();
-                let why = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-                wrong.push(format!("{}: device {}: {why}", device.place_of(&why), device.name));
-            }
+        match device.parse(&shared) {
+            Ok(args) => parsed.push(args),
+            Err(why) => wrong.push(format!("{}: device {}: {why}", device.place_of(&why), device.name)),
         }
     }
     if wrong.is_empty() { Ok(parsed) } else { Err(wrong) }
 }
 
 impl Device {
+    /// Its options and those that all share, as `guard` takes them.
+    fn parse(&self, shared: &[String]) -> Result<guard::Args, String> {
+        // What follows -- is the backend's, so its own come last.
+        let args = guard::parse([shared, &self.words].concat()).map_err(|error| {
+            let text = error.to_string();
+            text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned()
+        })?;
+        guard::check(args.clone()).map(|()| args)
+    }
+
     /// Where what is wrong stands: at the option that it names, or at the device.
     fn place_of(&self, why: &str) -> &str {
         let named = self.places.iter().find(|(key, _)| {

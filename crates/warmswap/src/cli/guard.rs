@@ -24,7 +24,7 @@ use crate::profile::sampler::{self, Pace};
 use crate::profile::snapshots::{Described, model_of, window_ms};
 
 /// Options of `warmswap guard`.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {
     /// Name of the device: letters, digits, dots, dashes and underscores
     #[arg(long)]

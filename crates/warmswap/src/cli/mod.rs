@@ -138,7 +138,7 @@ enum Verb {
 }
 
 /// Where control sockets are.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Control {
     /// Directory of the control sockets (default: /run/warmswap for root, else $XDG_RUNTIME_DIR/warmswap)
     #[arg(long = "control", value_name = "DIR")]

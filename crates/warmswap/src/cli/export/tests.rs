@@ -61,9 +61,9 @@ fn a_file_that_was_left_is_exported_as_parquet_and_comes_back() {
     served.note(Grain::Window, 0..20);
     let store = Some(served.dir.join("store"));
     // A thread of its own makes it.
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    let until = std::time::Instant::now() + Duration::from_secs(20);
     while !served.dir.join("store/disk.redb").exists() && std::time::Instant::now() < until {
-        std::thread::sleep(std::time::Duration::from_millis(2));
+        std::thread::sleep(Duration::from_millis(2));
     }
     let busy = run(&Args { store: store.clone(), ..args(&served, Format::Parquet) }).expect_err("it is open");
     assert!(busy.message.contains("in use by another process"), "{}", busy.message);

@@ -177,7 +177,7 @@ impl Keeping {
     }
 
     /// All devices have been taken over: what nobody has asked for is let go of.
-    pub(crate) fn settle(&mut self) -> io::Result<usize> {
+    pub(crate) fn settle(&mut self) -> io::Result<()> {
         self.write_directory()?;
         self.left.clear();
         let unclaimed: Vec<u32> = std::mem::take(&mut self.inherited).into_keys().collect();
@@ -185,8 +185,7 @@ impl Keeping {
             .into_iter()
             .filter(|name| Kept::from_number(*name).is_some_and(|it| self.store.references(it).is_none()));
         let names: Vec<u32> = unclaimed.collect();
-        names.iter().try_for_each(|name| self.store.discard(&name_of(*name)))?;
-        Ok(names.len())
+        names.iter().try_for_each(|name| self.store.discard(&name_of(*name)))
     }
 
     fn write_directory(&mut self) -> io::Result<()> {
