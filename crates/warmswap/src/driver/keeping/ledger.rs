@@ -144,13 +144,9 @@ impl Keeping {
     /// What a predecessor has left of this device.
     pub(crate) fn take(&mut self, device: &str) -> Option<Taken> {
         let (ledger, counter) = self.left.remove(device)?;
-        let places = Places { file: self.adopt(ledger)?, buffer: Vec::new() };
-        let counter_fd = self.adopt(counter)?;
-        let (number, record) = Places::read(places.file.as_fd())?;
-        let counted = counted(counter_fd.as_fd())?;
+        let taken = Ledger::resume(self.adopt(ledger)?, self.adopt(counter)?)?;
         self.directory.devices.insert(device.to_owned(), (ledger, counter));
-        let ledger = Ledger { places, counter: counter_fd, number: counted, kept: Vec::new() };
-        Some(Taken { ledger, record, done: counted >= number })
+        Some(taken)
     }
 
     /// One more reference to a descriptor that a predecessor has left.
@@ -168,12 +164,11 @@ impl Keeping {
 
     /// A ledger for a device that has none.
     pub(crate) fn open(&mut self, device: &str) -> io::Result<Ledger> {
-        let places = Places::new("warmswap-ledger")?;
-        let counter = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let names = (self.put(places.file.as_fd())?, self.put(counter.as_fd())?);
+        let ledger = Ledger::new()?;
+        let names = (self.put(ledger.places.file.as_fd())?, self.put(ledger.counter.as_fd())?);
         self.directory.devices.insert(device.to_owned(), names);
         self.write_directory()?;
-        Ok(Ledger { places, counter, number: 0, kept: Vec::new() })
+        Ok(ledger)
     }
 
     /// All devices have been taken over: what nobody has asked for is let go of.
@@ -237,6 +232,21 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
+    fn new() -> io::Result<Self> {
+        let places = Places::new("warmswap-ledger")?;
+        let counter = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Ledger { places, counter, number: 0, kept: Vec::new() })
+    }
+
+    /// Goes on with what a predecessor has written.
+    fn resume(file: OwnedFd, counter: OwnedFd) -> Option<Taken> {
+        let places = Places { file, buffer: Vec::new() };
+        let (number, record) = Places::read(places.file.as_fd())?;
+        let done = counted(counter.as_fd())? >= number;
+        // What is not done yet is done, and counted, before anything else is written.
+        Some(Taken { ledger: Ledger { places, counter, number, kept: Vec::new() }, record, done })
+    }
+
     /// Number of the next record.
     pub(crate) fn next(&self) -> u64 {
         self.number + 1
@@ -288,4 +298,57 @@ fn counted(counter: BorrowedFd<'_>) -> Option<u64> {
     let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", counter.as_raw_fd())).ok()?;
     let line = info.lines().find_map(|line| line.strip_prefix("eventfd-count:"))?;
     u64::from_str_radix(line.trim(), 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The broker is killed; the next one goes on with its ledger.
+    fn killed(ledger: Ledger) -> Taken {
+        Ledger::resume(ledger.places.file, ledger.counter).expect("there is a record")
+    }
+
+    fn count(ledger: &Ledger) {
+        rustix::io::write(&ledger.counter, &1_u64.to_ne_bytes()).expect("room");
+    }
+
+    #[test]
+    fn a_record_is_done_when_it_was_counted_however_many_brokers_were_killed_before() {
+        let mut ledger = Ledger::new().expect("memory");
+        let mut expected = 0;
+        // For each broker: how many records it does, and whether it is killed between a record and what that one says.
+        for (records, undone) in [(1, true), (0, true), (1, true), (3, false), (0, false), (2, true), (1, false)] {
+            for _ in 0..records {
+                expected += 1;
+                assert_eq!(ledger.next(), expected);
+                ledger.write(&expected).expect("room");
+                count(&ledger);
+            }
+            if undone {
+                expected += 1;
+                ledger.write(&expected).expect("room");
+            }
+            let taken = killed(ledger);
+            assert_eq!((taken.record.as_slice(), taken.done), (expected.to_string().as_bytes(), !undone));
+            ledger = taken.ledger;
+            if undone {
+                count(&ledger);
+            }
+        }
+    }
+
+    #[test]
+    fn a_record_that_was_not_written_to_its_end_leaves_the_one_before_it() {
+        let mut ledger = Ledger::new().expect("memory");
+        for number in 1..=3_u64 {
+            ledger.write(&number).expect("room");
+            count(&ledger);
+        }
+        // Place 0 is that of the next one.
+        ledger.places.write(4, &4).expect("room");
+        rustix::io::pwrite(&ledger.places.file, b"torn", HEAD as u64).expect("room");
+        let taken = killed(ledger);
+        assert_eq!((taken.record.as_slice(), taken.done, taken.ledger.next()), (b"3".as_slice(), true, 4));
+    }
 }
