@@ -1,5 +1,6 @@
 //! What the core needs of guest memory. The shell implements it over shared mappings, simulations over plain bytes.
 
+use serde::{Deserialize, Serialize};
 use warmswap_wire::ring::{Descriptor, Layout, UsedElem};
 use warmswap_wire::{FdSlot, LogRegion, MemoryRegion};
 
@@ -35,7 +36,7 @@ pub enum MemoryError {
 }
 
 /// Where the three parts of a ring lie, in the VMM's address space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RingPlace {
     /// Size and offsets.
     pub layout: Layout,

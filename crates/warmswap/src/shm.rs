@@ -10,12 +10,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
 use rustix::mm::{MapFlags, ProtFlags};
-use serde::{Deserialize, Serialize};
 use warmswap_core::{GuestMemory, MemoryError, PRIVATE_ADDR, PRIVATE_SIZE, RingPlace, RingReader};
 use warmswap_wire::ring::{Descriptor, FLAGS, IDX, Layout, UsedElem};
 use warmswap_wire::{FdSlot, LogRegion, MemoryRegion};
 
 use crate::fds::FdTable;
+
+mod stores;
+use self::stores::Store;
+pub(crate) use self::stores::{Batch, Waiting};
 
 /// Page size of the dirty log (`VHOST_LOG_PAGE`).
 const LOG_PAGE: u64 = 4096;
@@ -106,6 +109,15 @@ fn page_size(fd: BorrowedFd<'_>) -> Result<usize, String> {
 #[derive(Debug)]
 struct Region {
     described: MemoryRegion,
+    fd: FdSlot,
+    mapping: Mapping,
+}
+
+/// The VMM's dirty log.
+#[derive(Debug)]
+struct Log {
+    described: LogRegion,
+    fd: FdSlot,
     mapping: Mapping,
 }
 
@@ -129,11 +141,11 @@ pub(crate) struct View {
 // SAFETY: the pointers of `rings` lead into `regions`, which the same value keeps.
 unsafe impl Send for View {}
 
-/// Guest memory of one device.
-#[derive(Debug, Default)]
+/// Guest memory of one device. A copy keeps everything mapped that it knows.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct SharedMemory {
     view: View,
-    log: Option<Mapping>,
+    log: Option<Arc<Log>>,
     /// Changes of the view.
     changes: u64,
 }
@@ -143,51 +155,7 @@ pub(crate) struct MemoryAccess<'a> {
     pub(crate) memory: &'a mut SharedMemory,
     pub(crate) fds: &'a mut FdTable,
     /// Where stores wait that must be written down before they are made. What waits is read as if it had been made.
-    pub(crate) waiting: Option<&'a mut Vec<Store>>,
-}
-
-/// A store into guest memory, or into memory of the broker's own, that is the same when it is made twice.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) enum Store {
-    AvailSlot { ring: u32, slot: u16, head: u16 },
-    UsedFlags { ring: u32, flags: u16 },
-    AvailEvent { ring: u32, index: u16 },
-    PushUsed { ring: u32, index: u16, id: u32, len: u32 },
-    Private { memory: u32, offset: u64, bytes: Vec<u8> },
-    Guest { guest_addr: u64, bytes: Vec<u8> },
-}
-
-impl MemoryAccess<'_> {
-    /// Makes a store, or has it wait.
-    fn store(&mut self, store: Store) {
-        match &mut self.waiting {
-            Some(waiting) => waiting.push(store),
-            None => drop(self.make(&store)),
-        }
-    }
-
-    /// Makes a store now; false if the place is gone.
-    pub(crate) fn make(&mut self, store: &Store) -> bool {
-        match store {
-            Store::AvailSlot { ring, slot, head } => self.memory.set_avail_slot(*ring, *slot, *head),
-            Store::UsedFlags { ring, flags } => self.memory.set_used_flags(*ring, *flags),
-            Store::AvailEvent { ring, index } => self.memory.set_avail_event(*ring, *index),
-            Store::PushUsed { ring, index, id, len } => {
-                self.memory.push_used(*ring, *index, UsedElem { id: *id, len: *len });
-            }
-            Store::Private { memory, offset, bytes } => {
-                let Some(fd) = self.fds.get(FdSlot(*memory)) else { return false };
-                return rustix::io::pwrite(fd, bytes, *offset).is_ok_and(|written| written == bytes.len());
-            }
-            Store::Guest { guest_addr, bytes } => return self.memory.write_guest(*guest_addr, bytes),
-        }
-        true
-    }
-
-    /// What the last waiting store says of something.
-    fn waits<T>(&self, says: impl Fn(&Store) -> Option<T>) -> Option<T> {
-        self.waiting.as_ref()?.iter().rev().find_map(says)
-    }
+    pub(crate) waiting: Option<&'a mut Waiting>,
 }
 
 impl SharedMemory {
@@ -226,7 +194,7 @@ impl SharedMemory {
     fn mark_guest(&self, guest_addr: u64, len: u64) {
         let Some(log) = &self.log else { return };
         for page in guest_addr / LOG_PAGE..=(guest_addr + len.max(1) - 1) / LOG_PAGE {
-            if let Some(byte) = log.at(page / 8, 1, 1) {
+            if let Some(byte) = log.mapping.at(page / 8, 1, 1) {
                 // SAFETY: one byte inside the log's mapping; other writers set bits atomically as well.
                 let byte = unsafe { std::sync::atomic::AtomicU8::from_ptr(byte.as_ptr()) };
                 byte.fetch_or(1 << (page % 8), Ordering::AcqRel);
@@ -411,9 +379,9 @@ impl GuestMemory for MemoryAccess<'_> {
         if region.guest_addr + region.size > PRIVATE_ADDR || region.user_addr + region.size > PRIVATE_ADDR {
             return Err(refuse("it lies where the broker keeps memory of its own".to_owned()));
         }
-        let fd = self.fds.get(fd).ok_or_else(|| refuse("its descriptor is missing".to_owned()))?;
-        let mapping = Mapping::new(fd, region.mmap_offset, region.size).map_err(refuse)?;
-        self.memory.view.regions.push(Arc::new(Region { described: *region, mapping }));
+        let file = self.fds.get(fd).ok_or_else(|| refuse("its descriptor is missing".to_owned()))?;
+        let mapping = Mapping::new(file, region.mmap_offset, region.size).map_err(refuse)?;
+        self.memory.view.regions.push(Arc::new(Region { described: *region, fd, mapping }));
         self.memory.changes += 1;
         Ok(())
     }
@@ -423,6 +391,7 @@ impl GuestMemory for MemoryAccess<'_> {
         else {
             return;
         };
+        self.ground_moves();
         let region = self.memory.view.regions[at].described;
         for ring in &mut self.memory.view.rings {
             let inside = |addr: u64| region.offset_of_user(addr, 1).is_some();
@@ -438,11 +407,13 @@ impl GuestMemory for MemoryAccess<'_> {
     }
 
     fn set_log(&mut self, log: Option<(LogRegion, FdSlot)>) -> Result<(), MemoryError> {
+        self.ground_moves();
         self.memory.log = None;
         let Some((region, fd)) = log else { return Ok(()) };
         let refuse = |reason: String| MemoryError::Log { reason };
-        let fd = self.fds.get(fd).ok_or_else(|| refuse("its descriptor is missing".to_owned()))?;
-        self.memory.log = Some(Mapping::new(fd, region.offset, region.size).map_err(refuse)?);
+        let file = self.fds.get(fd).ok_or_else(|| refuse("its descriptor is missing".to_owned()))?;
+        let mapping = Mapping::new(file, region.offset, region.size).map_err(refuse)?;
+        self.memory.log = Some(Arc::new(Log { described: region, fd, mapping }));
         Ok(())
     }
 
@@ -458,6 +429,7 @@ impl GuestMemory for MemoryAccess<'_> {
             available: find("available ring", place.available, layout.available_bytes(), 2)?,
             used: find("used ring", place.used, layout.used_bytes(), 4)?,
         };
+        self.ground_moves();
         let at = ring as usize;
         let rings = &mut self.memory.view.rings;
         if rings.len() <= at {
@@ -469,6 +441,7 @@ impl GuestMemory for MemoryAccess<'_> {
     }
 
     fn detach(&mut self, ring: u32) {
+        self.ground_moves();
         if let Some(parts) = self.memory.view.rings.get_mut(ring as usize) {
             *parts = None;
             self.memory.changes += 1;

@@ -283,8 +283,8 @@ fn wait_for_end(world: &mut World, before: &Before, start: u64, asked: bool) -> 
             world.pace = Pace::Full;
         }
         let counted = world.broker.status_since(start).is_some_and(|status| status.failovers.ended() > count);
-        // Nobody knows whether a broker that has died had begun with it: one that is at rest again had not.
-        let lost = world.broker.has_lost_answer();
+        // Nobody knows whether a broker that has died had begun with it: one that is at rest again had not. A blow is not forgotten.
+        let lost = asked && world.broker.has_lost_answer();
         let at_rest = |status: &DeviceStatus| status.state == "protected" && status.phase == "Idle";
         never_begun = lost && !counted && world.broker.status_since(start).is_some_and(at_rest);
         Ok(if asked && !lost { answer.is_some() } else { counted || never_begun })

@@ -17,7 +17,7 @@ use super::super::keeping::{
 };
 use super::super::poller::{Interest, Poller, Source as PollSource};
 use super::{Device, INSPECT_SOON, watch_room};
-use crate::shm::{MemoryAccess, Store};
+use crate::shm::{MemoryAccess, Waiting};
 
 /// What keeps one device.
 pub(super) struct Keeper {
@@ -26,7 +26,7 @@ pub(super) struct Keeper {
     /// Messages that were looked at in this step.
     taken: Vec<(Channel, usize)>,
     /// Stores of this step.
-    pub(super) stores: Vec<Store>,
+    pub(super) stores: Waiting,
     /// Something else has changed that the next broker has to know.
     changed: bool,
     /// Connections with more messages than were looked at.
@@ -49,7 +49,7 @@ impl Keeper {
             keeping,
             ledger,
             taken: Vec::new(),
-            stores: Vec::new(),
+            stores: Waiting::default(),
             changed: false,
             more: Vec::new(),
             listener: None,
@@ -58,7 +58,7 @@ impl Keeper {
         }
     }
 
-    pub(super) fn stores(&mut self) -> &mut Vec<Store> {
+    pub(super) fn stores(&mut self) -> &mut Waiting {
         &mut self.stores
     }
 
@@ -173,7 +173,7 @@ impl Device {
         let Some(mut keeper) = self.keeper.take() else { return };
         let mut wanted = self.sort_actions(now, poller);
         wanted.outbox.taken = std::mem::take(&mut keeper.taken);
-        wanted.outbox.stores = std::mem::take(&mut keeper.stores);
+        wanted.outbox.stores = keeper.stores.take();
         let nothing = wanted.outbox.taken.is_empty() && wanted.outbox.stores.is_empty();
         let tells = wanted.tells || !nothing || std::mem::take(&mut keeper.changed);
         let Wanted { outbox, rest, .. } = wanted;
@@ -279,13 +279,15 @@ impl Device {
         };
         keeper.ledger.write(&record)?;
         self.strike_between("the stores");
-        let mut memory = MemoryAccess { memory: &mut self.memory, fds: &mut self.fds, waiting: None };
-        for store in &outbox.stores {
-            memory.make(store);
-        }
+        self.make_stores(outbox);
         self.strike_between("the messages");
         self.perform(keeper, &mut keeping, outbox, poller);
         keeper.ledger.let_go(&mut keeping, names)
+    }
+
+    fn make_stores(&mut self, outbox: &Outbox) {
+        let mut memory = MemoryAccess { memory: &mut self.memory, fds: &mut self.fds, waiting: None };
+        memory.make_all(&outbox.stores).expect("what this broker has mapped need not be mapped again");
     }
 
     /// Takes what was looked at, sends and counts, in one system call.
@@ -405,10 +407,7 @@ impl Device {
         let next =
             "a broker that ends now ends the device for its guest; restart the guest's device at a convenient time";
         self.entries.push(entry.with("next", next));
-        let mut memory = MemoryAccess { memory: &mut self.memory, fds: &mut self.fds, waiting: None };
-        for store in &outbox.stores {
-            memory.make(store);
-        }
+        self.make_stores(outbox);
         let keeping = Rc::clone(&keeper.keeping);
         keeping.borrow_mut().forget(self.config.name.as_str());
         self.perform(keeper, &mut keeping.borrow_mut(), outbox, poller);

@@ -124,9 +124,7 @@ impl Device {
         let pair = pair.take_over(config.pair.clone(), quiet_since, now, &mut access, &mut actions)?;
         if !done {
             // Nobody serves the rings that they are for before the messages are sent.
-            for store in &outbox.stores {
-                access.make(store);
-            }
+            access.make_all(&outbox.stores)?;
         }
         let run_dir = RunDir::inherit(shell.run_dir.clone());
         let keeper = Keeper::new(Rc::clone(&keeping), ledger);

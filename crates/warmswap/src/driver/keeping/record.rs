@@ -8,10 +8,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use warmswap_core::{FenceLevel, Nanos};
 
-use crate::shm::Store;
+use crate::shm::Batch;
 
 /// Version of the record.
-pub(crate) const FORMAT: u32 = 1;
+pub(crate) const FORMAT: u32 = 2;
 
 /// A device at one moment. `P` is the pair and `O` the outbox, or references to them where the record is only written.
 #[derive(Debug, Serialize, Deserialize)]
@@ -161,7 +161,7 @@ pub(crate) struct Outbox {
     /// Messages that have been looked at, to be taken away: from whom, and the length of the payload.
     pub(crate) taken: Vec<(Channel, usize)>,
     /// Stores into guest memory. They come before the messages: done if those are.
-    pub(crate) stores: Vec<Store>,
+    pub(crate) stores: Vec<Batch>,
     pub(crate) messages: Vec<Message>,
     /// What follows, in this order, can be done twice: slots to be written once, backends to be fenced, to be ended, slots to be closed.
     pub(crate) signals: Vec<u32>,
