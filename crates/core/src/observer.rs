@@ -172,6 +172,11 @@ pub struct Observer {
     /// What both rings held when the ring came to rest.
     rest: Option<Rest>,
     times: Times,
+    /// Tells it from any other that ever follows the same ring.
+    born: u64,
+    /// How often it has looked, or was told of something: what it knows is the later, the more.
+    looks: u64,
+    unnoted: notes::Unnoted,
 }
 
 /// When requests were submitted, and what came of it: as well as looks tell.
@@ -248,6 +253,9 @@ impl Observer {
                 long: Vec::new(),
                 woken: Vec::new(),
             },
+            born: now.0,
+            looks: 0,
+            unnoted: notes::Unnoted::default(),
         }
     }
 
@@ -348,6 +356,7 @@ impl Observer {
         if self.violation.is_some() {
             return seen;
         }
+        self.looks += 1;
         let used = memory.used_idx(ring);
         let avail = memory.avail_idx(ring);
         seen.submitted = avail.wrapping_sub(self.avail_seen);
@@ -602,6 +611,7 @@ impl Observer {
         // Only a driver that breaks the rules gets anywhere near the bounds.
         self.balance[at] = self.balance[at].saturating_add(by);
         self.odd += odd(self.balance[at]);
+        self.unnoted.touch(at as u16, self.layout.size());
         self.sum = self.sum.saturating_add_signed(i32::from(by));
     }
 
@@ -644,6 +654,7 @@ impl Observer {
     }
 
     fn clear(&mut self) {
+        self.unnoted.touch_all();
         self.balance.fill(0);
         self.odd = 0;
         self.sum = 0;
@@ -742,10 +753,12 @@ impl Observer {
             self.shift(at, -1);
         }
         self.completions += 1;
+        self.looks += 1;
         self.used_seen = used;
     }
 }
 
+mod notes;
 mod saved;
 #[cfg(test)]
 mod tests;

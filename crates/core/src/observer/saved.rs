@@ -20,6 +20,8 @@ struct Saved {
     gap: Option<Gap>,
     violation: Option<Violation>,
     observed_at: Nanos,
+    born: u64,
+    looks: u64,
 }
 
 impl Serialize for Observer {
@@ -37,6 +39,8 @@ impl Serialize for Observer {
             gap: self.gap,
             violation: self.violation,
             observed_at: self.observed_at,
+            born: self.born,
+            looks: self.looks,
         };
         saved.serialize(serializer)
     }
@@ -60,6 +64,7 @@ impl<'de> Deserialize<'de> for Observer {
         observer.unknown = saved.unknown;
         observer.gap = saved.gap;
         observer.violation = saved.violation;
+        (observer.born, observer.looks) = (saved.born, saved.looks);
         Ok(observer)
     }
 }

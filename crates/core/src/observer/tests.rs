@@ -49,6 +49,87 @@ fn memory_with(ring: PlainRing) -> PlainMemory {
     PlainMemory { rings: HashMap::from([(0, ring)]), ..PlainMemory::default() }
 }
 
+/// Words that are written one by one, until whoever writes them is killed.
+struct Notes {
+    words: Vec<u64>,
+    left: usize,
+}
+
+impl Notes {
+    fn write(&mut self, at: usize, word: u64) {
+        if self.left > 0 {
+            self.left -= 1;
+            self.words[at] = word;
+        }
+    }
+}
+
+/// A broker's life: it looks and takes notes, is killed in the middle of that, and the next one reads an old record and the notes.
+#[test]
+fn whoever_reads_the_notes_knows_what_the_last_look_but_one_at_most_has_told() {
+    let (mut later, mut torn) = (0, 0);
+    for seed in 1..4_000_u64 {
+        let size = [2, 8, 16, 64][(seed % 4) as usize];
+        let mut world = World::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15), size);
+        let mut memory = memory_with(PlainRing::new(size, 65_500));
+        let mut observer = Observer::new(Layout::new(size).expect("a power of two"), 65_500, Nanos(seed));
+        let mut notes = Notes { words: vec![0; Observer::notes_len(size)], left: usize::MAX };
+        for life in 0..4_u64 {
+            let record = serde_json::to_string(&observer).expect("it can be written down");
+            // What each look told, newest last.
+            let mut told = vec![record.clone()];
+            let looks = world.random.below(12);
+            for look in 0..=looks {
+                for _ in 0..world.random.below(u64::from(size)) {
+                    world.step(memory.ring(0));
+                }
+                observer.observe(Nanos::from_micros(100 * life + look + 1), 0, &mut memory);
+                told.push(serde_json::to_string(&observer).expect("it can be written down"));
+                if look == looks {
+                    notes.left = world.random.below(2 * u64::from(size) + 16) as usize;
+                }
+                observer.note(&mut |at, word| notes.write(at, word));
+            }
+            let mut next: Observer = serde_json::from_str(&record).expect("it can be read");
+            next.recall(&|at| notes.words[at]);
+            let knows = serde_json::to_string(&next).expect("it can be written down");
+            let whole = notes.left > 0;
+            let expected = if whole { told.len() - 1 } else { told.len() - 2 };
+            // The last word may have been the last that was written.
+            assert!(knows == told[expected] || knows == told[told.len() - 1], "seed {seed}, life {life}: {knows}");
+            later += usize::from(knows != record);
+            torn += usize::from(!whole);
+            // It goes on from there, with what happened meanwhile.
+            next.observe(Nanos::from_micros(100 * life + 90), 0, &mut memory);
+            if let Ok(heads) = next.survivors() {
+                assert_eq!(heads, world.inflight, "seed {seed}, life {life}");
+            }
+            notes.left = usize::MAX;
+            next.note(&mut |at, word| notes.write(at, word));
+            observer = next;
+        }
+    }
+    assert!(later > 5_000 && torn > 2_000, "both happen: {later} went on from notes, {torn} from a torn copy");
+}
+
+#[test]
+fn notes_of_another_ring_or_none_are_not_believed() {
+    let mut memory = memory_with(PlainRing::new(8, 0));
+    let mut before = Observer::new(Layout::new(8).expect("a power of two"), 0, Nanos(1));
+    memory.ring(0).submit(3);
+    before.observe(Nanos(2), 0, &mut memory);
+    let mut words = vec![0; Observer::notes_len(8)];
+    before.note(&mut |at, word| words[at] = word);
+    let mut after = Observer::new(Layout::new(8).expect("a power of two"), 0, Nanos(5));
+    after.recall(&|at| words[at]);
+    assert_eq!(after.survivors(), Ok(vec![]));
+    after.recall(&|_| 0);
+    assert_eq!(after.survivors(), Ok(vec![]));
+    let mut next = Observer::new(Layout::new(8).expect("a power of two"), 0, Nanos(1));
+    next.recall(&|at| words[at]);
+    assert_eq!(next.survivors(), Ok(vec![3]));
+}
+
 #[test]
 fn random_histories_between_observations_leave_no_wrong_exact_set() {
     let (mut exact, mut inexact) = (0, 0);

@@ -16,6 +16,8 @@ use crate::failover::{Phase, TransferStep};
 use crate::journal::Entry;
 use crate::link::{Link, LinkState};
 use crate::memory::GuestMemory;
+#[cfg(doc)]
+use crate::observer::Observer;
 use crate::pair::rings::BURST_RATE;
 use crate::policy::PairConfig;
 use crate::time::Nanos;
@@ -59,6 +61,28 @@ impl Pair {
         self.renew_transfer(&mut step);
         self.interrupt_once(&mut step);
         Ok(self)
+    }
+
+    /// Notes down what looking at its rings has told since it was noted last, in memory that outlives the broker: `write` is given ring, size
+    /// of the ring, place of a word (below [`Observer::notes_len`] of that size) and its value, and must keep their order.
+    pub fn note_rings(&mut self, write: &mut dyn FnMut(u32, u16, usize, u64)) {
+        for (index, ring) in (0_u32..).zip(&mut self.rings) {
+            if let Some(observer) = &mut ring.observer {
+                let size = observer.layout().size();
+                observer.note(&mut |at, word| write(index, size, at, word));
+            }
+        }
+    }
+
+    /// Goes on from such notes where they are later than what was written down of the whole, before it is taken over. `read` gives the word
+    /// of a ring, of that size, at a place; zero where there is none.
+    pub fn recall_rings(&mut self, read: &dyn Fn(u32, u16, usize) -> u64) {
+        for (index, ring) in (0_u32..).zip(&mut self.rings) {
+            if let Some(observer) = &mut ring.observer {
+                let size = observer.layout().size();
+                observer.recall(&|at| read(index, size, at));
+            }
+        }
     }
 
     /// A call descriptor that the VMM replaced meanwhile reached no backend, and what was completed then has interrupted nobody. One

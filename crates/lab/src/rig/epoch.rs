@@ -185,11 +185,16 @@ fn one_failover(plan: &Plan<'_>, world: &mut World, tally: &mut Tally) -> anyhow
 /// that.
 fn holdings(world: &mut World, baseline: Option<&Holdings>) -> anyhow::Result<Holdings> {
     let mut now = Holdings::default();
-    for _ in 0..SETTLE_TRIES {
+    for left in (0..SETTLE_TRIES).rev() {
         let whole = world.broker_is_protected()?;
-        now = Holdings::of(world.broker.broker_pid()?)?;
-        if world.kills_broker {
-            now.and_keeper(&Holdings::of(world.broker.pid())?);
+        match held(world) {
+            Ok(held) => now = held,
+            // A failpoint that was left has killed it just now: the next one holds things.
+            Err(_) if world.kills_broker && left > 0 => {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+                continue;
+            }
+            Err(error) => return Err(error),
         }
         if whole && now.zombies == 0 && baseline.is_none_or(|before| excess(before, &now) == 0) {
             break;
@@ -197,6 +202,14 @@ fn holdings(world: &mut World, baseline: Option<&Holdings>) -> anyhow::Result<Ho
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     Ok(now)
+}
+
+fn held(world: &World) -> anyhow::Result<Holdings> {
+    let mut held = Holdings::of(world.broker.broker_pid()?)?;
+    if world.kills_broker {
+        held.and_keeper(&Holdings::of(world.broker.pid())?);
+    }
+    Ok(held)
 }
 
 /// How many things more a broker holds than before. One more descriptor of a kind may be something made on first use and kept;

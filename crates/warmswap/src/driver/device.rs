@@ -381,6 +381,9 @@ impl Device {
             let mut memory = MemoryAccess { memory: &mut self.memory, fds: &mut self.fds, waiting };
             self.pair.handle(now, event, &mut memory, &mut self.actions);
             self.act(now, poller);
+            if let Some(keeper) = &mut self.keeper {
+                keeper.note(&mut self.pair);
+            }
         }
         if self.keeper.as_ref().is_some_and(keep::Keeper::has_taken) {
             // It meant nothing to anybody.

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 
 use rustix::io::Errno;
-use warmswap_core::{Action, BackendId, Entry, Event, FenceLevel, Nanos};
+use warmswap_core::{Action, BackendId, Entry, Event, FenceLevel, Nanos, Pair};
 use warmswap_socket::{Connection, ConnectionError, Message as Received};
 use warmswap_wire::{FdSlot, HEADER_SIZE, RequestCode};
 
@@ -56,6 +56,12 @@ impl Keeper {
             vmm: None,
             vmm_process: None,
         }
+    }
+
+    /// Notes down what looks at the rings have told.
+    pub(super) fn note(&mut self, pair: &mut Pair) {
+        let notes = &mut self.ledger.notes;
+        pair.note_rings(&mut |ring, size, at, word| notes.write(ring, size, at, word));
     }
 
     pub(super) fn stores(&mut self) -> &mut Waiting {

@@ -121,6 +121,9 @@ impl Device {
         let quiet_since = shell.fences.iter().map(|fence| fence.killed_at).max();
         let mut actions = warmswap_core::Actions::default();
         let mut access = MemoryAccess { memory: &mut memory, fds: &mut fds, waiting: None };
+        let mut pair = pair;
+        let notes = RefCell::new(&mut ledger.notes);
+        pair.recall_rings(&|ring, size, at| notes.borrow_mut().read(ring, size, at));
         let pair = pair.take_over(config.pair.clone(), quiet_since, now, &mut access, &mut actions)?;
         if !done {
             // Nobody serves the rings that they are for before the messages are sent.

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use warmswap_keeper::store::{Kept, Store};
 
 use super::doing::{Deed, Doing};
+use super::notes::{NOTES, Notes};
 
 /// Most bytes of a record. What is not written takes no memory.
 const PLACE: u64 = 1 << 20;
@@ -27,9 +28,10 @@ struct Places {
 }
 
 impl Places {
-    fn new(name: &str) -> io::Result<Self> {
+    /// Places, and so many bytes behind them.
+    fn new(name: &str, more: u64) -> io::Result<Self> {
         let file = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        rustix::fs::ftruncate(&file, 2 * PLACE)?;
+        rustix::fs::ftruncate(&file, 2 * PLACE + more)?;
         // Nobody who holds it can take the ground from under it.
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         Ok(Places { file, buffer: Vec::new() })
@@ -51,6 +53,11 @@ impl Places {
         let at = number % 2 * PLACE;
         let written = rustix::io::pwrite(&self.file, &self.buffer, at)?;
         if written == self.buffer.len() { Ok(written) } else { Err(io::ErrorKind::WriteZero.into()) }
+    }
+
+    /// What lies behind them.
+    fn notes(&self) -> io::Result<Notes> {
+        Ok(Notes::new(self.file.try_clone()?, 2 * PLACE))
     }
 
     /// The newest whole record, and its number.
@@ -125,7 +132,7 @@ impl Keeping {
                 Places { file, buffer: Vec::new() }
             }
             None => {
-                let places = Places::new("warmswap-directory")?;
+                let places = Places::new("warmswap-directory", 0)?;
                 let kept = store.put(places.file.as_fd())?;
                 assert_eq!(kept.number(), 0, "the directory is the first thing in the store");
                 places
@@ -224,6 +231,7 @@ impl Keeping {
 #[derive(Debug)]
 pub(crate) struct Ledger {
     places: Places,
+    pub(crate) notes: Notes,
     counter: OwnedFd,
     /// Number of the last record, and so what the counter says when it was done.
     number: u64,
@@ -233,9 +241,10 @@ pub(crate) struct Ledger {
 
 impl Ledger {
     fn new() -> io::Result<Self> {
-        let places = Places::new("warmswap-ledger")?;
+        let places = Places::new("warmswap-ledger", NOTES)?;
         let counter = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Ledger { places, counter, number: 0, kept: Vec::new() })
+        let notes = places.notes()?;
+        Ok(Ledger { places, notes, counter, number: 0, kept: Vec::new() })
     }
 
     /// Goes on with what a predecessor has written.
@@ -243,8 +252,9 @@ impl Ledger {
         let places = Places { file, buffer: Vec::new() };
         let (number, record) = Places::read(places.file.as_fd())?;
         let done = counted(counter.as_fd())? >= number;
+        let notes = places.notes().ok()?;
         // What is not done yet is done, and counted, before anything else is written.
-        Some(Taken { ledger: Ledger { places, counter, number, kept: Vec::new() }, record, done })
+        Some(Taken { ledger: Ledger { places, notes, counter, number, kept: Vec::new() }, record, done })
     }
 
     /// Number of the next record.
