@@ -371,9 +371,16 @@ impl Pair {
         }
     }
 
+    /// Why a primary that lives, and is being drained, must not be killed: what it holds would be lost with it, or nobody would know what
+    /// it owed.
+    pub(super) fn must_live(&self) -> Option<String> {
+        let blind = || self.exactness_refusal().filter(|_| !self.closing && !loose(Animal::HangKilledBlind));
+        self.state_is_at_stake().or_else(blind)
+    }
+
     /// A primary that does not come to rest is killed, unless what it holds would be lost with it.
     fn drain_overdue(&mut self, note: &str, step: &mut Step<'_>) {
-        if self.state_is_at_stake().is_none() {
+        if self.must_live().is_none() {
             self.counters.drains_overdue += 1;
             return self.enter_fencing(note, step);
         }

@@ -385,7 +385,7 @@ impl Pair {
     }
 
     /// A planned failover may have to fall back to fencing, so it needs exact knowledge, too.
-    fn exactness_refusal(&self) -> Option<String> {
+    pub(super) fn exactness_refusal(&self) -> Option<String> {
         self.rings.iter().enumerate().find_map(|(index, ring)| {
             let knowledge = ring.observer.as_ref()?.knowledge();
             match knowledge {

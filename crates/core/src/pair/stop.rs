@@ -115,7 +115,7 @@ impl Pair {
         } else {
             format!("it answered the stop of ring {ring} with base {base} while used.idx is {used}")
         };
-        let undo = outstanding && named == ring && self.failover.is_some() && self.state_is_at_stake().is_some();
+        let undo = outstanding && named == ring && self.failover.is_some() && self.must_live().is_some();
         let next =
             if undo { "the primary gets its rings back" } else { "the primary is fenced and treated as crashed" };
         let entry = Entry::warning("DrainUnverified").with("ring", ring).with("base", base);

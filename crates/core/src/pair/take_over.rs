@@ -58,6 +58,7 @@ impl Pair {
         });
         let entry = Entry::info("TakenOver").with("take_over", self.counters.take_overs).with("phase", phase.name());
         step.out.journal(entry.with("rings", self.session.started().count() as u64));
+        self.renew_drain(&mut step);
         self.renew_transfer(&mut step);
         self.interrupt_once(&mut step);
         Ok(self)
@@ -140,6 +141,19 @@ impl Pair {
         if let Some(failover) = &mut self.failover {
             failover.poll_at = now;
         }
+    }
+
+    /// A drain under which the primary has run away from whoever followed it is undone: a stop that it does not answer as it should would
+    /// end in a fence, and nobody would know what it owed.
+    fn renew_drain(&mut self, step: &mut Step<'_>) {
+        if self.failover.as_ref().is_none_or(|failover| failover.phase != Phase::Draining) {
+            return;
+        }
+        self.served_rings().into_iter().for_each(|index| self.observe(index, step));
+        let Some(why) = self.exactness_refusal().filter(|_| !self.closing) else { return };
+        let failover = self.failover.as_mut().expect("just seen");
+        failover.undone.get_or_insert_with(|| format!("the broker ended meanwhile, and {why}"));
+        self.poll_undone(step);
     }
 
     /// State of the device that was under way between two backends has ended with the broker that carried it.

@@ -62,3 +62,18 @@ fn nobody_is_blamed_for_a_time_in_which_nobody_listened() {
     assert_eq!((status.counters.settled, status.counters.shadows_lost), (0, 0), "{status:?}");
     assert_eq!(status.counters.take_overs, 1);
 }
+
+#[test]
+fn a_drain_under_which_the_primary_ran_away_is_undone_and_may_be_asked_for_again() {
+    let mut harness = after(&["ready 1", "submit 0 0 1", "take 0 1", "wait 1ms", "failover", "another 80ms"]);
+    // The answer to the diversion that the last broker had asked for.
+    harness.quietly("wait 50ms");
+    let status = harness.pair.status(harness.now);
+    assert_eq!((status.phase.name(), status.counters.halted, status.counters.refused), ("Idle", 0, 1), "{status:?}");
+    assert_eq!(status.primary.as_ref().map(|it| it.id.0), Some(1), "the primary goes on");
+    for line in ["complete 0 1", "complete 0 0", "wait 20ms", "failover", "wait 100ms"] {
+        harness.quietly(line);
+    }
+    let status = harness.pair.status(harness.now);
+    assert_eq!((status.counters.settled, status.counters.halted), (1, 0), "{status:?}");
+}

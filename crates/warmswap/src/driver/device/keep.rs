@@ -188,16 +188,9 @@ impl Device {
             self.do_without(&keeper, &outbox, error, poller);
         }
         self.keeper = written.is_ok().then_some(keeper);
-        let fences = !outbox.fences.is_empty();
         for action in rest {
             self.strike_between("an action");
             self.carry_out(action, now, poller);
-        }
-        if fences && let Some(mut keeper) = self.keeper.take() {
-            // From here on it is known that whoever served the rings had been killed.
-            self.strike_between("the record of a fence");
-            let written = self.commit(&mut keeper, &Outbox::default(), poller);
-            self.keeper = written.is_ok().then_some(keeper);
         }
     }
 
@@ -219,7 +212,9 @@ impl Device {
                 Action::SendLinkBackend { backend, bytes } => {
                     messages.push(Message { to: Channel::Requests(backend.0), bytes, fds: Vec::new() });
                 }
-                Action::Assign { .. } => {
+                // A primary that lives on while its fence is only written down could not be followed meanwhile, and nobody would know what
+                // it owed. One that is killed and of which that is not written down has died, for the next broker, and is fenced as such.
+                Action::Assign { .. } | Action::Fence { .. } => {
                     wanted.tells = true;
                     self.carry_out(action, now, poller);
                 }
@@ -232,7 +227,6 @@ impl Device {
                     let outbox = &mut wanted.outbox;
                     match &other {
                         Action::Signal(slot) => outbox.signals.push(slot.0),
-                        Action::Fence { backend } => outbox.fences.push(backend.0),
                         Action::Retire { backend } => outbox.retires.push(backend.0),
                         Action::Close(slot) => outbox.closes.push(slot.0),
                         Action::DropVmm => outbox.drop_vmm = true,

@@ -139,7 +139,7 @@ impl Device {
             .with("written_us_ago", Value::Micros(now.since(at).as_micros()));
         device.note(entry.with("outbox_done", done).with("descriptors", device.fds.len() as u64));
         device.resume_shell(shell, &mut inherited, around);
-        device.redo(&outbox, done, now, poller);
+        device.redo(&outbox, done, poller);
         device.run(now, poller);
         Ok(device)
     }
@@ -267,18 +267,13 @@ impl Device {
     }
 
     /// Does what was written down and not done, and what is harmless if it is done twice.
-    fn redo(&mut self, outbox: &Outbox, done: bool, now: Nanos, poller: &Poller) {
+    fn redo(&mut self, outbox: &Outbox, done: bool, poller: &Poller) {
         if !done && let Some(keeper) = self.keeper.take() {
             let keeping = Rc::clone(&keeper.keeping);
             self.perform(&keeper, &mut keeping.borrow_mut(), outbox, poller);
             self.keeper = Some(keeper);
         }
         outbox.signals.iter().for_each(|slot| self.fds.signal(FdSlot(*slot)));
-        for id in &outbox.fences {
-            if !self.fences.iter().any(|fence| fence.backend.0 == *id) {
-                self.fence(BackendId(*id), now, poller);
-            }
-        }
         outbox.retires.iter().for_each(|id| self.retire(BackendId(*id), poller));
         outbox.closes.iter().for_each(|slot| self.fds.close(FdSlot(*slot)));
         // What came with something that the pair was not told of any more.

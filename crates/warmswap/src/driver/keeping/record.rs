@@ -163,9 +163,8 @@ pub(crate) struct Outbox {
     /// Stores into guest memory. They come before the messages: done if those are.
     pub(crate) stores: Vec<Batch>,
     pub(crate) messages: Vec<Message>,
-    /// What follows, in this order, can be done twice: slots to be written once, backends to be fenced, to be ended, slots to be closed.
+    /// What follows, in this order, can be done twice: slots to be written once, backends to be ended, slots to be closed.
     pub(crate) signals: Vec<u32>,
-    pub(crate) fences: Vec<u64>,
     pub(crate) retires: Vec<u64>,
     pub(crate) closes: Vec<u32>,
     /// The VMM's connection is to be dropped.
