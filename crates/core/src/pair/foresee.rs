@@ -81,7 +81,7 @@ impl Pair {
             }
             Alarm::Law(Law::KickIsSeen) => {
                 // What was submitted without a kick to a ring that is watched by its kick may not have been seen yet.
-                self.served_rings().into_iter().for_each(|index| self.observe(index, step));
+                self.look_at_served(step);
                 (self.policy.kick_lost(self.waiting_since(), step.now), false)
             }
             _ => return None,

@@ -332,8 +332,9 @@ impl Pair {
 
     /// Begins what the operator asked for as soon as nothing hinders it, or refuses it when that takes too long.
     fn begin_asked(&mut self, step: &mut Step<'_>) {
-        let Some(asked) = &self.asked else { return };
-        let late = step.now >= asked.deadline;
+        let Some(late) = self.asked.as_ref().map(|asked| step.now >= asked.deadline) else { return };
+        // Knowledge of a while ago is none: a primary that is killed now is not followed any further.
+        self.look_at_served(step);
         let why = self.refusal().or_else(|| self.hindrance().filter(|_| late));
         if why.is_none() && self.hindrance().is_some() {
             return;

@@ -72,6 +72,11 @@ impl Pair {
         self.schedule(index, &seen, step);
     }
 
+    /// Looks at every ring that a backend serves: before it is decided whether that backend may be killed.
+    pub(super) fn look_at_served(&mut self, step: &mut Step<'_>) {
+        self.served_rings().into_iter().for_each(|index| self.observe(index, step));
+    }
+
     fn note_knowledge(
         &mut self,
         index: u32,
@@ -250,6 +255,7 @@ impl Pair {
         let since = *self.put_off_since.get_or_insert(step.now);
         let patience = Nanos(self.config.limits.hang.0.saturating_mul(PUT_OFF)).min(self.config.limits.stall);
         let patient = step.now.since(since) < patience;
+        self.look_at_served(step);
         // One that was never given a ring owes nothing.
         let patient = patient && self.link(primary).is_some_and(|link| link.touched) && !loose(Animal::HangKilledBlind);
         let reason = self.exactness_refusal().filter(|_| patient);

@@ -149,7 +149,7 @@ impl Pair {
         if self.failover.as_ref().is_none_or(|failover| failover.phase != Phase::Draining) {
             return;
         }
-        self.served_rings().into_iter().for_each(|index| self.observe(index, step));
+        self.look_at_served(step);
         let Some(why) = self.exactness_refusal().filter(|_| !self.closing) else { return };
         let failover = self.failover.as_mut().expect("just seen");
         failover.undone.get_or_insert_with(|| format!("the broker ended meanwhile, and {why}"));

@@ -135,8 +135,8 @@ pub(crate) fn inject(world: &mut World, kind: Kind, tally: &mut Tally) -> anyhow
 
 /// Kills the broker at an instant under load, and waits for the next one; or has it die in the middle of the failover that comes.
 fn kill_broker(world: &mut World, detail: u64, tally: &mut Tally) -> anyhow::Result<()> {
-    if (detail / 3).is_multiple_of(3) {
-        world.broker.set_failpoint(1 + detail / 9 % BROKER_STEPS_MAX, "broker")?;
+    if (detail / 3).is_multiple_of(2) {
+        world.broker.set_failpoint(1 + detail / 6 % BROKER_STEPS_MAX, "broker")?;
         return wait_until_set(world);
     }
     // As long as the guest's own waits are looked at beside it.

@@ -93,6 +93,10 @@ pub(crate) fn recover(mut step: anyhow::Result<()>, world: &mut World, tally: &m
         let halted = halt_behind(error, world)?;
         ensure!(!halted.reason.is_empty(), "the broker has halted the device without a reason");
         eprintln!("  HALTED after {} failovers: {}; the guest is reset", tally.failovers, halted.reason);
+        if world.kills_broker {
+            // There it should be rare, and has a story.
+            eprintln!("{}", world.broker.last_events());
+        }
         tally.halt(&halted.reason);
         step = reset(world).context("resetting the guest of a halted device");
     }
