@@ -123,6 +123,33 @@ fn an_upgrade_replaces_the_process_and_stops_nothing_and_the_end_leaves_nothing(
 }
 
 #[test]
+fn without_its_keeper_a_broker_goes_on_and_says_what_is_lost() {
+    let scratch = Scratch::new("kept-no-keeper");
+    let mut broker = Broker::start_kept(&scratch, &[], &storage_daemon(&scratch.image()));
+    broker.wait_for_state("protected");
+    let mut vmm = Vmm::connect(&broker.socket);
+    let mut disk = vmm.boot();
+    disk.write(&mut vmm, 3, 0x5a);
+    broker.wait_for_state("protected");
+    let (old, before) = (broker.pid(), pids(&broker));
+    broker.signal(Signal::KILL);
+    disk.write(&mut vmm, 4, 0x66);
+    let output = broker.ask(&["failover", "disk", "--reason", "test"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!((disk.read(&mut vmm, 3), disk.read(&mut vmm, 4)), (vec![0x5a; 512], vec![0x66; 512]));
+    wait_for("another shadow", || broker.status()["state"] == "protected");
+    assert!((broker.pid(), pids(&broker)[0]) == (old, before[1]), "{}", broker.noted());
+    assert!(broker.noted().contains("NotKept"), "{}", broker.noted());
+    let output = broker.ask(&["upgrade", "disk"]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("is not kept"), "{output:?}");
+    let last = pids(&broker);
+    kill(old, Signal::TERM);
+    for pid in last.into_iter().chain([old]) {
+        wait_for("the end of every process", || !is_alive(pid));
+    }
+}
+
+#[test]
 fn without_a_store_there_is_no_upgrade() {
     let scratch = Scratch::new("unkept");
     let broker = Broker::start(&scratch, &[], &storage_daemon(&scratch.image()));

@@ -17,10 +17,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use toml::{Spanned, Value};
 
 use super::{Failure, guard};
+use crate::driver::{Keeping, Proposal};
 
 /// Options that all devices of a process share.
 const SHARED: [&str; 10] =
@@ -38,6 +41,7 @@ pub(super) struct Args {
 type Table = BTreeMap<Spanned<String>, Spanned<Value>>;
 
 /// One file of the configuration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Source {
     path: PathBuf,
     text: String,
@@ -126,18 +130,18 @@ impl Said {
 }
 
 /// Everything that a configuration says, or everything that is wrong with it.
-fn devices(config: &Path) -> Result<Vec<guard::Args>, Vec<String>> {
+fn devices(sources: &[Source]) -> Result<Vec<(Device, guard::Args)>, Vec<String>> {
     let mut said = Said::default();
-    sources(config).map_err(|error| vec![error])?.iter().for_each(|source| said.add(source));
+    sources.iter().for_each(|source| said.add(source));
     let Said { shared, devices, mut wrong } = said;
-    if devices.is_empty() && wrong.is_empty() {
-        wrong.push(format!("{}: there is no device in it", config.display()));
+    if let (Some(first), true, true) = (sources.first(), devices.is_empty(), wrong.is_empty()) {
+        wrong.push(format!("{}: there is no device in it", first.path.display()));
     }
     let shared: Vec<String> = shared.into_values().flat_map(|(words, _)| words).collect();
     let mut parsed = Vec::new();
     for device in devices {
         match device.parse(&shared) {
-            Ok(args) => parsed.push(args),
+            Ok(args) => parsed.push((device, args)),
             Err(why) => wrong.push(format!("{}: device {}: {why}", device.place_of(&why), device.name)),
         }
     }
@@ -246,14 +250,56 @@ fn refuse(wrong: &[String]) -> Failure {
     Failure::new(2, wrong.join("\n"))
 }
 
-/// Guards every device of a configuration until a signal.
+fn arguments(devices: Vec<(Device, guard::Args)>) -> Vec<guard::Args> {
+    devices.into_iter().map(|(_, args)| args).collect()
+}
+
+/// Reads the configuration again. Whatever goes on in it must stay what it is.
+fn reread(config: &Path, now: &[guard::Args]) -> Result<Proposal, String> {
+    let sources = sources(config)?;
+    let devices = devices(&sources).map_err(|wrong| wrong.join("\n"))?;
+    let changed = devices.iter().filter_map(|(device, new)| {
+        let old = now.iter().find(|old| old.name() == new.name())?;
+        let option = guard::must_stay(old, new)?;
+        let place = device.places.get(option).unwrap_or(&device.place);
+        let name = &device.name;
+        Some(format!(
+            "{place}: device {name} is in use: its {option} cannot be changed; remove the device, then add it anew"
+        ))
+    });
+    let changed: Vec<String> = changed.collect();
+    if !changed.is_empty() {
+        return Err(changed.join("\n"));
+    }
+    let text = serde_json::to_string(&sources).map_err(|error| error.to_string())?;
+    Ok(Proposal { text, devices: devices.into_iter().map(|(device, _)| device.name).collect() })
+}
+
+/// Guards every device of a configuration until a signal: that of the files, or the one that was in force when a process before this one
+/// ended.
 pub(super) fn run(args: &Args) -> Result<u8, Failure> {
-    guard::guard(devices(&args.config).map_err(|wrong| refuse(&wrong))?)
+    let keeping = Keeping::begin()?;
+    let kept = keeping.as_ref().map(|it| it.borrow_mut().configuration()).transpose()?.flatten();
+    let undone = kept.as_ref().is_some_and(|kept| kept.undone);
+    let read = match &kept {
+        Some(kept) => serde_json::from_str(&kept.text).map_err(|error| format!("the configuration in force: {error}")),
+        None => sources(&args.config),
+    };
+    let sources: Vec<Source> = read.map_err(|error| refuse(&[error]))?;
+    let devices = arguments(devices(&sources).map_err(|wrong| refuse(&wrong))?);
+    if let (Some(keeping), None) = (&keeping, kept) {
+        let text = serde_json::to_string(&sources).map_err(|error| Failure::new(1, error.to_string()))?;
+        keeping.borrow_mut().set_configuration(&text)?;
+    }
+    let (config, now) = (args.config.clone(), devices.clone());
+    let reread: Arc<crate::driver::Reread> = Arc::new(move || reread(&config, &now));
+    guard::guard(devices, guard::Begun { keeping, reread: Some(reread), undone })
 }
 
 /// Says whether a configuration could be used, and what is wrong with it if not.
 pub(super) fn check(args: &Args) -> Result<u8, Failure> {
-    let devices = devices(&args.config).map_err(|wrong| refuse(&wrong))?;
+    let sources = sources(&args.config).map_err(|error| refuse(&[error]))?;
+    let devices = devices(&sources).map_err(|wrong| refuse(&wrong))?;
     println!("{}: {} devices, nothing wrong", args.config.display(), devices.len());
     Ok(0)
 }
@@ -278,7 +324,8 @@ mod tests {
         }
 
         fn wrong(&self) -> Vec<String> {
-            let Err(wrong) = devices(&self.0.join("w.toml")) else { panic!("it is accepted") };
+            let sources = sources(&self.0.join("w.toml")).expect("it is there");
+            let Err(wrong) = devices(&sources) else { panic!("it is accepted") };
             let prefix = format!("{}/", self.0.display());
             wrong.into_iter().map(|text| text.replace(&prefix, "")).collect()
         }
@@ -300,10 +347,40 @@ mod tests {
             ("w.toml.d/b.toml", &two),
             ("w.toml.d/readme.txt", "no part of it"),
         ]);
-        assert_eq!(
-            devices(&dir.0.join("w.toml")).map(|devices| devices.len()).map_err(|wrong| wrong.join("\n")),
-            Ok(2)
-        );
+        let sources = sources(&dir.0.join("w.toml")).expect("they are there");
+        assert_eq!(devices(&sources).map(|devices| devices.len()).map_err(|wrong| wrong.join("\n")), Ok(2));
+    }
+
+    #[test]
+    fn what_a_guest_uses_stays_what_it_is() {
+        let changed = |before: &str, after: &str| {
+            let dir = Dir::with(&[("w.toml", before)]);
+            let config = dir.0.join("w.toml");
+            let now = arguments(
+                devices(&sources(&config).expect("it is there")).map_err(|it| it.join("\n")).expect("it is right"),
+            );
+            std::fs::write(&config, after).expect("a file");
+            let prefix = format!("{}/", dir.0.display());
+            reread(&config, &now).map(|proposal| proposal.devices).map_err(|wrong| wrong.replace(&prefix, ""))
+        };
+        let two = format!("{ONE}{}", ONE.replace("device.a", "device.b").replace("a.sock", "b.sock"));
+        assert_eq!(changed(ONE, &two), Ok(vec!["a".to_owned(), "b".to_owned()]));
+        assert_eq!(changed(&two, ONE), Ok(vec!["a".to_owned()]));
+        assert_eq!(changed(ONE, &format!("{ONE}hang-ms = 700\n")), Ok(vec!["a".to_owned()]));
+        assert_eq!(changed(ONE, &ONE.replace("[\"backend\"", "[\"newer\"")), Ok(vec!["a".to_owned()]));
+        let stays = |option: &str| {
+            format!("device a is in use: its {option} cannot be changed; remove the device, then add it anew")
+        };
+        let refused: [(String, u8, &str); 4] = [
+            (ONE.replace("a.sock", "b.sock"), 2, "socket"),
+            (ONE.replace("{socket}\"", "{socket}\", \"other.raw\""), 3, "command"),
+            (format!("{ONE}type = \"net\"\n"), 4, "type"),
+            (format!("control = \"/elsewhere\"\n{ONE}"), 2, "control"),
+        ];
+        for (after, line, option) in refused {
+            let column = if option == "control" { 9 } else { 1 };
+            assert_eq!(changed(ONE, &after), Err(format!("w.toml:{line}:{column}: {}", stays(option))));
+        }
     }
 
     #[test]

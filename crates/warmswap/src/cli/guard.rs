@@ -1,9 +1,11 @@
 //! `warmswap guard`: one device, its primary and its shadow.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use warmswap_blk::image::Identity;
@@ -15,7 +17,7 @@ use super::{Control, Failure};
 use crate::cgroup::Janitor;
 use crate::config::{DeviceConfig, Source};
 use crate::control;
-use crate::driver::{Driver, Ended, Keeping, listen, take_signals};
+use crate::driver::{Driver, Ended, Keeping, Reread, listen, take_signals};
 use crate::hook::Hook;
 use crate::journal::{Journal, JournalSender};
 use crate::profile::historian::{self, Beginning, StoreConfig};
@@ -233,7 +235,41 @@ impl Shared {
 
 /// Runs until a signal.
 pub(super) fn run(args: Args) -> Result<u8, Failure> {
-    guard(vec![args])
+    guard(vec![args], Begun { keeping: Keeping::begin()?, reread: None, undone: false })
+}
+
+/// What was found out before it was known which devices there are.
+pub(super) struct Begun {
+    /// What lies in the descriptor store, if there is one. It takes what concerns it out of the environment: there is one thread so far.
+    pub(super) keeping: Option<Rc<RefCell<Keeping>>>,
+    /// Reads the configuration again.
+    pub(super) reread: Option<Arc<Reread>>,
+    /// The process before this one did not get through with a new configuration, which is undone.
+    pub(super) undone: bool,
+}
+
+/// Which option of a guarded device cannot become another one while a guest uses it: what it writes to would be another disk, or nobody would
+/// find it any more. The program of a backend may be another, for the next one that is started, its arguments not.
+pub(super) fn must_stay(old: &Args, new: &Args) -> Option<&'static str> {
+    let arguments = |args: &Args| args.command.get(1..).unwrap_or_default().to_vec();
+    let differs = [
+        ("socket", old.socket != new.socket),
+        ("type", old.device != new.device),
+        ("disk", old.disk != new.disk),
+        ("primary-socket", old.primary_socket != new.primary_socket),
+        ("shadow-socket", old.shadow_socket != new.shadow_socket),
+        ("run-dir", old.run_dir != new.run_dir),
+        ("control", old.control.dir() != new.control.dir()),
+        ("command", arguments(old) != arguments(new) || old.command.is_empty() != new.command.is_empty()),
+    ];
+    differs.into_iter().find_map(|(option, differs)| differs.then_some(option))
+}
+
+impl Args {
+    /// Name of the device.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
 }
 
 /// The options of `guard` for one device, as words.
@@ -263,11 +299,13 @@ pub(super) fn check(args: Args) -> Result<(), String> {
 #[cfg(feature = "lab")]
 pub(super) fn together(lines: Vec<Vec<String>>) -> Result<u8, Failure> {
     let parse = |line| parse(line).map_err(|error| Failure::new(2, error.to_string()));
-    guard(lines.into_iter().map(parse).collect::<Result<Vec<_>, _>>()?)
+    let begun = Begun { keeping: Keeping::begin()?, reread: None, undone: false };
+    guard(lines.into_iter().map(parse).collect::<Result<Vec<_>, _>>()?, begun)
 }
 
 /// Guards these devices, of which there is at least one.
-pub(super) fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
+pub(super) fn guard(devices: Vec<Args>, begun: Begun) -> Result<u8, Failure> {
+    let Begun { keeping, reread, undone } = begun;
     let Some(first) = devices.first() else { return Err(Failure::new(2, "there is no device to guard")) };
     let shared = Shared::of(first);
     if let Some(path) = &first.model {
@@ -278,8 +316,6 @@ pub(super) fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
     configs.iter().try_for_each(check_paths)?;
     let journal_file = shared.journal.map(|path| open_journal(&path)).transpose()?;
     let signals = take_signals()?;
-    // Before any thread is started: it takes what concerns it out of the environment.
-    let keeping = Keeping::begin()?;
     let left = keeping.as_ref().map(|keeping| keeping.borrow().left()).unwrap_or_default();
     let hook = shared.hook.map(Hook::start).transpose()?;
     let (janitor, cleaning) = Janitor::start()?;
@@ -289,9 +325,14 @@ pub(super) fn guard(devices: Vec<Args>) -> Result<u8, Failure> {
         historian::start(&names, shared.store, beginning, sender.clone(), shared.cpus.clone())?;
     let cpus = shared.cpus.clone();
     let sampler = if shared.profile { Some(sampler::start(shared.pace, shared.cpus, notes.clone())?) } else { None };
-    let (mut driver, commander) = Driver::new(signals, janitor, sampler, cpus, keeping)?;
+    let (mut driver, commander) = Driver::new(signals, janitor, sampler, cpus, keeping, reread)?;
     history.tell_of_alarms(commander.clone(), &configs[0].control_dir);
     let mut control_sockets = Vec::new();
+    if undone {
+        let entry = Entry::error("ReloadUndone")
+            .with("reason", "a process that began with it ended before every device had begun");
+        sender.entry(&names[0], entry.with("next", "the configuration before it is used again"));
+    }
     end_strangers(&left, &names, &sender)?;
     for config in &mut configs {
         let listener = prepare(config, left.contains(&config.name), &sender)?;

@@ -15,6 +15,7 @@ mod model;
 mod plain;
 mod profile;
 mod record;
+mod reload;
 mod schema;
 mod show;
 mod snapshot;
@@ -83,6 +84,8 @@ enum Verb {
     /// Replace the running program by the one that is installed now, under load: the guest's I/O goes on, and the next process goes on
     /// with every device of the old one
     Upgrade(upgrade::Args),
+    /// Have `warmswap daemon` read its configuration again, under load: all of it is put in force, or nothing of it
+    Reload(reload::Args),
     /// Write the profile of a device as a table: CSV or Parquet, one row per window or tick, one column per feature
     Export(export::Args),
     /// Write every tick and window of a device to a file as they happen, for `replay`
@@ -189,6 +192,7 @@ pub fn main(args: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
         Verb::Events { name, follow, control, json } => events::run(name, follow, &control, json),
         Verb::Failover(args) => failover::run(&args),
         Verb::Upgrade(args) => upgrade::run(&args),
+        Verb::Reload(args) => reload::run(&args),
         Verb::Export(args) => export::run(&args),
         Verb::Record(args) => record::record(&args),
         Verb::Replay { file, json } => record::replay(&file, json),

@@ -180,6 +180,15 @@ impl Client {
         self.ask(&json!({"verb": "upgrade"}))
     }
 
+    /// Has the program read its configuration again: the next process goes by it. Answers with `pid`, that of the one that ends, and
+    /// `devices`, the names of those that are in it.
+    ///
+    /// # Errors
+    /// As [`Client::ask`]; what is wrong with the configuration, a line for each.
+    pub fn reload(&mut self) -> Result<Value, ClientError> {
+        self.ask(&json!({"verb": "reload"}))
+    }
+
     /// Has the shadow replaced by one that is newly started. Answers with the generation of the one that goes.
     ///
     /// # Errors

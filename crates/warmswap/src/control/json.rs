@@ -92,7 +92,8 @@ fn device(name: &str, status: &DeviceStatus, config: &DeviceConfig) -> Value {
         },
         "last_failover": last,
         "broker": { "pid": std::process::id(), "version": env!("CARGO_PKG_VERSION"), "rss_bytes": rss_bytes(), "descriptors": status.descriptors,
-            "late": status.late, "late_worst_us": (status.late_worst.as_micros() * 10.0).round() / 10.0 },
+            "configuration": status.configuration.map(|(number, _)| number),
+            "configuration_undone": status.configuration.is_some_and(|(_, undone)| undone), "late": status.late, "late_worst_us": (status.late_worst.as_micros() * 10.0).round() / 10.0 },
     })
 }
 

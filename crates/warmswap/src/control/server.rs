@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::Receiver;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use warmswap_core::Outcome;
@@ -57,6 +58,8 @@ enum Ask {
     },
     /// Ends this process and leaves everything to the next one of the same program.
     Upgrade,
+    /// The same, with the configuration as it stands in the files now.
+    Reload,
     Events {
         #[serde(default)]
         follow: bool,
@@ -216,13 +219,17 @@ impl Server {
                     Ok(device) => history::stream(writer, &self.history, &device)?,
                     Err(error) => writeln!(writer, "{error}")?,
                 },
-                Ok(ask) => writeln!(writer, "{}", self.answer(ask))?,
+                Ok(ask) => {
+                    // A process that ends because of it waits until this end is dropped, when the answer is on its way.
+                    let (_saying, said) = crossbeam_channel::bounded(0);
+                    writeln!(writer, "{}", self.answer(ask, said))?;
+                }
                 Err(why) => writeln!(writer, "{}", error(2, &format!("the command is not understood: {why}")))?,
             }
         }
     }
 
-    fn answer(&self, ask: Ask) -> Value {
+    fn answer(&self, ask: Ask, said: Receiver<()>) -> Value {
         let ending = || error(4, "warmswap is ending");
         match ask {
             Ask::Status => {
@@ -278,13 +285,17 @@ impl Server {
             }
             Ask::Upgrade => {
                 let (answer, may) = crossbeam_channel::bounded(1);
-                self.commander.send(Command::Upgrade { answer });
+                self.commander.send(Command::Upgrade { answer, said });
                 match may.recv() {
                     Ok(Ok(())) => json!({ "pid": std::process::id(), "version": env!("CARGO_PKG_VERSION") }),
                     Ok(Err(why)) => error(3, &why),
                     Err(_) => ending(),
                 }
             }
+            Ask::Reload => match self.commander.reload(Some(said)) {
+                Ok(devices) => json!({ "pid": std::process::id(), "devices": devices }),
+                Err(why) => error(3, &why),
+            },
             #[cfg(feature = "lab")]
             Ask::Alarm { device, alarm } => self.alarm(device, &alarm),
             #[cfg(feature = "lab")]

@@ -565,6 +565,14 @@ impl Device {
                 return self.entries.push(entry.with("next", "tried again every half second"));
             }
         };
+        let kept = self.keep_at_once(socket.as_fd());
+        if !self.welcome(socket, kept, now, poller) {
+            self.let_go(kept);
+        }
+    }
+
+    /// Takes a VMM's connection, which is `kept` under that name; false if it is not wanted.
+    fn welcome(&mut self, socket: OwnedFd, kept: Option<u32>, now: Nanos, poller: &Poller) -> bool {
         // A VMM that reconnects at once is seen before the end of its last connection. And one that has died may have left its end
         // of the connection in hands that keep it open: ours, or a backend's.
         if self.vmm.as_ref().is_some_and(Connection::is_hung_up) {
@@ -575,12 +583,15 @@ impl Device {
         if self.vmm.is_some() {
             let entry = Entry::warning("VmmRefused").with("reason", "another VMM is connected to this device already");
             self.entries.push(entry);
-            return;
+            return false;
         }
-        let Ok(mut connection) = Connection::new(socket) else { return };
+        let Ok(mut connection) = Connection::new(socket) else { return false };
         self.keep_connection(&mut connection);
         if poller.add(connection.as_fd(), self.token(PollSource::Vmm), Interest::Edge).is_err() {
-            return;
+            return false;
+        }
+        if let Some(keeper) = &mut self.keeper {
+            keeper.vmm = kept;
         }
         // A VMM that is gone already, or lives in another process namespace, is served without knowing its process.
         let peer = process::peer(connection.as_fd()).ok().filter(|(pid, _)| *pid != 0);
@@ -591,6 +602,7 @@ impl Device {
         self.vmm_readable = true;
         self.events.push_back(Event::VmmConnected);
         self.run(now, poller);
+        true
     }
 
     /// Watches the listener again after a connection could not be taken.
@@ -1272,6 +1284,7 @@ impl Device {
             last_failover_at: self.last_failover_at,
             late: 0,
             late_worst: Nanos(0),
+            configuration: None,
             pair: status,
         }
     }
@@ -1317,6 +1330,8 @@ pub(crate) struct DeviceStatus {
     pub(crate) late: u64,
     /// See `late`.
     pub(crate) late_worst: Nanos,
+    /// Number of the configuration that the process goes by, where that can be changed, and whether it has undone a newer one.
+    pub(crate) configuration: Option<(u64, bool)>,
     /// Descriptors in the device's table.
     pub(crate) descriptors: usize,
 }

@@ -58,6 +58,9 @@ const LATE_MAX: Nanos = Nanos::from_millis(10);
 /// Lateness is an event this often at most.
 const LATE_NOTED_EVERY: Nanos = Nanos::from_millis(60_000);
 
+/// How long somebody who asked for another process is waited for until it is told.
+const SAID_MAX: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// A command for the control thread.
 #[derive(Debug)]
 pub(crate) enum Command {
@@ -136,6 +139,17 @@ pub(crate) enum Command {
     Upgrade {
         /// Told that it does, or why not.
         answer: Sender<Result<(), String>>,
+        /// Disconnected when whoever asked has been told.
+        said: Receiver<()>,
+    },
+    /// Go by another configuration from the next process on.
+    Reload {
+        /// What it is, or what is wrong with it.
+        proposal: Result<Proposal, String>,
+        /// Told that it is going to be tried, or why not.
+        answer: Sender<Result<(), String>>,
+        /// Disconnected when whoever asked has been told.
+        said: Option<Receiver<()>>,
     },
     /// Kill backends at a step of the next failover.
     #[cfg(feature = "lab")]
@@ -162,14 +176,51 @@ pub(crate) enum Command {
     },
 }
 
-/// Sends commands to the control thread.
+/// A configuration that could be used, as far as can be seen from outside.
 #[derive(Clone, Debug)]
+pub(crate) struct Proposal {
+    /// As the next process reads it.
+    pub(crate) text: String,
+    /// Names of its devices.
+    pub(crate) devices: Vec<String>,
+}
+
+/// Reads the configuration again, and says what is wrong with it, line by line.
+pub(crate) type Reread = dyn Fn() -> Result<Proposal, String> + Send + Sync;
+
+/// Sends commands to the control thread.
+#[derive(Clone)]
 pub(crate) struct Commander {
     commands: Sender<Command>,
     waker: Arc<OwnedFd>,
+    /// Where the devices come from a configuration.
+    reread: Option<Arc<Reread>>,
+}
+
+impl std::fmt::Debug for Commander {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Commander").finish_non_exhaustive()
+    }
 }
 
 impl Commander {
+    /// Reads the configuration again and has the next process go by it: the names of its devices.
+    ///
+    /// # Errors
+    /// What is wrong with it, or why this process cannot be followed by another one; nothing has changed then. `said` is disconnected when
+    /// whoever asked has been told.
+    pub(crate) fn reload(&self, said: Option<Receiver<()>>) -> Result<Vec<String>, String> {
+        let reread = self.reread.clone().ok_or("the device was not configured with a file: see `warmswap daemon`")?;
+        // Those who ask have small stacks.
+        let thread = std::thread::Builder::new().name("reload".to_owned()).spawn(move || reread());
+        let read = thread.map_err(|error| error.to_string())?.join();
+        let proposal = read.map_err(|_| "reading it has failed".to_owned())?;
+        let devices = proposal.as_ref().map(|proposal| proposal.devices.clone()).unwrap_or_default();
+        let (answer, may) = crossbeam_channel::bounded(1);
+        self.send(Command::Reload { proposal, answer, said });
+        may.recv().map_err(|_| "the broker is ending".to_owned())?.map(|()| devices)
+    }
+
     /// Hands a command over if there is room for it; never waits.
     pub(crate) fn try_send(&self, command: Command) -> bool {
         let sent = self.commands.try_send(command).is_ok();
@@ -193,6 +244,7 @@ impl Commander {
         Commander {
             commands: crossbeam_channel::bounded(1).0,
             waker: Arc::new(poller::waker().expect("an event counter")),
+            reread: None,
         }
     }
 }
@@ -232,10 +284,14 @@ pub(crate) struct Driver {
     janitor: Janitor,
     /// Keeps devices for the next broker, where there is a store.
     keeping: Option<Rc<RefCell<Keeping>>>,
+    /// Reads the configuration again on a signal.
+    reloader: Commander,
     /// Devices that were gone on with and not been said to be ready yet.
     resumed: Vec<usize>,
     /// It ends, and leaves everything to the next process.
     leaving: bool,
+    /// Disconnected when those who asked for that have been told.
+    said: Vec<Receiver<()>>,
     /// What nobody has asked for is gone from the store.
     settled: bool,
     /// Adopted orphans may have ended.
@@ -301,13 +357,14 @@ impl Driver {
         sampler: Option<Teller>,
         offload_cpus: Vec<usize>,
         keeping: Option<Rc<RefCell<Keeping>>>,
+        reread: Option<Arc<Reread>>,
     ) -> std::io::Result<(Self, Commander)> {
         let poller = Poller::new()?;
         let (sender, commands) = crossbeam_channel::bounded(COMMANDS_MAX);
         let waker = Arc::new(poller::waker()?);
         poller.add(waker.as_fd(), Token { device: 0, source: Source::Commands }, Interest::Read)?;
         poller.add(signals.as_fd(), Token { device: 0, source: Source::Signals }, Interest::Read)?;
-        let commander = Commander { commands: sender, waker: Arc::clone(&waker) };
+        let commander = Commander { commands: sender, waker: Arc::clone(&waker), reread };
         let offload = Offload::start(offload_cpus)?;
         let spawner = Spawner::start(commander.clone(), janitor.clone(), offload.cpus().to_vec(), keeping.is_some())?;
         let inspector = Inspector::start(commander.clone())?;
@@ -330,8 +387,10 @@ impl Driver {
             sampler,
             janitor,
             keeping,
+            reloader: commander.clone(),
             resumed: Vec::new(),
             leaving: false,
+            said: Vec::new(),
             settled: false,
             orphans: false,
             woken: Nanos(0),
@@ -440,7 +499,18 @@ impl Driver {
         };
         if ended == Ended::Left {
             self.devices.iter_mut().for_each(Device::leave);
+            // They are told within microseconds, or do not listen.
+            self.said.iter().for_each(|said| _ = said.recv_timeout(SAID_MAX));
             return Ok(ended);
+        }
+        if let Ended::Failed(reason) = &ended
+            && let Some(keeping) = &self.keeping
+            && keeping.borrow_mut().is_trial()
+        {
+            let next = "the configuration before it is used again";
+            self.note_of_all(&Entry::error("ReloadUndone").with("reason", reason.as_str()).with("next", next));
+            self.devices.iter_mut().for_each(Device::leave);
+            return Ok(Ended::Left);
         }
         // One that could not start says why, and has nothing to bring to rest.
         let started = !matches!(ended, Ended::Failed(_));
@@ -551,7 +621,7 @@ impl Driver {
             Source::Signals => {
                 let said = system::take_said(&self.signals);
                 self.orphans |= said.child;
-                return said.end;
+                return said.end || (said.hangup && !self.hangup());
             }
             source => {
                 let poller = &self.poller;
@@ -589,7 +659,8 @@ impl Driver {
             match command {
                 Command::Status { answer } => {
                     let (late, late_worst) = (self.lateness.count, self.lateness.worst);
-                    let with_lateness = |status| DeviceStatus { late, late_worst, ..status };
+                    let configuration = self.keeping.as_ref().map(|it| it.borrow_mut().configuration_state());
+                    let with_lateness = |status| DeviceStatus { late, late_worst, configuration, ..status };
                     let status = self.devices.iter().map(|it| (it.name().to_owned(), with_lateness(it.status())));
                     let _gone = answer.try_send(status.collect());
                 }
@@ -634,7 +705,12 @@ impl Driver {
                         device.failure_predicted(foresight, now, &self.poller);
                     }
                 }
-                Command::Upgrade { answer } => {
+                Command::Reload { proposal, answer, said } => {
+                    self.said.extend(said);
+                    let _gone = answer.try_send(self.propose(proposal));
+                }
+                Command::Upgrade { answer, said } => {
+                    self.said.push(said);
                     let may = self.may_leave();
                     self.leaving |= may.is_ok();
                     let _gone = answer.try_send(may);
@@ -652,6 +728,49 @@ impl Driver {
                     }
                 }
             }
+        }
+    }
+
+    /// A terminal is gone, or somebody wants the configuration to be read again; false if there is none.
+    fn hangup(&self) -> bool {
+        let reloader = self.reloader.clone();
+        // Reading files may take as long as it likes. What comes of it is in the journal.
+        let read = move || drop(reloader.reload(None));
+        self.reloader.reread.is_some() && std::thread::Builder::new().name("reload".to_owned()).spawn(read).is_ok()
+    }
+
+    /// Another configuration is to be tried by the next process, if that is sure to find everything that this one has.
+    fn propose(&mut self, proposal: Result<Proposal, String>) -> Result<(), String> {
+        let accepted = proposal.and_then(|proposal| self.try_next(&proposal));
+        match &accepted {
+            Ok(()) => self.leaving = true,
+            Err(why) => {
+                let entry = Entry::warning("ReloadRefused").with("reason", why.as_str());
+                self.note_of_all(&entry.with("next", "everything goes on as it was"));
+            }
+        }
+        accepted
+    }
+
+    fn try_next(&mut self, proposal: &Proposal) -> Result<(), String> {
+        self.may_leave()?;
+        if !self.settled || !self.waiting.is_empty() {
+            return Err("devices are still being started: ask again when they have begun".to_owned());
+        }
+        let removed = |device: &&Device| !proposal.devices.iter().any(|name| name == device.name());
+        if let Some(busy) = self.devices.iter().filter(removed).find(|device| device.has_vmm()) {
+            let name = busy.name();
+            return Err(format!("device {name} is not in it, and a VMM is connected to {name}: detach it there first"));
+        }
+        let keeping = self.keeping.as_ref().expect("may_leave() has seen it");
+        keeping.borrow_mut().try_configuration(&proposal.text).map_err(|error| error.to_string())
+    }
+
+    /// Says something that concerns the process, in the journal of its first device.
+    fn note_of_all(&mut self, entry: &Entry) {
+        if let Some(device) = self.devices.first_mut() {
+            device.note(entry.clone());
+            device.flush_journal();
         }
     }
 
@@ -695,6 +814,7 @@ impl Driver {
         self.devices.iter_mut().for_each(Device::flush_journal);
         // Whoever comes next begins anew, also where the store stays.
         self.devices.iter_mut().for_each(Device::forget);
+        self.keeping.iter().for_each(|keeping| keeping.borrow_mut().forget_configuration());
         Ok(at_rest)
     }
 

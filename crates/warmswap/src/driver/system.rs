@@ -8,7 +8,7 @@ use rustix::process::{WaitId, WaitIdOptions};
 /// Orphans that are collected at once.
 const ORPHANS_PER_STEP: usize = 64;
 
-/// Takes SIGTERM, SIGINT and SIGCHLD over into a descriptor, and becomes the parent of orphaned descendants. Called before any thread is
+/// Takes SIGTERM, SIGINT, SIGHUP and SIGCHLD over into a descriptor, and becomes the parent of orphaned descendants. Called before any thread is
 /// started, for a thread that does not block a signal would take it the old way.
 pub(crate) fn take_signals() -> io::Result<OwnedFd> {
     // SAFETY: plain calls on local values; the descriptor that signalfd returns is new and owned by nobody else.
@@ -17,6 +17,7 @@ pub(crate) fn take_signals() -> io::Result<OwnedFd> {
         libc::sigemptyset(&raw mut set);
         libc::sigaddset(&raw mut set, libc::SIGTERM);
         libc::sigaddset(&raw mut set, libc::SIGINT);
+        libc::sigaddset(&raw mut set, libc::SIGHUP);
         libc::sigaddset(&raw mut set, libc::SIGCHLD);
         if libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) != 0 {
             return Err(io::Error::last_os_error());
@@ -33,6 +34,8 @@ pub(crate) fn take_signals() -> io::Result<OwnedFd> {
 pub(super) struct Said {
     /// The program is asked to end.
     pub(super) end: bool,
+    /// The configuration is to be read again, or a terminal is gone.
+    pub(super) hangup: bool,
     /// A process has ended.
     pub(super) child: bool,
 }
@@ -40,13 +43,17 @@ pub(super) struct Said {
 /// Takes the signals that have arrived.
 pub(super) fn take_said(signals: &OwnedFd) -> Said {
     let mut said = Said::default();
-    // A signal waits at most once, so there are three.
-    for _ in 0..3 {
+    // A signal waits at most once, so there are four.
+    for _ in 0..4 {
         // A `signalfd_siginfo`, which begins with the number.
         let mut info = [0; 128];
         let Ok(128) = rustix::io::read(signals.as_fd(), &mut info) else { break };
         let number = u32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
-        if number == libc::SIGCHLD as u32 { said.child = true } else { said.end = true }
+        match i32::try_from(number) {
+            Ok(libc::SIGCHLD) => said.child = true,
+            Ok(libc::SIGHUP) => said.hangup = true,
+            _ => said.end = true,
+        }
     }
     said
 }

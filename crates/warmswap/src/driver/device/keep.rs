@@ -101,10 +101,27 @@ impl Device {
         self.keeper.is_some()
     }
 
+    /// Whether a VMM has connected.
+    pub(crate) fn has_vmm(&self) -> bool {
+        self.vmm.is_some()
+    }
+
     /// The next broker goes on with it: what this one has made stays.
     pub(crate) fn leave(&mut self) {
         self.flush_journal();
         self.run_dir.leave();
+    }
+
+    /// Keeps a connection that has just come, before anything is written down about it: the next broker finds it by where it leads. One
+    /// that cannot be kept is tried again with the record.
+    pub(super) fn keep_at_once(&self, socket: BorrowedFd<'_>) -> Option<u32> {
+        self.keeper.as_ref().and_then(|keeper| keeper.keeping.borrow_mut().put(socket).ok())
+    }
+
+    pub(super) fn let_go(&self, name: Option<u32>) {
+        if let (Some(keeper), Some(name)) = (&self.keeper, name) {
+            keeper.keeping.borrow_mut().let_go(name);
+        }
     }
 
     /// No broker is to go on with it.

@@ -1,7 +1,9 @@
 //! Going on with a device that a broker before this one has kept.
 
 use std::cell::RefCell;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::rc::Rc;
 
 use warmswap_core::{BackendId, Entry, Event, Nanos, Pair, Value};
@@ -64,6 +66,14 @@ pub(crate) struct Around<'a> {
     pub(crate) janitor: &'a Janitor,
     pub(crate) poller: &'a Poller,
     pub(crate) now: Nanos,
+}
+
+/// Whether a descriptor is a connection that came in at this path.
+fn leads_to(fd: BorrowedFd<'_>, path: &Path) -> bool {
+    let here =
+        rustix::net::getsockname(fd).ok().and_then(|address| rustix::net::SocketAddrUnix::try_from(address).ok());
+    let here = here.is_some_and(|address| address.path_bytes() == Some(path.as_os_str().as_bytes()));
+    here && rustix::net::getpeername(fd).is_ok()
 }
 
 /// Descriptors that were kept, by name.
@@ -141,6 +151,7 @@ impl Device {
         device.resume_shell(shell, &mut inherited, around);
         device.redo(&outbox, done, poller);
         device.run(now, poller);
+        device.find_stray(now, poller);
         Ok(device)
     }
 
@@ -172,6 +183,19 @@ impl Device {
             self.retired.extend(inherited.process(&record, janitor).inspect(Process::kill));
         }
         self.end_strangers();
+    }
+
+    /// A VMM that the last broker had let in and written nothing about. One that connects again has done so because its last connection
+    /// has ended.
+    fn find_stray(&mut self, now: Nanos, poller: &Poller) {
+        let Some(keeping) = self.keeper.as_ref().map(|keeper| Rc::clone(&keeper.keeping)) else { return };
+        let listens_at = self.config.socket.clone();
+        let stray = keeping.borrow_mut().stray(|fd| leads_to(fd, &listens_at));
+        if let Some((name, socket)) = stray
+            && !self.welcome(socket, Some(name), now, poller)
+        {
+            self.let_go(Some(name));
+        }
     }
 
     fn resume_connection(

@@ -11,6 +11,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use serde::{Deserialize, Serialize};
 use warmswap_keeper::store::{Kept, Store};
 
+use super::configuration::Configured;
 use super::doing::{Deed, Doing};
 use super::notes::{NOTES, Notes};
 
@@ -85,6 +86,7 @@ pub(crate) struct Directory {
     number: u64,
     /// Ledger and counter of each device, by name.
     devices: BTreeMap<String, (u32, u32)>,
+    configured: Configured,
 }
 
 /// What a predecessor has left of one device.
@@ -138,8 +140,9 @@ impl Keeping {
                 places
             }
         };
-        let directory = Directory { number: before.number, devices: BTreeMap::new() };
-        let keeping = Keeping { store, doing: Doing::new(), places, directory, inherited, left: before.devices };
+        let Directory { number, devices: left, configured } = before;
+        let directory = Directory { number, devices: BTreeMap::new(), configured };
+        let keeping = Keeping { store, doing: Doing::new(), places, directory, inherited, left };
         Ok(Some(Rc::new(RefCell::new(keeping))))
     }
 
@@ -156,8 +159,12 @@ impl Keeping {
         Some(taken)
     }
 
+    pub(super) fn configured(&mut self) -> &mut Configured {
+        &mut self.directory.configured
+    }
+
     /// One more reference to a descriptor that a predecessor has left.
-    fn adopt(&mut self, name: u32) -> Option<OwnedFd> {
+    pub(super) fn adopt(&mut self, name: u32) -> Option<OwnedFd> {
         let fd = self.inherited(name)?;
         self.store.adopt(&name_of(name), fd.as_fd()).ok()?;
         Some(fd)
@@ -167,6 +174,14 @@ impl Keeping {
     pub(crate) fn inherited(&mut self, name: u32) -> Option<OwnedFd> {
         // One description may stand in for several.
         self.inherited.get(&name)?.try_clone().ok()
+    }
+
+    /// Something that a predecessor has left and written nothing about, and the name that it has from now on.
+    pub(crate) fn stray(&mut self, is: impl Fn(BorrowedFd<'_>) -> bool) -> Option<(u32, OwnedFd)> {
+        let unclaimed = |name: u32| Kept::from_number(name).is_some_and(|kept| self.store.references(kept).is_none());
+        let found =
+            self.inherited.iter().find(|(name, fd)| unclaimed(**name) && is(fd.as_fd())).map(|(name, _)| *name)?;
+        self.adopt(found).map(|fd| (found, fd))
     }
 
     /// A ledger for a device that has none.
@@ -180,8 +195,9 @@ impl Keeping {
 
     /// All devices have been taken over: what nobody has asked for is let go of.
     pub(crate) fn settle(&mut self) -> io::Result<()> {
-        self.write_directory()?;
         self.left.clear();
+        self.accept_configuration();
+        self.write_directory()?;
         let unclaimed: Vec<u32> = std::mem::take(&mut self.inherited).into_keys().collect();
         let unclaimed = unclaimed
             .into_iter()
@@ -190,9 +206,15 @@ impl Keeping {
         names.iter().try_for_each(|name| self.store.discard(&name_of(*name)))
     }
 
-    fn write_directory(&mut self) -> io::Result<()> {
+    pub(super) fn write_directory(&mut self) -> io::Result<()> {
         self.directory.number += 1;
-        self.places.write(self.directory.number, &self.directory).map(drop)
+        // What nobody has asked for yet is still there for the next process, should this one end before somebody does.
+        let mut left = std::mem::take(&mut self.left);
+        self.directory.devices.append(&mut left.clone());
+        let written = self.places.write(self.directory.number, &self.directory).map(drop);
+        self.directory.devices.retain(|name, _| !left.contains_key(name));
+        self.left.append(&mut left);
+        written
     }
 
     /// Puts a descriptor into the store and says under which name it lies there.
@@ -221,7 +243,7 @@ impl Keeping {
         let _gone = self.store.ready();
     }
 
-    fn let_go(&mut self, name: u32) {
+    pub(crate) fn let_go(&mut self, name: u32) {
         // What cannot be taken out of the store stays in it, and is found to be wanted by nobody by the next broker.
         let _stays = Kept::from_number(name).map(|kept| self.store.let_go(kept));
     }

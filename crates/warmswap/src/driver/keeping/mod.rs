@@ -13,6 +13,7 @@
 //! Looks at rings have no effect outside and lead to no record. What they tell is noted down behind the record's two places, for the case
 //! that a backend dies together with the broker.
 
+mod configuration;
 mod doing;
 mod ledger;
 mod notes;
