@@ -250,12 +250,18 @@ impl Pair {
         }
     }
 
+    /// Whether a backend that lives and has not been heard of may be waited for, since it was first to be. Looks at its rings.
+    pub(super) fn is_patient(&mut self, step: &mut Step<'_>) -> bool {
+        let since = *self.put_off_since.get_or_insert(step.now);
+        let patience = Nanos(self.config.limits.hang.0.saturating_mul(PUT_OFF)).min(self.config.limits.stall);
+        self.look_at_served(step);
+        step.now.since(since) < patience
+    }
+
     /// A living primary is fenced only where it is known what it owes: killing it would turn a hang, which may pass, into a halt.
     pub(crate) fn hang_found(&mut self, primary: BackendId, cause: String, step: &mut Step<'_>) {
         let since = *self.put_off_since.get_or_insert(step.now);
-        let patience = Nanos(self.config.limits.hang.0.saturating_mul(PUT_OFF)).min(self.config.limits.stall);
-        let patient = step.now.since(since) < patience;
-        self.look_at_served(step);
+        let patient = self.is_patient(step);
         // One that was never given a ring owes nothing.
         let patient = patient && self.link(primary).is_some_and(|link| link.touched) && !loose(Animal::HangKilledBlind);
         let reason = self.exactness_refusal().filter(|_| patient);
