@@ -413,7 +413,8 @@ impl Pair {
             return self.link_mut(backend).into_iter().for_each(|link| link.ask_again(now));
         }
         let takes_over = self.failover.as_ref().is_some_and(|failover| failover.target == Some(backend));
-        if takes_over && self.is_patient(step) && self.exactness_refusal().is_some() && !loose(Animal::HangKilledBlind) {
+        if takes_over && self.is_patient(step) && self.exactness_refusal().is_some() && !loose(Animal::HangKilledBlind)
+        {
             // It serves the rings already, and nobody would know what it owed.
             let now = step.now;
             return self.link_mut(backend).into_iter().for_each(|link| link.ask_again(now));

@@ -36,6 +36,7 @@ impl Broker {
             backend,
             environment: None,
             kept: false,
+            program: None,
         })?;
         Ok(Broker { commands: process.connect()?, status: process.connect()?, process })
     }

@@ -209,6 +209,7 @@ fn start_broker(plan: &Plan, directory: &Path, backend: &[String]) -> anyhow::Re
         backend,
         environment: None,
         kept: false,
+        program: None,
     })
 }
 

@@ -33,6 +33,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) environment: Option<(&'a str, Option<&'a str>)>,
     /// A keeper starts it, and again when it dies.
     pub(crate) kept: bool,
+    /// What the keeper executes, if not this program.
+    pub(crate) program: Option<&'a Path>,
 }
 
 /// How a broker ended that did not become ready.
@@ -70,7 +72,8 @@ impl BrokerProcess {
         std::fs::create_dir_all(&control)?;
         let mut command = Command::new(std::env::current_exe()?);
         if launch.kept {
-            command.args(["warmswap", "keeper", "--run-dir"]).arg(&control).arg("--").arg(std::env::current_exe()?);
+            command.args(["warmswap", "keeper", "--run-dir"]).arg(&control).arg("--");
+            command.arg(launch.program.map_or_else(std::env::current_exe, |program| Ok(program.to_path_buf()))?);
         }
         command.args(["warmswap", "guard", "--name", launch.name, "--type", "blk"]);
         command.arg("--socket").arg(socket(directory));

@@ -48,6 +48,7 @@ impl Broker {
             backend,
             environment,
             kept: false,
+            program: None,
         })? {
             Ok(process) => Ok(Ok(Broker { status: process.connect()?, process })),
             Err(refusal) => Ok(Err(refusal)),

@@ -33,6 +33,8 @@ pub(crate) struct Setup {
     pub(crate) extra: Vec<String>,
     /// A keeper starts it, and again when it dies.
     pub(crate) kept: bool,
+    /// What the keeper executes, if not this program.
+    pub(crate) program: Option<PathBuf>,
 }
 
 /// The connections to it.
@@ -89,6 +91,7 @@ impl Broker {
             backend: &setup.backend,
             environment: None,
             kept: setup.kept,
+            program: setup.program.as_deref(),
         })?;
         Ok(Broker {
             target: Target::open(process.pid())?,
@@ -159,6 +162,12 @@ impl Broker {
         self.answer_lost
     }
 
+    /// Has it replaced by the program that lies there now. An answer comes only if it is not.
+    pub(crate) fn upgrade(&mut self) -> anyhow::Result<()> {
+        self.answer = None;
+        self.ask(&json!({"verb": "upgrade"}))
+    }
+
     /// Kills the broker, not its keeper.
     pub(crate) fn kill(&mut self) -> anyhow::Result<()> {
         self.killed_ns = Some(now_ns());
@@ -178,6 +187,11 @@ impl Broker {
     /// Whether the successor of one that died answers.
     pub(crate) fn is_connected(&self) -> bool {
         self.lines.is_some() && self.killed_ns.is_none()
+    }
+
+    /// Whether a successor has answered that was not taken yet.
+    pub(crate) fn has_readopted(&self) -> bool {
+        !self.readopted_ns.is_empty()
     }
 
     /// Takes how long successors took to answer.

@@ -12,6 +12,7 @@ use super::ledger::Ledger;
 use super::load::Load;
 use super::options::{EpochChoices, Fixed, SessionChoices};
 use super::process::{Holdings, reap_orphans};
+use super::programs::Programs;
 use super::progress::Progress;
 use super::tally::Tally;
 use super::vmm::{self, Behaviour};
@@ -52,6 +53,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) guard: &'a [String],
     /// The broker is killed as well.
     pub(crate) kills_broker: bool,
+    /// Another build of this program, which the broker is replaced by, and back.
+    pub(crate) upgrade: Option<&'a Path>,
     /// Say the options of every guest and everything that is done.
     pub(crate) verbose: bool,
 }
@@ -74,6 +77,7 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally, progress: &mut Progress) -
     eprintln!("epoch {}: {}", plan.epoch, serde_json::to_string(&choices)?);
     let file = std::fs::File::create(plan.image()).context("creating the image")?;
     file.set_len(choices.image_blocks * BLOCK as u64)?;
+    let programs = plan.upgrade.map(|other| Programs::new(plan.directory, other)).transpose()?;
     let setup = Setup {
         directory: plan.directory.to_owned(),
         hang_ms: choices.hang_ms,
@@ -87,7 +91,8 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally, progress: &mut Progress) -
             .chain(on_prediction(plan.kinds))
             .chain(plan.guard.iter().cloned())
             .collect(),
-        kept: plan.kills_broker,
+        kept: plan.kills_broker || plan.upgrade.is_some(),
+        program: programs.as_ref().map(Programs::path),
     };
     let broker = Broker::start(&setup)?;
     let device = 1 + plan.epoch as u32;
@@ -96,7 +101,8 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally, progress: &mut Progress) -
     let load = Load::new(Ledger::new(device, blocks), plan.stream(2), session.mix(false));
     let socket = broker.socket();
     let mut world = World::new(broker, load, plan.stream(1), session, plan.behaviours, plan.verbose, socket)?;
-    world.kills_broker = plan.kills_broker;
+    world.kills_broker = plan.kills_broker || plan.upgrade.is_some();
+    world.programs = programs;
     let ended = sessions(plan, &choices, &mut options, &mut world, tally, progress);
     tally.requests += world.load.completed;
     let World { mut broker, mut load, .. } = match ended {

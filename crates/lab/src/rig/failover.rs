@@ -126,11 +126,42 @@ pub(crate) fn inject(world: &mut World, kind: Kind, tally: &mut Tally) -> anyhow
     let detail = world.choices.next();
     world.pace = Pace::Full;
     world.run_for(load_for)?;
-    if world.kills_broker {
+    if world.programs.is_some() {
+        upgrade_broker(world, tally)?;
+    } else if world.kills_broker {
         kill_broker(world, detail, tally)?;
     }
     tally.injected(kind);
     strike(world, &before, kind, quiet, detail, tally)
+}
+
+/// Has the broker replaced by the other build under load.
+fn upgrade_broker(world: &mut World, tally: &mut Tally) -> anyhow::Result<()> {
+    world.programs.as_mut().context("the caller has seen them")?.swap()?;
+    let asked = now_ns();
+    world.load.start_gap(asked);
+    world.broker.upgrade()?;
+    let mut refused = None;
+    world.run_until("the upgraded broker", false, |world| {
+        if let Some(Answer::Refused(why)) = world.broker.take_answer() {
+            refused = Some(why);
+        }
+        Ok(refused.is_some() || world.broker.has_readopted())
+    })?;
+    if let Some(why) = refused {
+        bail!("the broker is not upgraded: {why}");
+    }
+    tally.upgrades += 1;
+    tally.waited("upgrade", now_ns() - asked);
+    tally.waited("gap-upgraded", world.load.longest_gap_ns());
+    world.broker.take_readopted().into_iter().for_each(|took| tally.waited("readopt", took));
+    follows_the_rings(world)
+}
+
+/// Rings that were busy are followed again when what was in flight then has come back.
+fn follows_the_rings(world: &mut World) -> anyhow::Result<()> {
+    let follows = |status: &DeviceStatus| status.state == "protected" && status.recovery_level != "refused";
+    world.run_until_status("a broker that follows the rings", follows).map(drop)
 }
 
 /// Kills the broker at an instant under load, and waits for the next one; or has it die in the middle of the failover that comes.
@@ -152,11 +183,7 @@ fn kill_broker(world: &mut World, detail: u64, tally: &mut Tally) -> anyhow::Res
     world.run_until("the next broker", false, |world| Ok(world.broker.is_connected() && now_ns() > killed + GAP_NS))?;
     tally.waited("gap-killed", world.load.longest_gap_ns());
     world.broker.take_readopted().into_iter().for_each(|took| tally.waited("readopt", took));
-    // Rings that were busy are followed again when what was in flight then has come back.
-    world.run_until_status("a broker that follows the rings", |status| {
-        status.state == "protected" && status.recovery_level != "refused"
-    })?;
-    Ok(())
+    follows_the_rings(world)
 }
 
 /// Does it, and follows it to its end.

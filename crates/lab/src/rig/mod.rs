@@ -25,6 +25,7 @@ pub(crate) mod ledger;
 mod load;
 mod options;
 mod process;
+mod programs;
 mod progress;
 mod sys;
 mod tally;
@@ -96,10 +97,13 @@ pub(crate) struct Args {
     /// First epoch, to repeat one of a longer run.
     #[arg(long, default_value_t = 0)]
     first_epoch: u64,
-    /// Start the broker under a keeper, and kill it once for each failover: two times out of three at some instant under load, and once in the
-    /// middle of the failover, between any two things that it does
+    /// Start the broker under a keeper, and kill it once for each failover: in turns at some instant under load, and between any two things
+    /// that it does, which is in the middle of the failover more often than not
     #[arg(long)]
     kill_broker: bool,
+    /// Start the broker under a keeper, and upgrade it under load before each failover: from this other build of `lab` to this one and back
+    #[arg(long, value_name = "PROGRAM", conflicts_with = "kill_broker")]
+    upgrade: Option<PathBuf>,
     /// Only the control: no broker, kills, reconnect by the VMMs' rules.
     #[arg(long)]
     no_guard: bool,
@@ -181,6 +185,7 @@ fn epochs(args: &Args, workspace: &Workspace, tally: &mut Tally) -> anyhow::Resu
             direct_possible,
             guard: &args.guard,
             kills_broker: args.kill_broker,
+            upgrade: args.upgrade.as_deref(),
             verbose: args.verbose,
         };
         let started = Instant::now();

@@ -145,6 +145,8 @@ pub(crate) struct Tally {
     pub(crate) broker_kills: u64,
     /// Of these, in the middle of a failover.
     pub(crate) broker_kills_in_failover: u64,
+    /// Brokers that were replaced by another build of the program.
+    pub(crate) upgrades: u64,
     waits: BTreeMap<&'static str, Histogram<u64>>,
     /// Descriptors, processes, mappings or memory that were not given back.
     pub(crate) leaks: u64,
@@ -266,6 +268,7 @@ impl Tally {
             "vmm_behaviours": self.behaviours,
             "points": self.points,
             "broker_kills": self.broker_kills,
+            "upgrades": self.upgrades,
             "broker_kills_in_failover": self.broker_kills_in_failover,
             "readopt_ms": self.waits.get("readopt").map(milliseconds),
             "waits_us": waits,

@@ -12,6 +12,7 @@ use super::control::{BackendStatus, DeviceStatus};
 use super::halt::Halted;
 use super::load::{Load, Pace};
 use super::options::SessionChoices;
+use super::programs::Programs;
 use super::vmm::Behaviour;
 use crate::common::rng::Rng;
 use crate::guest::{Guest, now_ns};
@@ -55,6 +56,8 @@ pub(crate) struct World {
     pub(crate) settled: u64,
     /// The broker is killed as well, and its keeper starts another one.
     pub(crate) kills_broker: bool,
+    /// The programs that take turns as the broker, where it is upgraded and not killed.
+    pub(crate) programs: Option<Programs>,
     /// A backend was killed where it need not lead to a failover: take the broker's count as it is next time.
     pub(crate) resynchronise: bool,
     looked_ns: u64,
@@ -83,6 +86,7 @@ impl World {
             verbose,
             settled: 0,
             kills_broker: false,
+            programs: None,
             resynchronise: false,
             looked_ns: now_ns(),
         })

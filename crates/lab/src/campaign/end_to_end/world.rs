@@ -232,5 +232,6 @@ fn start_broker(
         backend: &backend,
         environment: None,
         kept: false,
+        program: None,
     })
 }
