@@ -1,5 +1,6 @@
 //! A broker as a child: this very binary under another verb, started, waited for and ended as an operator does.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::process::CommandExt as _;
@@ -12,6 +13,7 @@ use rustix::process::Signal;
 
 use super::lines::Lines;
 use super::process::{Target, signal_with_parent};
+use super::systemd;
 
 /// How long it may take to start and to end.
 const TURN_MAX: Duration = Duration::from_secs(20);
@@ -70,22 +72,23 @@ impl BrokerProcess {
         let directory = launch.directory;
         let control = directory.join("control");
         std::fs::create_dir_all(&control)?;
+        let words = words(launch, &control)?;
+        let log = directory.join("broker.log");
+        let file = File::create(&log)?;
         let mut command = Command::new(std::env::current_exe()?);
-        if launch.kept {
-            command.args(["warmswap", "keeper", "--run-dir"]).arg(&control).arg("--");
-            command.arg(launch.program.map_or_else(std::env::current_exe, |program| Ok(program.to_path_buf()))?);
+        if launch.kept && systemd::is_inside() {
+            command = systemd::stand_in(launch.name, &words, &log)?;
+        } else if launch.kept {
+            command.args(["warmswap", "keeper", "--run-dir"]).arg(&control).arg("--").args(words);
+        } else {
+            command.args(&words[1..]);
         }
-        command.args(["warmswap", "guard", "--name", launch.name, "--type", "blk"]);
-        command.arg("--socket").arg(socket(directory));
-        command.arg("--control").arg(&control).arg("--run-dir").arg(directory.join("run"));
-        command.args(launch.options).arg("--").args(launch.backend);
         match launch.environment {
             Some((name, Some(value))) => drop(command.env(name, value)),
             Some((name, None)) => drop(command.env_remove(name)),
             None => {}
         }
-        let log = File::create(directory.join("broker.log"))?;
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(file);
         // An interrupt from the terminal is for the instrument, which ends the broker in its turn.
         command.process_group(0);
         // Asked to end in order, it takes its backends and control groups along.
@@ -173,6 +176,17 @@ impl BrokerProcess {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
+}
+
+/// The broker's command line.
+fn words(launch: &Launch<'_>, control: &Path) -> anyhow::Result<Vec<OsString>> {
+    let program = launch.program.map_or_else(std::env::current_exe, |program| Ok(program.to_path_buf()))?;
+    let mut words: Vec<OsString> = vec![program.into()];
+    words.extend(["warmswap", "guard", "--name", launch.name, "--type", "blk", "--socket"].map(OsString::from));
+    words.extend([socket(launch.directory).into(), "--control".into(), control.into()]);
+    words.extend(["--run-dir".into(), launch.directory.join("run").into()]);
+    words.extend(launch.options.iter().chain([&"--".to_owned()]).chain(launch.backend).map(OsString::from));
+    Ok(words)
 }
 
 impl Drop for BrokerProcess {

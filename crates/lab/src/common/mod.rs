@@ -10,5 +10,6 @@ pub(crate) mod lines;
 pub(crate) mod process;
 pub(crate) mod qsd;
 pub(crate) mod rng;
+pub(crate) mod systemd;
 pub(crate) mod together;
 pub(crate) mod workspace;

@@ -50,6 +50,7 @@ use self::unguarded::{Damage, Rule};
 use self::vmm::Behaviour;
 use crate::common::commit::commit;
 use crate::common::interrupt;
+use crate::common::systemd;
 use crate::common::workspace::Workspace;
 
 /// Kills per rule in the control.
@@ -101,6 +102,9 @@ pub(crate) struct Args {
     /// that it does, which is in the middle of the failover more often than not
     #[arg(long)]
     kill_broker: bool,
+    /// With systemd as the keeper: a real one, the first process of a namespace of its own, in which all of this runs. Needs root
+    #[arg(long, requires = "kill_broker")]
+    systemd: bool,
     /// Start the broker under a keeper, and upgrade it under load before each failover: from this other build of `lab` to this one and back
     #[arg(long, value_name = "PROGRAM", conflicts_with = "kill_broker")]
     upgrade: Option<PathBuf>,
@@ -127,6 +131,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         "--size must be a power of two from 32 on"
     );
     interrupt::note_signals();
+    if args.systemd && !systemd::is_inside() {
+        let workspace = Workspace::new(&args.image_dir, "systemd")?;
+        let status = systemd::again(workspace.path())?;
+        ensure!(status == 0, "the run under systemd ended with status {status}");
+        return Ok(());
+    }
     let workspace = Workspace::new(&args.image_dir, "rig")?;
     let lost_by_rule = control(args, &workspace)?;
     let started = Instant::now();
