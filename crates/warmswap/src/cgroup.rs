@@ -161,9 +161,10 @@ impl Cgroup {
     /// Whether no living process is left in the group.
     pub(crate) fn is_empty(&mut self) -> io::Result<bool> {
         let mut text = String::with_capacity(64);
-        self.events.seek(SeekFrom::Start(0))?;
-        match self.events.read_to_string(&mut text) {
-            // The group has been removed, which only an empty one can be.
+        let sought = self.events.seek(SeekFrom::Start(0));
+        match sought.and_then(|_| self.events.read_to_string(&mut text)) {
+            // The group has been removed, which only an empty one can be: by the janitor of a broker that was killed, for one. There are
+            // kernels that say so to the one call, and kernels that say so to the other.
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(true),
             read => read?,
         };
@@ -357,6 +358,19 @@ mod tests {
     fn dead_broker() -> Broker {
         // Our own number, but another process.
         Broker { started: 1, ..Broker::find(std::process::id()).expect("it runs this") }
+    }
+
+    #[test]
+    fn a_group_that_somebody_has_removed_is_empty() {
+        let (janitor, thread) = Janitor::start().expect("a thread");
+        // Nobody else sweeps a group with another name.
+        let Ok(made) = Cgroup::create(&format!("removed-{}", std::process::id()), &janitor) else { return };
+        let mut group = Cgroup::inherit(made.path(), &janitor).expect("it is there");
+        assert!(group.is_empty().expect("it can be read"));
+        fs::remove_dir(group.path()).expect("it is empty");
+        assert!(group.is_empty().expect("it is known to be gone"));
+        drop((made, group, janitor));
+        thread.join().expect("it ends with the last who knows it");
     }
 
     #[test]
