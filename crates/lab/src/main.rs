@@ -7,6 +7,7 @@ mod campaign;
 mod common;
 mod conform;
 mod crash;
+mod devices;
 mod eval;
 mod fence;
 mod guest;
@@ -35,6 +36,8 @@ enum Instrument {
     Vm(vm::Args),
     /// Our own guest on a guarded device: real kills at random instants, judged by an independent oracle.
     Rig(rig::Args),
+    /// One daemon that guards very many devices: what each costs, and what happens to all of them at once.
+    Devices(devices::Args),
     /// What a failover costs, and what being guarded costs.
     Bench(bench::Args),
     /// The whole system simulated, one seed a run: real messages, rings and decisions, and every fault at every instant.
@@ -86,6 +89,7 @@ fn main() -> std::process::ExitCode {
     let outcome = match Args::parse().instrument {
         Instrument::Vm(args) => vm::run(&args),
         Instrument::Rig(args) => rig::run(&args),
+        Instrument::Devices(args) => devices::run(&args),
         Instrument::Bench(args) => bench::run(&args),
         Instrument::Sim(args) => sim::run(&args),
         Instrument::Crash(args) => crash::run(&args),
