@@ -23,6 +23,9 @@ const UNITS: &str = "/run/warmswap-lab";
 const PROGRAM: &str = "/lib/systemd/systemd";
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
+/// Its process: the first one.
+pub(crate) const PID: u32 = 1;
+
 /// Whether a systemd of ours is around.
 pub(crate) fn is_inside() -> bool {
     std::env::var_os(INSIDE).is_some()
@@ -33,6 +36,8 @@ const BEGIN: &str = "set -e
 mount --make-rprivate /
 mount -t tmpfs tmpfs /run
 mkdir -p /run/systemd/system /run/lock /run/warmswap-lab
+# What is only covered is still listed, and would be taken for the hierarchy.
+umount -R /sys/fs/cgroup
 mount -t tmpfs tmpfs /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 cp \"$1\"/*.service \"$1\"/*.target /run/warmswap-lab

@@ -11,6 +11,7 @@ use super::halt::{Halted, Halts};
 use crate::common::broker::{BrokerProcess, Launch};
 use crate::common::lines::Lines;
 use crate::common::process::Target;
+use crate::common::systemd;
 use crate::guest::now_ns;
 
 /// Name of the guarded device.
@@ -117,11 +118,6 @@ impl Broker {
         self.process.socket()
     }
 
-    /// Its process.
-    pub(crate) fn pid(&self) -> u32 {
-        self.target.pid()
-    }
-
     /// Asks for a failover; the answer comes with [`Broker::take_answer`].
     pub(crate) fn ask_failover(&mut self, now: bool) -> anyhow::Result<()> {
         self.answer = None;
@@ -170,9 +166,9 @@ impl Broker {
 
     /// Kills the broker, not its keeper.
     pub(crate) fn kill(&mut self) -> anyhow::Result<()> {
-        self.killed_ns = Some(now_ns());
+        self.killed_ns.get_or_insert_with(now_ns);
         // One that has just died by itself is as dead.
-        if let Ok(broker) = Target::open(self.broker_pid()?) {
+        if let Ok(broker) = self.broker_pid().and_then(Target::open) {
             let _ended = broker.signal(rustix::process::Signal::KILL);
         }
         Ok(())
@@ -180,8 +176,16 @@ impl Broker {
 
     /// The process that guards: the child of the keeper, where there is one.
     pub(crate) fn broker_pid(&self) -> anyhow::Result<u32> {
+        if !self.kept {
+            return Ok(self.target.pid());
+        }
         let latest = self.latest.as_ref().map(|(_, status)| status.broker.pid);
-        Ok(latest.filter(|_| self.kept).unwrap_or(self.target.pid()))
+        latest.context("the broker has died, and the next one has not answered yet")
+    }
+
+    /// The process that holds its descriptors and has its orphans for children.
+    pub(crate) fn keeper_pid(&self) -> u32 {
+        if systemd::is_inside() { systemd::PID } else { self.target.pid() }
     }
 
     /// Whether the successor of one that died answers.

@@ -119,7 +119,7 @@ pub(crate) fn run(plan: &Plan<'_>, tally: &mut Tally, progress: &mut Progress) -
         tally.halt(&halted.reason);
     }
     broker.end()?;
-    for orphan in reap_orphans()? {
+    for orphan in reap_orphans(plan.directory)? {
         tally.leaks += 1;
         tally.verdict.note(|| format!("the broker left a process behind: {orphan}"));
     }
@@ -213,7 +213,7 @@ fn holdings(world: &mut World, baseline: Option<&Holdings>) -> anyhow::Result<Ho
 fn held(world: &World) -> anyhow::Result<Holdings> {
     let mut held = Holdings::of(world.broker.broker_pid()?)?;
     if world.kills_broker {
-        held.and_keeper(&Holdings::of(world.broker.pid())?);
+        held.and_keeper(&Holdings::of(world.broker.keeper_pid())?);
     }
     Ok(held)
 }

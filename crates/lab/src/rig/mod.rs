@@ -274,6 +274,12 @@ fn command(args: &Args) -> String {
     if args.kill_broker {
         command.push_str(" --kill-broker");
     }
+    if args.systemd {
+        command.push_str(" --systemd");
+    }
+    if let Some(program) = &args.upgrade {
+        command.push_str(&format!(" --upgrade {}", program.display()));
+    }
     if args.no_guard {
         command.push_str(" --no-guard");
     }

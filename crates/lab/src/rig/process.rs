@@ -1,6 +1,7 @@
 //! What a process holds, and what one leaves behind.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -92,13 +93,14 @@ pub(crate) fn adopt_orphans() -> anyhow::Result<()> {
 /// How long processes may take to end after their broker has.
 const ORPHANS_MAX: Duration = Duration::from_secs(1);
 
-/// Reaps what became our child when its parent ended. What does not end by itself is killed; returns the command lines of
-/// these. We have no other children then.
-pub(crate) fn reap_orphans() -> anyhow::Result<Vec<String>> {
+/// Reaps what became our child when its parent ended, and waits for what has `directory` in its command line: where systemd is the keeper,
+/// orphans are its children. What does not end by itself is killed; returns the command lines of these. We have no other children then.
+pub(crate) fn reap_orphans(directory: &Path) -> anyhow::Result<Vec<String>> {
     let deadline = Instant::now() + ORPHANS_MAX;
     loop {
         while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
-        let orphans = children_of(std::process::id())?;
+        let mut orphans = named_after(directory)?;
+        orphans.extend(children_of(std::process::id())?);
         if orphans.is_empty() {
             return Ok(Vec::new());
         }
@@ -109,18 +111,46 @@ pub(crate) fn reap_orphans() -> anyhow::Result<Vec<String>> {
     }
 }
 
+/// Processes with `directory` in their command line.
+fn named_after(directory: &Path) -> anyhow::Result<BTreeSet<u32>> {
+    let directory = directory.to_string_lossy();
+    let numbers = std::fs::read_dir("/proc")?.flatten().filter_map(|it| it.file_name().to_str()?.parse::<u32>().ok());
+    Ok(numbers.filter(|pid| *pid != std::process::id() && command_line(*pid).contains(&*directory)).collect())
+}
+
+/// Empty for a zombie, and for what is gone.
+fn command_line(pid: u32) -> String {
+    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&words).replace('\0', " ")
+}
+
 fn kill_orphan(orphan: u32) -> anyhow::Result<String> {
-    let command = std::fs::read_to_string(format!("/proc/{orphan}/cmdline")).unwrap_or_default().replace('\0', " ");
+    let command = command_line(orphan);
     let pid = Pid::from_raw(orphan.cast_signed()).context("pid zero")?;
     // It may end by itself meanwhile; what counts is that it was there.
     let _ = rustix::process::kill_process(pid, Signal::KILL);
-    rustix::process::waitpid(Some(pid), WaitOptions::empty()).context("reaping a process the broker left behind")?;
+    // One that is no child of ours is reaped by whose it is.
+    let _ = rustix::process::waitpid(Some(pid), WaitOptions::empty());
     Ok(command)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_left_behind_is_found_by_its_directory_and_ended() {
+        let directory = std::env::temp_dir().join(format!("left-behind-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).expect("a directory");
+        let mut child =
+            std::process::Command::new("tail").arg("-f").arg("/dev/null").arg(directory.join("none")).spawn();
+        let child = child.as_mut().expect("tail");
+        let found = std::iter::repeat_with(|| named_after(&directory).expect("proc")).find(|found| !found.is_empty());
+        assert_eq!(found, Some(BTreeSet::from([child.id()])));
+        assert!(kill_orphan(child.id()).expect("it is there").contains("left-behind"));
+        assert_eq!(named_after(&directory).expect("proc"), BTreeSet::new());
+        std::fs::remove_dir_all(&directory).expect("it is empty");
+    }
 
     #[test]
     fn our_own_holdings_are_seen() {

@@ -270,6 +270,7 @@ impl Tally {
             "broker_kills": self.broker_kills,
             "upgrades": self.upgrades,
             "broker_kills_in_failover": self.broker_kills_in_failover,
+            "upgrade_ms": self.waits.get("upgrade").map(milliseconds),
             "readopt_ms": self.waits.get("readopt").map(milliseconds),
             "waits_us": waits,
             "broker_rss_max_bytes": self.broker_rss_max_bytes,
