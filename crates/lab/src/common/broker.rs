@@ -77,7 +77,7 @@ impl BrokerProcess {
         let file = File::create(&log)?;
         let mut command = Command::new(std::env::current_exe()?);
         if launch.kept && systemd::is_inside() {
-            command = systemd::stand_in(launch.name, &words, &log)?;
+            command = systemd::stand_in(launch.name, &words, &[], &log)?;
         } else if launch.kept {
             command.args(["warmswap", "keeper", "--run-dir"]).arg(&control).arg("--").args(words);
         } else {

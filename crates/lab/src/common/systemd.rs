@@ -16,7 +16,7 @@ use rustix::process::Signal;
 use super::interrupt;
 use super::process::signal_with_parent;
 
-/// Tells an instrument that it runs as a service.
+/// Tells an instrument that it runs as a service, and where it may keep things.
 const INSIDE: &str = "WARMSWAP_LAB_SERVICE";
 /// Where units are read from inside.
 const UNITS: &str = "/run/warmswap-lab";
@@ -29,6 +29,12 @@ pub(crate) const PID: u32 = 1;
 /// Whether a systemd of ours is around.
 pub(crate) fn is_inside() -> bool {
     std::env::var_os(INSIDE).is_some()
+}
+
+/// Where an instrument makes its directory. They are named after processes, and removed if there is none of that number: inside a namespace,
+/// where numbers begin anew, not beside those of others.
+pub(crate) fn place(otherwise: &Path) -> PathBuf {
+    std::env::var_os(INSIDE).map_or_else(|| otherwise.to_path_buf(), PathBuf::from)
 }
 
 /// Mounts what the namespace needs, writes the instrument's unit and becomes systemd.
@@ -51,7 +57,7 @@ pub(crate) fn again(directory: &Path) -> anyhow::Result<u8> {
     let (out, err, status) = (directory.join("out"), directory.join("err"), directory.join("status"));
     [&out, &err].into_iter().try_for_each(|path| File::create(path).map(drop))?;
     std::fs::write(directory.join("lab.target"), "[Unit]\nDefaultDependencies=no\nWants=lab.service\n")?;
-    std::fs::write(directory.join("lab.service"), service(&[&out, &err, &status])?)?;
+    std::fs::write(directory.join("lab.service"), service(directory, &[&out, &err, &status])?)?;
     let mut command = Command::new("unshare");
     command.args(["-m", "-p", "-f", "-C", "-u", "-i", "--kill-child=KILL", "--mount-proc", "sh", "-c", BEGIN, "sh"]);
     command.arg(directory).arg(PROGRAM).stdin(Stdio::null()).stdout(File::create(directory.join("systemd.log"))?);
@@ -86,11 +92,12 @@ fn follow(child: &mut std::process::Child, printed: &[&Path; 2], status: &Path) 
 }
 
 /// The unit of the instrument itself.
-fn service([out, err, status]: &[&Path; 3]) -> anyhow::Result<String> {
+fn service(directory: &Path, [out, err, status]: &[&Path; 3]) -> anyhow::Result<String> {
     let words: Vec<OsString> =
         std::iter::once(std::env::current_exe()?.into()).chain(std::env::args_os().skip(1)).collect();
     let mut text = String::from("[Unit]\nDefaultDependencies=no\n[Service]\nType=exec\nTimeoutStopSec=30\n");
-    writeln!(text, "Environment={INSIDE}=1\nWorkingDirectory={}", std::env::current_dir()?.display())?;
+    writeln!(text, "Environment={INSIDE}={}", directory.display())?;
+    writeln!(text, "WorkingDirectory={}", std::env::current_dir()?.display())?;
     for name in ["PATH", "HOME", "CARGO_HOME", "RUST_BACKTRACE"] {
         if let Ok(value) = std::env::var(name) {
             writeln!(text, "Environment=\"{name}={value}\"")?;
@@ -120,10 +127,15 @@ wait
 ";
 
 /// A process that stands for a broker which systemd starts, again when it dies, with these words; its log is appended to `log`. The unit is as
-/// `contrib/warmswap-kept@.service` has it.
-pub(crate) fn stand_in(name: &str, words: &[OsString], log: &Path) -> anyhow::Result<Command> {
+/// `contrib/warmswap-kept@.service` has it. `environment` is what the broker's has to hold besides.
+pub(crate) fn stand_in(
+    name: &str,
+    words: &[OsString],
+    environment: &[(&str, PathBuf)],
+    log: &Path,
+) -> anyhow::Result<Command> {
     let unit = format!("{name}-{}.service", std::process::id());
-    let text = format!(
+    let mut text = format!(
         "[Unit]\nDefaultDependencies=no\nStartLimitIntervalSec=0\n[Service]\nType=notify\nNotifyAccess=main\nFileDescriptorStoreMax=1000\n\
          KillMode=process\nRestart=always\nRestartSec=0\nSuccessExitStatus=75\nTimeoutStopSec=15\nDelegate=yes\n\
          StandardOutput=null\nStandardError=append:{}\nEnvironment=\"PATH={}\"\nExecStart={}\n",
@@ -131,6 +143,9 @@ pub(crate) fn stand_in(name: &str, words: &[OsString], log: &Path) -> anyhow::Re
         std::env::var("PATH").unwrap_or_default(),
         quoted(words),
     );
+    for (name, value) in environment {
+        writeln!(text, "Environment=\"{name}={}\"", value.display())?;
+    }
     std::fs::write(PathBuf::from(UNITS).join(&unit), text)?;
     let mut command = Command::new("sh");
     command.args(["-c", STAND_IN, "sh", &unit]);

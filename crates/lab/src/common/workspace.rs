@@ -12,7 +12,10 @@ impl Workspace {
     /// Makes one under `parent` for the instrument of that name, and removes those of its runs that were killed.
     pub(crate) fn new(parent: &Path, instrument: &str) -> anyhow::Result<Self> {
         let prefix = format!("lab-{instrument}-");
-        remove_abandoned(parent, &prefix)?;
+        // In a process namespace of our own the processes of other runs look as if they were gone.
+        if !super::systemd::is_inside() {
+            remove_abandoned(parent, &prefix)?;
+        }
         let path = parent.join(format!("{prefix}{}", std::process::id()));
         std::fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
         Ok(Workspace(path))

@@ -137,7 +137,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         ensure!(status == 0, "the run under systemd ended with status {status}");
         return Ok(());
     }
-    let workspace = Workspace::new(&args.image_dir, "rig")?;
+    let workspace = Workspace::new(&systemd::place(&args.image_dir), "rig")?;
     let lost_by_rule = control(args, &workspace)?;
     let started = Instant::now();
     let mut tally = Tally::default();

@@ -84,6 +84,7 @@ impl Limits {
 /// A disk on `image`, guarded.
 pub(crate) fn guarded(backends: Backends, qemu: &Qemu, limits: Limits, image: &Path) -> Guarded {
     Guarded {
+        kept: false,
         options: backends.guard().iter().map(|&word| word.to_owned()).collect(),
         command_line: command_line(backends, qemu, limits, image, "{socket}"),
         environment: qemu.environment(),

@@ -1,7 +1,7 @@
 //! A real broker process around the guest's device, and what its command line says of it.
 
 use std::collections::BTreeMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,9 @@ use rustix::process::Pid;
 use serde_json::Value;
 
 use super::process::{Process, command_line};
+use super::succession::Succession;
 use super::workspace::Workspace;
+use crate::common::systemd;
 
 /// The name the device is guarded under.
 const NAME: &str = "vm0";
@@ -27,6 +29,8 @@ const ANSWER_MAX: Duration = Duration::from_secs(20);
 /// What is guarded, and how.
 #[derive(Debug, Clone)]
 pub(crate) struct Guarded {
+    /// A keeper starts the broker, and again when it dies.
+    pub(crate) kept: bool,
     /// Options of `guard` beyond those every run gives.
     pub(crate) options: Vec<String>,
     /// The backends' command line, with `{socket}`.
@@ -42,6 +46,8 @@ pub(crate) struct Broker {
     control: PathBuf,
     log: PathBuf,
     root: PathBuf,
+    /// Of brokers that are killed.
+    succession: Option<Succession>,
 }
 
 /// What `warmswap status` says, as far as a campaign needs it.
@@ -51,6 +57,8 @@ pub(crate) struct Status {
     pub(crate) primary: Option<Pid>,
     /// Whether the device is protected and its shadow could take over now.
     pub(crate) ready: bool,
+    /// Whether the rings are followed, so that a crash would be survived.
+    pub(crate) follows: bool,
     /// What keeps it from being ready, for the log.
     pub(crate) state: String,
     /// Memory the broker itself uses.
@@ -85,6 +93,14 @@ pub(crate) struct Failover {
 }
 
 impl Failover {
+    /// One that was asked for in vain: the broker died first.
+    pub(crate) fn never_begun() -> Self {
+        let value = serde_json::json!({
+            "id": "none", "result": "refused", "kind": "planned", "message": "the broker died before it had begun"
+        });
+        Self::read(&value).expect("it is an object")
+    }
+
     fn read(value: &Value) -> Option<Self> {
         let text = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
         let count = |key: &str| value[key].as_u64().or_else(|| Some(value[key].as_array()?.len() as u64)).unwrap_or(0);
@@ -120,6 +136,7 @@ impl Status {
         Ok(Self {
             primary,
             ready: state == "protected" && shadow == "ready" && primary.is_some(),
+            follows: device["recovery_level"] != "refused",
             state: format!("{state}, shadow {shadow}"),
             broker_rss_bytes: device["broker"]["rss_bytes"].as_u64().unwrap_or(0),
             last: Failover::read(&device["last_failover"]),
@@ -133,15 +150,30 @@ impl Broker {
         let control = workspace.path("control");
         std::fs::create_dir(&control)?;
         let log = workspace.path("broker.log");
-        let mut command = warmswap("guard");
-        command.args(["--observe", "--name", NAME, "--socket"]).arg(socket);
-        command.arg("--control").arg(&control).arg("--run-dir").arg(&control);
-        command.arg("--journal").arg(workspace.path("journal.log")).args(&guarded.options).arg("--");
-        command.args(&guarded.command_line).envs(guarded.environment.iter().cloned());
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&log)?);
+        let words = words(guarded, workspace, socket, &control)?;
+        let mut command = match guarded.kept {
+            true if systemd::is_inside() => systemd::stand_in(NAME, &words, &guarded.environment, &log)?,
+            true => {
+                let mut keeper = warmswap("keeper");
+                keeper.arg("--run-dir").arg(&control).arg("--").args(&words);
+                keeper
+            }
+            false => {
+                let mut broker = Command::new(&words[0]);
+                broker.args(&words[1..]);
+                broker
+            }
+        };
+        command.envs(guarded.environment.iter().cloned());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(File::options().create(true).append(true).open(&log)?);
         let process = Process::start("the broker", &mut command)?;
-        let mut broker = Self { process, control, log, root: workspace.root().to_owned() };
+        let mut broker = Self { process, control, log, root: workspace.root().to_owned(), succession: None };
         broker.wait_until_ready()?;
+        let control = broker.control.join(format!("{NAME}.ctl"));
+        broker.succession = guarded.kept.then(|| Succession::watch(control));
         Ok(broker)
     }
 
@@ -202,6 +234,16 @@ impl Broker {
         Ok(pid)
     }
 
+    /// Those that died and those that followed, where a keeper starts them.
+    pub(crate) fn succession(&mut self) -> Option<&mut Succession> {
+        self.succession.as_mut()
+    }
+
+    /// Has the broker die before it does the `step`th thing from now on.
+    pub(crate) fn die_before(&self, step: u64) -> anyhow::Result<()> {
+        self.succession.as_ref().context("no keeper would start the next one")?.die_before(step, NAME)
+    }
+
     /// Ends the broker; false if it had to be killed.
     pub(crate) fn end(&mut self) -> bool {
         self.process.end()
@@ -231,10 +273,27 @@ impl Broker {
     }
 }
 
+/// The broker's command line.
+fn words(guarded: &Guarded, workspace: &Workspace, socket: &Path, control: &Path) -> anyhow::Result<Vec<OsString>> {
+    // To systemd, the running program is systemd.
+    let program = if systemd::is_inside() { std::env::current_exe()? } else { RUNNING.into() };
+    let mut words: Vec<OsString> = vec![program.into()];
+    words.extend(["warmswap", "guard", "--observe", "--name", NAME, "--socket"].map(OsString::from));
+    words.extend([socket, "--control".as_ref(), control, "--run-dir".as_ref(), control].map(OsString::from));
+    words.extend(["--journal".into(), workspace.path("journal.log").into()]);
+    words.extend(guarded.options.iter().map(OsString::from));
+    words.push("--".into());
+    words.extend(guarded.command_line.iter().cloned());
+    Ok(words)
+}
+
+/// The program that runs.
+const RUNNING: &str = "/proc/self/exe";
+
 /// The broker's program, which is a hidden verb of this one. The name is that of the running program, so that a build
 /// that replaces the file in the middle of a run changes nothing.
 fn warmswap(verb: &str) -> Command {
-    let mut command = Command::new(OsStr::new("/proc/self/exe"));
+    let mut command = Command::new(RUNNING);
     command.arg("warmswap").arg(verb);
     command
 }

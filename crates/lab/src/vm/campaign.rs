@@ -12,10 +12,11 @@ use super::checks::{self, Findings};
 use super::kernel_log::KernelLog;
 use super::machine::{CONSOLE, Machine};
 use super::orders::Orders;
-use super::plan::{Kind, Plan, Step};
+use super::plan::{BrokerKill, Kind, Plan, Step};
 use super::process;
 use super::rng::Rng;
 use super::sabotage::{Damage, Sabotage};
+use super::succession::Succession;
 use super::watch::{Account, Patience, Watch};
 use super::workspace::Workspace;
 
@@ -39,6 +40,8 @@ pub(crate) struct Settings {
     pub(crate) backends: Backends,
     /// With a broker, or the backend alone.
     pub(crate) guard: bool,
+    /// A keeper starts the broker, which is killed as the plan says.
+    pub(crate) kills_broker: bool,
     /// The programs.
     pub(crate) qemu: Qemu,
     /// What the backend puts before the image.
@@ -90,6 +93,12 @@ pub(crate) struct Outcome {
     pub(crate) leaks: Vec<String>,
     /// The most memory the broker was seen to use.
     pub(crate) broker_rss_bytes_max: u64,
+    /// Brokers that were killed.
+    pub(crate) broker_kills: u64,
+    /// Of these, between a failover's beginning and its end.
+    pub(crate) broker_kills_in_failover: u64,
+    /// From the kill of each until the next one answered.
+    pub(crate) readopted_us: Vec<u64>,
     /// Requests that unguarded backends have submitted again for dead ones.
     pub(crate) resubmitted: u64,
     /// Time of the whole run.
@@ -115,6 +124,7 @@ struct Campaign<'a> {
     disk: Disk,
     injected: Vec<Injected>,
     broker_rss_bytes_max: u64,
+    broker_kills_in_failover: u64,
     began: Instant,
 }
 
@@ -136,15 +146,25 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<Outcome> {
 fn run_in(settings: &Settings, workspace: &Workspace, kernel: &Kernel, began: Instant) -> anyhow::Result<Outcome> {
     let socket = workspace.path("disk.sock");
     let disk = if settings.guard {
-        let guarded = backend::guarded(settings.backends, &settings.qemu, settings.limits, &workspace.image());
+        let mut guarded = backend::guarded(settings.backends, &settings.qemu, settings.limits, &workspace.image());
+        guarded.kept = settings.kills_broker;
         Disk::Guarded(Broker::start(&guarded, workspace, &socket)?)
     } else {
         Disk::Bare(Bare::start(settings.backends, &settings.qemu, settings.limits, workspace, socket.clone())?)
     };
     let (machine, port) = Machine::start(&settings.qemu, kernel, settings.orders, &socket, workspace)?;
     let watch = Watch::new(port, Account::new())?;
-    let mut campaign =
-        Campaign { settings, workspace, machine, watch, disk, injected: Vec::new(), broker_rss_bytes_max: 0, began };
+    let mut campaign = Campaign {
+        settings,
+        workspace,
+        machine,
+        watch,
+        disk,
+        injected: Vec::new(),
+        broker_rss_bytes_max: 0,
+        broker_kills_in_failover: 0,
+        began,
+    };
     let trouble = campaign.play().err().map(|why| format!("{why:#}"));
     if let Some(why) = process::interrupted() {
         anyhow::bail!(why);
@@ -249,22 +269,30 @@ impl Campaign<'_> {
         if number == 1 {
             self.show_picture()?;
         }
+        if step.broker_kill == Some(BrokerKill::UnderLoad) {
+            self.kill_broker()?;
+        }
+        let deaths = self.deaths();
+        if let (Disk::Guarded(broker), Some(BrokerKill::Before(thing))) = (&self.disk, step.broker_kill) {
+            broker.die_before(thing)?;
+        }
         let at = Instant::now();
         let failover = match &mut self.disk {
             Disk::Bare(bare) => {
                 bare.replace(bare_signal(step.kind))?;
                 None
             }
-            Disk::Guarded(broker) => {
-                let status = broker.status()?;
+            Disk::Guarded(_) => {
+                let status = self.status()?;
                 let before = status.last.as_ref().map(|last| last.id.clone());
                 match step.kind {
-                    Kind::Planned => Some(broker.fail_over()?),
+                    Kind::Planned => Some(self.ask_for_failover(&before)?),
                     Kind::Crash => self.take_away(&status, &before, Signal::KILL)?,
                     Kind::Hang => self.take_away(&status, &before, Signal::STOP)?,
                 }
             }
         };
+        self.broker_kills_in_failover += self.deaths() - deaths;
         let line = match &failover {
             Some(failover) => describe(failover),
             None => "backend replaced".to_owned(),
@@ -274,6 +302,51 @@ impl Campaign<'_> {
         self.injected.push(Injected { kind: step.kind, failover, at, guest_before_us: 0, guest_worst_us: 0 });
         anyhow::ensure!(!halted, "the failover halted: only an operator can go on");
         Ok(())
+    }
+
+    /// Brokers that have died so far.
+    fn deaths(&mut self) -> u64 {
+        let Disk::Guarded(broker) = &mut self.disk else { return 0 };
+        broker.succession().map_or(0, |succession| succession.deaths())
+    }
+
+    /// Kills the broker under load, and waits until the next one could make a failover.
+    fn kill_broker(&mut self) -> anyhow::Result<()> {
+        let Disk::Guarded(broker) = &mut self.disk else { return Ok(()) };
+        broker.succession().context("no keeper would start the next one")?.kill();
+        let deadline = Instant::now() + REPROTECT_MAX;
+        while let Disk::Guarded(broker) = &mut self.disk
+            && !broker.succession().is_some_and(|succession| succession.is_answered())
+        {
+            anyhow::ensure!(Instant::now() < deadline, "no broker has followed the one that was killed");
+            self.listen_for(Duration::from_millis(1))?;
+        }
+        self.await_status("a broker that follows the rings", REPROTECT_MAX, |status| status.ready && status.follows)?;
+        Ok(())
+    }
+
+    /// What the broker says of itself. Where it is killed, the next one is asked.
+    fn status(&mut self) -> anyhow::Result<Status> {
+        let deadline = Instant::now() + REPROTECT_MAX;
+        loop {
+            let Disk::Guarded(broker) = &self.disk else { anyhow::bail!("nobody guards the disk") };
+            match broker.status() {
+                Err(_) if self.settings.kills_broker && Instant::now() < deadline => self.listen_for(POLL)?,
+                status => return status,
+            }
+        }
+    }
+
+    /// Asks for a planned failover. Where its answer died with a broker, the next one is asked what came of it.
+    fn ask_for_failover(&mut self, before: &Option<String>) -> anyhow::Result<Failover> {
+        let Disk::Guarded(broker) = &self.disk else { anyhow::bail!("nobody guards the disk") };
+        match broker.fail_over() {
+            Err(_) if self.settings.kills_broker => {}
+            failover => return failover,
+        }
+        let status = self.await_status("a broker at rest", FAILOVER_MAX, |status| status.ready && status.follows)?;
+        let last = status.and_then(|status| status.last).filter(|last| Some(&last.id) != before.as_ref());
+        Ok(last.unwrap_or_else(Failover::never_begun))
     }
 
     /// Sends the primary a signal and waits for the failover that follows.
@@ -300,8 +373,10 @@ impl Campaign<'_> {
     ) -> anyhow::Result<Option<Status>> {
         let deadline = Instant::now() + patience;
         loop {
-            let Disk::Guarded(broker) = &self.disk else { return Ok(None) };
-            let status = broker.status()?;
+            if matches!(self.disk, Disk::Bare(_)) {
+                return Ok(None);
+            }
+            let status = self.status()?;
             self.broker_rss_bytes_max = self.broker_rss_bytes_max.max(status.broker_rss_bytes);
             if wanted(&status) {
                 return Ok(Some(status));
@@ -342,13 +417,14 @@ impl Campaign<'_> {
             self.say(&format!("given up: {why}"));
         }
         self.machine.end();
-        let (mut leaks, mut resubmitted) = (Vec::new(), 0);
+        let (mut leaks, mut resubmitted, mut succession) = (Vec::new(), 0, (0, Vec::new()));
         match &mut self.disk {
             Disk::Bare(bare) => {
                 bare.end();
                 resubmitted = bare.resubmitted();
             }
             Disk::Guarded(broker) => {
+                succession = broker.succession().map(Succession::end).unwrap_or_default();
                 if !broker.end() {
                     leaks.push("the broker itself, which had to be killed".to_owned());
                 }
@@ -368,6 +444,9 @@ impl Campaign<'_> {
             leaks,
             resubmitted,
             broker_rss_bytes_max: self.broker_rss_bytes_max,
+            broker_kills: succession.0,
+            broker_kills_in_failover: self.broker_kills_in_failover,
+            readopted_us: succession.1,
             took: self.began.elapsed(),
             kernel: kernel.release.clone(),
         })

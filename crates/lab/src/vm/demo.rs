@@ -41,6 +41,7 @@ fn settings(version: QemuVersion, seed: u64, guard: bool) -> anyhow::Result<Sett
     Ok(Settings {
         backends: Backends::Qsd,
         guard,
+        kills_broker: false,
         qemu: Qemu::find(version)?,
         limits: Limits::Cloud,
         plan,

@@ -28,10 +28,11 @@ mod report;
 mod rng;
 mod sabotage;
 mod stamp;
+mod succession;
 mod watch;
 mod workspace;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use backend::{Backends, Limits};
@@ -43,6 +44,9 @@ use plan::{Kind, Plan};
 use report::Report;
 use sabotage::Sabotage;
 use watch::Patience;
+
+use crate::common::workspace as common;
+use crate::common::{interrupt, systemd};
 
 /// Options of `lab vm`.
 #[derive(Debug, clap::Args)]
@@ -78,6 +82,13 @@ pub(crate) struct Args {
     /// Print a line for each second of the guest.
     #[arg(long)]
     live: bool,
+    /// Start the broker under a keeper, and kill it once for each failover: of three times twice under load, and once in the middle of the
+    /// failover.
+    #[arg(long, conflicts_with = "no_guard")]
+    kill_broker: bool,
+    /// With systemd as the keeper: a real one, the first process of a namespace of its own, in which all of this runs. Needs root.
+    #[arg(long, requires = "kill_broker")]
+    systemd: bool,
     /// Without warmswap: the backend is replaced at once and QEMU connects again by its own rule. Shows what would have
     /// happened; with the storage daemon a failed run is expected. Our own backend gets the region of the one before it.
     #[arg(long)]
@@ -110,6 +121,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.device != Device::Blk {
         return other::run(&other_settings(args)?);
     }
+    if args.systemd && !systemd::is_inside() {
+        return under_systemd();
+    }
     let settings = settings(args)?;
     let report = Report::new(&settings, campaign::run(&settings)?);
     if args.json {
@@ -118,6 +132,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         report.print();
     }
     anyhow::ensure!(report.ok, "the guest noticed, or something was not checked");
+    Ok(())
+}
+
+/// Runs this very command again, as a service of a systemd of its own.
+fn under_systemd() -> anyhow::Result<()> {
+    interrupt::note_signals();
+    let place = common::Workspace::new(Path::new("/dev/shm"), "systemd")?;
+    let status = systemd::again(place.path())?;
+    anyhow::ensure!(status == 0, "the run under systemd ended with status {status}");
     Ok(())
 }
 
@@ -135,12 +158,17 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
     if args.no_guard {
         kinds.retain(|kind| *kind != Kind::Hang);
     }
+    let mut plan = Plan::random(args.seed, args.failovers, &kinds);
+    if args.kill_broker {
+        plan = plan.with_broker_kills(args.seed);
+    }
     Ok(Settings {
+        kills_broker: args.kill_broker,
         backends: args.backend,
         guard: !args.no_guard,
         qemu: Qemu::find(args.qemu)?,
         limits: args.limits,
-        plan: Plan::random(args.seed, args.failovers, &kinds),
+        plan,
         orders: Orders { seed: args.seed, device: Device::Blk, load: args.load },
         cap: Duration::from_secs(60 * minutes(args)),
         patience: PATIENCE,
@@ -157,8 +185,8 @@ fn minutes(args: &Args) -> u64 {
 
 /// The settings for a device that is no disk.
 fn other_settings(args: &Args) -> anyhow::Result<other::Settings> {
-    let about_disks = args.no_guard || args.sabotage.is_some() || args.backend != Backends::Qsd;
-    anyhow::ensure!(!about_disks, "--no-guard, --sabotage and --backend are for disks");
+    let about_disks = args.no_guard || args.kill_broker || args.sabotage.is_some() || args.backend != Backends::Qsd;
+    anyhow::ensure!(!about_disks, "--no-guard, --kill-broker, --sabotage and --backend are for disks");
     Ok(other::Settings {
         device: args.device,
         qemu: Qemu::find(args.qemu)?,

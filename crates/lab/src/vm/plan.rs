@@ -27,6 +27,15 @@ impl Kind {
     }
 }
 
+/// When the broker is killed as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BrokerKill {
+    /// At some instant under load; the next one makes the failover.
+    UnderLoad,
+    /// Before so many things that it does, counted from just before the failover: in the middle of it more often than not.
+    Before(u64),
+}
+
 /// One failover to inject.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Step {
@@ -34,6 +43,8 @@ pub(crate) struct Step {
     pub(crate) gap: Duration,
     /// Which one.
     pub(crate) kind: Kind,
+    /// Whether the broker dies as well.
+    pub(crate) broker_kill: Option<BrokerKill>,
 }
 
 /// A whole run's failovers.
@@ -57,13 +68,32 @@ impl Plan {
     pub(crate) fn random(seed: u64, count: u32, kinds: &[Kind]) -> Self {
         const GAP_MS: (u64, u64) = (150, 1500);
         let mut rng = Rng::new(seed, 100);
-        let step = |_| Step { gap: Duration::from_millis(rng.range(GAP_MS.0, GAP_MS.1)), kind: *rng.pick(kinds) };
+        let step = |_| Step {
+            gap: Duration::from_millis(rng.range(GAP_MS.0, GAP_MS.1)),
+            kind: *rng.pick(kinds),
+            broker_kill: None,
+        };
         Self { steps: (0..count).map(step).collect(), tail: Duration::from_secs(2) }
+    }
+
+    /// The broker is killed once for each failover: of three times twice under load, and once in the middle of it.
+    pub(crate) fn with_broker_kills(mut self, seed: u64) -> Self {
+        /// More than a failover of two queues takes.
+        const STEPS: (u64, u64) = (1, 60);
+        let mut rng = Rng::new(seed, 101);
+        for step in &mut self.steps {
+            let in_failover = rng.range(0, 2) == 0;
+            step.broker_kill = Some(match in_failover {
+                true => BrokerKill::Before(rng.range(STEPS.0, STEPS.1)),
+                false => BrokerKill::UnderLoad,
+            });
+        }
+        self
     }
 
     /// The given kinds, one every `gap`.
     pub(crate) fn steady(kinds: &[Kind], gap: Duration, tail: Duration) -> Self {
-        Self { steps: kinds.iter().map(|&kind| Step { gap, kind }).collect(), tail }
+        Self { steps: kinds.iter().map(|&kind| Step { gap, kind, broker_kill: None }).collect(), tail }
     }
 }
 
@@ -78,6 +108,10 @@ mod tests {
         assert_eq!(plan, Plan::random(5, 50, &kinds));
         assert_ne!(plan, Plan::random(6, 50, &kinds));
         assert!(plan.steps.iter().all(|step| kinds.contains(&step.kind)));
+        let kills = Plan::random(5, 300, &kinds).with_broker_kills(5);
+        assert_eq!(kills, Plan::random(5, 300, &kinds).with_broker_kills(5));
+        let under_load = kills.steps.iter().filter(|step| step.broker_kill == Some(BrokerKill::UnderLoad)).count();
+        assert!((150..250).contains(&under_load), "{under_load} of 300");
         let in_turn: Vec<Kind> = Plan::in_turn(5, 3, &kinds).steps.iter().map(|step| step.kind).collect();
         assert_eq!(in_turn, [Kind::Planned, Kind::Hang, Kind::Planned]);
     }

@@ -32,6 +32,21 @@ impl Times {
     }
 }
 
+/// The same in milliseconds.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Milliseconds {
+    p50: f64,
+    p99: f64,
+    max: f64,
+    n: usize,
+}
+
+impl Milliseconds {
+    fn of(times: Times) -> Self {
+        Self { p50: to_ms(times.p50), p99: to_ms(times.p99), max: to_ms(times.max), n: times.n }
+    }
+}
+
 /// The verdict. Its field names are read by other programs.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
@@ -70,6 +85,11 @@ pub(crate) struct Report {
     kernel_log: Vec<String>,
     notes: Vec<String>,
     broker_rss_bytes_max: u64,
+    /// Brokers that were killed, those of them in the middle of a failover, and how long it took until the next one answered.
+    broker_kills: u64,
+    broker_kills_in_failover: u64,
+    readopt_ms: Option<Milliseconds>,
+    refusals: BTreeMap<String, usize>,
     guard: bool,
     backend: &'static str,
     /// Requests that unguarded backends have submitted again for dead ones.
@@ -86,7 +106,8 @@ impl Report {
     pub(crate) fn new(settings: &Settings, outcome: Outcome) -> Self {
         let incomplete = incomplete(settings, &outcome);
         let Outcome { injected, account, kernel_log, findings, trouble, leaks, resubmitted, .. } = outcome;
-        let Outcome { broker_rss_bytes_max, took, kernel, .. } = outcome;
+        let Outcome { broker_rss_bytes_max, broker_kills, broker_kills_in_failover, readopted_us, .. } = outcome;
+        let Outcome { took, kernel, .. } = outcome;
         let (files, stamps) = (account.files.unwrap_or_default(), account.stamps.unwrap_or_default());
         let guest_io_errors = kernel_log.trouble.len() as u64 + stamps.errors + files.errors + account.fio.cut_short;
         let verify_errors = account.fio.errors
@@ -100,6 +121,10 @@ impl Report {
         };
         let bare = injected.iter().filter(|one| one.failover.is_none()).count();
         let (failovers, refused, halted) = (ended("settled") + bare, ended("refused"), ended("halted"));
+        let mut refusals = BTreeMap::new();
+        for one in injected.iter().filter_map(|one| one.failover.as_ref()).filter(|one| one.result == "refused") {
+            *refusals.entry(one.message.clone()).or_default() += 1;
+        }
         let mut kinds = BTreeMap::from([("planned", 0), ("crash", 0), ("hang", 0)]);
         let mut fences = BTreeMap::new();
         let mut blackouts: BTreeMap<String, Vec<u64>> = BTreeMap::new();
@@ -153,6 +178,10 @@ impl Report {
             kernel_log: kernel_log.trouble,
             notes: account.notes,
             broker_rss_bytes_max,
+            broker_kills,
+            broker_kills_in_failover,
+            readopt_ms: (broker_kills > 0).then(|| Milliseconds::of(Times::of(readopted_us))),
+            refusals,
             guard: settings.guard,
             backend: settings.backends.name(),
             resubmitted,
@@ -178,6 +207,12 @@ impl Report {
             row("with requests in flight", format!("{}, {} survivors in all", self.with_inflight, self.survivors));
         } else {
             row("submitted again", format!("{} requests, by the next backend", self.resubmitted));
+        }
+        if let Some(readopt) = self.readopt_ms {
+            let Milliseconds { p50, p99, max, .. } = readopt;
+            let (kills, in_failover) = (self.broker_kills, self.broker_kills_in_failover);
+            row("brokers killed", format!("{kills}, {in_failover} of them in a failover"));
+            row("until the next answered", format!("p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms"));
         }
         for (name, times) in &self.blackout_us {
             row(&format!("blackout, {name}"), show_times(times));

@@ -9,6 +9,7 @@ use anyhow::Context as _;
 
 use super::layout::{BLOCK, DISK_BYTES, EXT4, MIB, master_boot_record};
 use super::process;
+use crate::common::systemd;
 
 const PREFIX: &str = "warmswap-vm-";
 
@@ -25,6 +26,7 @@ impl Workspace {
             None if memory.is_dir() => memory.to_owned(),
             None => std::env::temp_dir(),
         };
+        let base = systemd::place(&base);
         remove_abandoned(&base);
         let path = base.join(format!("{PREFIX}{}", std::process::id()));
         std::fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;

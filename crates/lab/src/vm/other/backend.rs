@@ -54,7 +54,7 @@ impl Program {
             Device::Scsi => scsi(&self.path, &workspace.image()),
             Device::Fs => virtiofsd(&self.path, &share(workspace)),
         };
-        Guarded { options, command_line: line, environment: Vec::new() }
+        Guarded { kept: false, options, command_line: line, environment: Vec::new() }
     }
 
     /// A backend that serves several sockets, and adds a number to the name of each: the one that is asked for is a link to the first.
