@@ -85,7 +85,8 @@ impl Daemon {
     }
 
     fn status(&self, name: &str) -> anyhow::Result<Value> {
-        Ok(self.ask(name, &json!({"verb": "status"}))?["devices"][0].take())
+        let answer = self.ask(name, &json!({"verb": "status"}))?;
+        answer["devices"].get(0).cloned().context("the daemon does not know the device yet")
     }
 
     /// Waits until every device is as it should be, and says how long that took since `began`, and their statuses.
