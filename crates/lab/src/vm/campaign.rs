@@ -283,7 +283,7 @@ impl Campaign<'_> {
                 None
             }
             Disk::Guarded(_) => {
-                let status = self.status()?;
+                let status = self.status_before_a_blow()?;
                 let before = status.last.as_ref().map(|last| last.id.clone());
                 match step.kind {
                     Kind::Planned => Some(self.ask_for_failover(&before)?),
@@ -335,6 +335,17 @@ impl Campaign<'_> {
                 status => return status,
             }
         }
+    }
+
+    /// The status just before a blow. A broker that has followed another one is given the time to follow the rings again, which it needs
+    /// whenever the host has kept the processor from it as well.
+    fn status_before_a_blow(&mut self) -> anyhow::Result<Status> {
+        if !self.settings.kills_broker {
+            return self.status();
+        }
+        let status =
+            self.await_status("a broker that follows the rings", REPROTECT_MAX, |it| it.ready && it.follows)?;
+        status.context("nobody guards the disk")
     }
 
     /// Asks for a planned failover. Where its answer died with a broker, the next one is asked what came of it.
