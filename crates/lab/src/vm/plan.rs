@@ -82,7 +82,7 @@ impl Plan {
         const STEPS: (u64, u64) = (1, 60);
         let mut rng = Rng::new(seed, 101);
         for step in &mut self.steps {
-            let in_failover = rng.range(0, 2) == 0;
+            let in_failover = rng.range(0, 3) == 0;
             step.broker_kill = Some(match in_failover {
                 true => BrokerKill::Before(rng.range(STEPS.0, STEPS.1)),
                 false => BrokerKill::UnderLoad,
