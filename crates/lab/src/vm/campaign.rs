@@ -273,9 +273,6 @@ impl Campaign<'_> {
             self.kill_broker()?;
         }
         let deaths = self.deaths();
-        if let (Disk::Guarded(broker), Some(BrokerKill::Before(thing))) = (&self.disk, step.broker_kill) {
-            broker.die_before(thing)?;
-        }
         let at = Instant::now();
         let failover = match &mut self.disk {
             Disk::Bare(bare) => {
@@ -285,6 +282,9 @@ impl Campaign<'_> {
             Disk::Guarded(_) => {
                 let status = self.status_before_a_blow()?;
                 let before = status.last.as_ref().map(|last| last.id.clone());
+                if let Some(BrokerKill::Before(thing)) = step.broker_kill {
+                    self.ask(|broker| broker.die_before(thing))?;
+                }
                 match step.kind {
                     Kind::Planned => Some(self.ask_for_failover(&before)?),
                     Kind::Crash => self.take_away(&status, &before, Signal::KILL)?,
@@ -325,14 +325,19 @@ impl Campaign<'_> {
         Ok(())
     }
 
-    /// What the broker says of itself. Where it is killed, the next one is asked.
+    /// What the broker says of itself.
     fn status(&mut self) -> anyhow::Result<Status> {
+        self.ask(Broker::status)
+    }
+
+    /// Asks the broker something. Where it is killed, the next one is asked.
+    fn ask<T>(&mut self, question: impl Fn(&Broker) -> anyhow::Result<T>) -> anyhow::Result<T> {
         let deadline = Instant::now() + REPROTECT_MAX;
         loop {
             let Disk::Guarded(broker) = &self.disk else { anyhow::bail!("nobody guards the disk") };
-            match broker.status() {
+            match question(broker) {
                 Err(_) if self.settings.kills_broker && Instant::now() < deadline => self.listen_for(POLL)?,
-                status => return status,
+                answer => return answer,
             }
         }
     }
