@@ -119,7 +119,7 @@ fn devices_come_and_go_and_a_guest_does_not_notice() {
     let old = daemon.pid("one");
     kill(old, Signal::HUP);
     wait_for("the end of a device that was taken out", || {
-        [primary, shadow].iter().flatten().all(|pid| !std::path::Path::new(&format!("/proc/{pid}/root/.")).exists())
+        [primary, shadow].iter().flatten().all(|pid| !std::path::Path::new(&format!("/proc/{pid}/exe")).exists())
     });
     wait_for("the third configuration", || daemon.status("one")["broker"]["configuration"] == 3);
     assert_eq!(daemon.backends("one"), before);
